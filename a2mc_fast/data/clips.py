@@ -1,0 +1,285 @@
+"""`Clips`: every frame of a data set on the training device, and the packed file it comes from.
+
+Clips of different length lie one after another, so nothing is padded. The file keeps the layout of the own-data
+archive, joints [F, M, V, C]; in memory a frame is [C, V, M], the field's order, so that spatial operations run
+over contiguous planes. Reading a batch at fractional time positions is one weighted gather, with no loader process.
+
+Legend: N clips · F frames of the whole set · C coordinates (3) · T frames read · V joints · M persons.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from a2mc_fast.errors import InputError, require
+from a2mc_fast.files import atomic_path
+from a2mc_fast.skeleton import Skeleton
+
+FORMAT = "a2mc-clips/1"
+_OPTIONAL = ("subjects", "cameras", "setups")  # one int64 per clip
+_MAX_COORDINATE = 1e3  # metres; anything beyond is not a pose
+
+
+@dataclass(kw_only=True)
+class Clips:
+    """A whole data set of skeleton clips, resident on one device. Build it with `pack`, `load` or a reader."""
+
+    frames: Tensor
+    """[F, C, V, M] float32, metres; an absent person is all zeros."""
+    lengths: Tensor
+    """[N] int64, frames per clip."""
+    labels: Tensor
+    """[N] int64, class from 0, or -1 where unknown."""
+    skeleton: Skeleton
+    splits: Mapping[str, Tensor]
+    """Protocol name -> [N] bool, True for training clips."""
+    names: tuple[str, ...]
+    class_names: tuple[str, ...] = ()
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    """Any of subjects, cameras, setups: [N] int64."""
+    source: str = ""
+    """Where the recordings came from."""
+    command: str = ""
+    """The command that made the file."""
+
+    def __post_init__(self) -> None:
+        self.offsets = torch.cumsum(self.lengths, 0) - self.lengths  # [N] first frame of each clip
+        self._rows = self.frames.flatten(1)  # [F, C*V*M] view for gathers
+
+    # -- making -----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def pack(
+        cls,
+        joints: np.ndarray | Tensor,
+        lengths: Sequence[int] | np.ndarray,
+        labels: Sequence[int] | np.ndarray,
+        skeleton: Skeleton,
+        *,
+        splits: Mapping[str, np.ndarray] | None = None,
+        names: Sequence[str] = (),
+        class_names: Sequence[str] = (),
+        extra: Mapping[str, np.ndarray] | None = None,
+        source: str = "",
+        command: str = "",
+        device: torch.device | str = "cpu",
+        where: str = "clips",
+    ) -> Clips:
+        """Check arrays in the archive's layout, joints [F, M, V, 3], and place them on `device`.
+
+        Raises `InputError`, beginning with `where`, for shapes that disagree, coordinates that are not finite or
+        beyond 1,000 m, empty or all-zero clips, labels below -1 or beyond the class names.
+        """
+        joints = torch.as_tensor(joints)
+        length = torch.as_tensor(np.asarray(lengths, dtype=np.int64))
+        label = torch.as_tensor(np.asarray(labels, dtype=np.int64))
+        count = len(length)
+        require(count > 0, f"{where}: holds no clips")
+        require(
+            joints.ndim == 4 and joints.shape[3] == 3 and joints.dtype == torch.float32,
+            f"{where}: joints must be float32 [F, M, V, 3], got {joints.dtype} {list(joints.shape)}",
+        )
+        require(joints.shape[1] >= 1, f"{where}: joints hold no person (M = 0)")
+        require(
+            joints.shape[2] == skeleton.num_joints,
+            f"{where}: joints have {joints.shape[2]} joints, the skeleton {skeleton.num_joints}",
+        )
+        require(bool((length > 0).all()), f"{where}: clip {int((length <= 0).int().argmax())} has no frames")
+        require(
+            int(length.sum()) == len(joints),
+            f"{where}: lengths sum to {int(length.sum())}, joints hold {len(joints)} frames",
+        )
+        require(label.shape == length.shape, f"{where}: {len(label)} labels for {count} clips")
+        require(
+            bool((label >= -1).all()),
+            f"{where}: labels must be -1 (unknown) or from 0, got {int(label.min())}",
+        )
+        require(
+            not class_names or int(label.max()) < len(class_names),
+            f"{where}: label {int(label.max())} has no name, there are {len(class_names)} class names",
+        )
+        require(len(names) in (0, count), f"{where}: {len(names)} names for {count} clips")
+        names = tuple(names) or tuple(f"clip {i}" for i in range(count))
+        splits = {name: torch.as_tensor(mask) for name, mask in (splits or {}).items()}
+        extra_tensors = {name: torch.as_tensor(values) for name, values in (extra or {}).items()}
+        for name, values in (*splits.items(), *extra_tensors.items()):
+            require(
+                values.shape == length.shape,
+                f"{where}: {name} has shape {list(values.shape)} for {count} clips",
+            )
+        require(
+            all(mask.dtype == torch.bool for mask in splits.values()), f"{where}: split masks must be boolean"
+        )
+        clips = cls(
+            frames=joints.to(device).permute(0, 3, 2, 1).contiguous(),
+            lengths=length.to(device),
+            labels=label.to(device),
+            skeleton=skeleton,
+            splits={name: mask.to(device) for name, mask in splits.items()},
+            names=names,
+            class_names=tuple(class_names),
+            extra=extra_tensors,
+            source=source,
+            command=command,
+        )
+        clips._check_values(where)
+        return clips
+
+    def _check_values(self, where: str) -> None:
+        """Refuse clips that are not poses, naming the first."""
+        usable = (self._rows.abs() <= _MAX_COORDINATE).all(1)  # false for NaN and infinity too
+        seen = self._rows.any(1)
+        for bad, reason in (
+            (self._frames_per_clip(~usable) > 0, "holds coordinates that are not finite or beyond 1,000 m"),
+            (self._frames_per_clip(seen) == 0, "is all zeros"),
+        ):
+            if bool(bad.any()):
+                first, total = int(bad.int().argmax()), int(bad.sum())
+                raise InputError(
+                    f"{where}: {self.names[first]} {reason} ({total} such clips); "
+                    "`python -m a2mc_fast.prepare` skips and lists them"
+                )
+
+    def _frames_per_clip(self, mask: Tensor) -> Tensor:
+        """Number of True frames in each clip. mask [F] -> [N]."""
+        total = F.pad(mask.long().cumsum(0), (1, 0))
+        return total[self.offsets + self.lengths] - total[self.offsets]
+
+    # -- file -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Clips:
+        """Read a packed file and place every frame on `device`.
+
+        Raises `FileNotFoundError` with the command that makes the file, `InputError` if it is damaged.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} not found; make it with: python -m a2mc_fast.prepare SOURCE INPUT {path} "
+                "(SOURCE is ntu60, ntu120, pku1, pku2, agcn, ctrgcn, pyskl or npz)"
+            )
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                header = file.metadata() or {}
+                require(header.get("format") == FORMAT, f"{path} is not a packed clips file ({FORMAT})")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            text: dict[str, Any] = {
+                name: json.loads(header.get(name, "[]")) for name in ("names", "class_names", "joint_names")
+            }
+            skeleton = Skeleton(
+                parents=tuple(tensors["parents"].tolist()),
+                mirror=tuple(tensors["mirror"].tolist()),
+                center=int(tensors["center"]),
+                axis_z=tuple(tensors["axis_z"].tolist()),
+                axis_x=tuple(tensors["axis_x"].tolist()),
+                joint_names=tuple(text["joint_names"]),
+            )
+            return cls.pack(
+                tensors["joints"],
+                tensors["lengths"].numpy(),
+                tensors["labels"].numpy(),
+                skeleton,
+                splits={
+                    n.removeprefix("split_"): t.numpy() for n, t in tensors.items() if n.startswith("split_")
+                },
+                names=text["names"],
+                class_names=text["class_names"],
+                extra={n: tensors[n].numpy() for n in _OPTIONAL if n in tensors},
+                source=header.get("source", ""),
+                command=header.get("command", ""),
+                device=device,
+                where=str(path),
+            )
+        except SafetensorError as error:
+            raise InputError(
+                f"{path} is damaged or not a safetensors file ({error}); prepare it again"
+            ) from None
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise InputError(
+                f"{path} is not a complete packed clips file ({error!r}); prepare it again"
+            ) from None
+
+    def save(self, path: str | Path) -> None:
+        """Write the packed file, whole or not at all."""
+        tensors = {
+            "joints": np.ascontiguousarray(self.frames.permute(0, 3, 2, 1).cpu().numpy()),
+            "lengths": self.lengths.cpu().numpy(),
+            "labels": self.labels.cpu().numpy(),
+            "parents": np.asarray(self.skeleton.parents, np.int64),
+            "mirror": np.asarray(self.skeleton.mirror, np.int64),
+            "center": np.asarray(self.skeleton.center, np.int64),
+            "axis_z": np.asarray(self.skeleton.axis_z, np.int64),
+            "axis_x": np.asarray(self.skeleton.axis_x, np.int64),
+            **{f"split_{name}": mask.cpu().numpy() for name, mask in self.splits.items()},
+            **{name: values.cpu().numpy() for name, values in self.extra.items()},
+        }
+        header = {
+            "format": FORMAT,
+            "names": json.dumps(self.names),
+            "class_names": json.dumps(self.class_names),
+            "joint_names": json.dumps(self.skeleton.joint_names),
+            "source": self.source,
+            "command": self.command,
+        }
+        with atomic_path(Path(path)) as temporary:
+            save_file(tensors, temporary, metadata=header)
+
+    # -- reading ----------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def device(self) -> torch.device:
+        return self.frames.device
+
+    @property
+    def num_persons(self) -> int:
+        """M."""
+        return self.frames.shape[3]
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, 0 when no clip is labelled."""
+        return len(self.class_names) or int(self.labels.max()) + 1
+
+    def split(self, name: str) -> tuple[Tensor, Tensor]:
+        """Clip numbers of a protocol: (train_index, test_index), int64 on the clips' device."""
+        if name not in self.splits:
+            have = ", ".join(sorted(self.splits)) or "none"
+            raise InputError(
+                f"the data has no protocol {name!r} (it has: {have}); choose one with --data.split"
+            )
+        mask = self.splits[name]
+        return mask.nonzero().flatten(), (~mask).nonzero().flatten()
+
+    def read(self, index: Tensor, position: Tensor) -> Tensor:
+        """Frames at fractional times, interpolated linearly, as one gather.
+
+        index [N] clip numbers, position [N, T] in frames within 0 .. length - 1 -> [N, C, T, V, M], stored in the
+        order [N, T, C, V, M].
+        """
+        count, steps = position.shape
+        before = position.floor()
+        weight = position - before
+        after = torch.minimum(before + 1, (self.lengths[index] - 1).unsqueeze(1))
+        rows = torch.stack((before, after), 2).long() + self.offsets[index].view(-1, 1, 1)
+        values = F.embedding_bag(
+            rows.view(-1, 2),
+            self._rows,
+            per_sample_weights=torch.stack((1 - weight, weight), 2).view(-1, 2),
+            mode="sum",
+        )
+        return values.view(count, steps, *self.frames.shape[1:]).transpose(1, 2)

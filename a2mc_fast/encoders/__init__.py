@@ -1,0 +1,1 @@
+"""Skeleton encoders: clips [N, C, T, V, M] in, one feature per clip out."""

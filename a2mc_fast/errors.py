@@ -1,0 +1,49 @@
+"""What a user can get wrong, said in one sentence, and the exit codes of the command lines.
+
+Library functions raise `InputError` (a `ValueError`) for bad files and values; `exit_on_error` turns it, and
+what the operating system refuses, into one line on standard error and exit code 2.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+class InputError(ValueError):
+    """Bad input. The message is one sentence: what, where, and what to do."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `InputError(message)` unless `condition` holds."""
+    if not condition:
+        raise InputError(message)
+
+
+def os_reason(error: OSError) -> str:
+    """The operating system's reason without its number: "[Errno 13] Permission denied: 'x'" -> "Permission denied: x"."""
+    reason = error.strerror or str(error)
+    return f"{reason}: {error.filename}" if error.filename is not None else reason
+
+
+@contextmanager
+def exit_on_error() -> Iterator[None]:
+    """Around a command line's main: bad input ends it with one line and exit code 2, Ctrl-C with 130."""
+    try:
+        yield
+    except (InputError, OSError) as error:
+        if isinstance(error, BrokenPipeError):  # the reader of our output went away, e.g. `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
+        # our own FileNotFoundError carries its sentence alone; the system's carries errno and file name
+        message = os_reason(error) if isinstance(error, OSError) and error.errno is not None else str(error)
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)

@@ -1,0 +1,107 @@
+"""The skeleton: which joints there are, how bones join them, left and right, and the axes that normalise a pose.
+
+A `Skeleton` travels inside the data file, so every room works for any set of joints. `NTU25` (Kinect v2) is
+built in. Joint numbers are 0-based. Legend: N clips · C coordinates (3) · T frames · V joints · M persons.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from a2mc_fast.errors import require
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skeleton:
+    """A tree of V joints with its mirror image and its two normalisation axes."""
+
+    parents: tuple[int, ...]
+    """The joint each bone leads to, towards the root; the root is its own parent."""
+    mirror: tuple[int, ...]
+    """The joint on the other side of the body; an involution, middle joints map to themselves."""
+    center: int
+    """Joint subtracted from every frame."""
+    axis_z: tuple[int, int]
+    """(from, to): this vector of the first frame is turned parallel to +z."""
+    axis_x: tuple[int, int]
+    """(from, to): this vector of the first frame is then turned parallel to +x."""
+    joint_names: tuple[str, ...] = ()
+    """One name per joint, or none."""
+
+    def __post_init__(self) -> None:
+        joints = range(len(self.parents))
+        require(len(joints) > 0, "a skeleton needs at least one joint, got an empty list of parents")
+        require(
+            all(p in joints for p in self.parents),
+            f"parents must name joints 0..{len(joints) - 1}: {self.parents}",
+        )
+        require(
+            len(self.mirror) == len(joints), f"mirror has {len(self.mirror)} joints, parents {len(joints)}"
+        )
+        require(
+            all(m in joints and self.mirror[m] == j for j, m in enumerate(self.mirror)),
+            f"mirror must swap joints in pairs (an involution of 0..{len(joints) - 1}): {self.mirror}",
+        )
+        roots = [j for j in joints if self.parents[j] == j]
+        require(len(roots) == 1, f"exactly one joint must be its own parent (the root), got {roots}")
+        require(all(self._reaches_root(j) for j in joints), f"parents contain a cycle: {self.parents}")
+        named = (self.center, *self.axis_z, *self.axis_x)
+        require(
+            all(j in joints for j in named), f"center and axes must name joints 0..{len(joints) - 1}: {named}"
+        )
+        require(
+            len(self.joint_names) in (0, len(joints)),
+            f"{len(self.joint_names)} joint names for {len(joints)} joints",
+        )
+
+    @property
+    def num_joints(self) -> int:
+        """V."""
+        return len(self.parents)
+
+    @property
+    def bones(self) -> tuple[tuple[int, int], ...]:
+        """(joint, parent) for every joint but the root."""
+        return tuple((j, p) for j, p in enumerate(self.parents) if j != p)
+
+    def _reaches_root(self, joint: int) -> bool:
+        for _ in self.parents:
+            joint = self.parents[joint]
+        return self.parents[joint] == joint
+
+
+NTU25 = Skeleton(
+    parents=(1, 20, 20, 2, 20, 4, 5, 6, 20, 8, 9, 10, 0, 12, 13, 14, 0, 16, 17, 18, 20, 22, 7, 24, 11),
+    mirror=(0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 16, 17, 18, 19, 12, 13, 14, 15, 20, 23, 24, 21, 22),
+    center=1,
+    axis_z=(0, 1),
+    axis_x=(4, 8),
+    joint_names=(
+        "base of spine", "middle of spine", "neck", "head",
+        "left shoulder", "left elbow", "left wrist", "left hand",
+        "right shoulder", "right elbow", "right wrist", "right hand",
+        "left hip", "left knee", "left ankle", "left foot",
+        "right hip", "right knee", "right ankle", "right foot",
+        "spine", "left hand tip", "left thumb", "right hand tip", "right thumb",
+    ),
+)  # fmt: skip
+"""The 25 joints of NTU RGB+D and PKU-MMD (Kinect v2)."""
+
+
+def bone_stream(x: Tensor, skeleton: Skeleton) -> Tensor:
+    """Bone vectors, joint minus its parent. x [N, C, T, V, M] metres -> same shape; the root's bone is zero.
+
+    (2s-AGCN, sec. 3.3)
+    """
+    return x - x[:, :, :, list(skeleton.parents)]
+
+
+def motion_stream(x: Tensor) -> Tensor:
+    """Velocity, next frame minus this one. x [N, C, T, V, M] metres -> metres per frame; the last frame is zero."""
+    motion = x.new_zeros(x.shape)
+    motion[:, :, :-1] = x[:, :, 1:] - x[:, :, :-1]
+    return motion
