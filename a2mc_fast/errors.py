@@ -26,7 +26,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def os_reason(error: OSError) -> str:
-    """The operating system's reason without its number: "[Errno 13] Permission denied: 'x'" -> "Permission denied: x"."""
+    """The operating system's reason without its number, e.g. "Permission denied: runs/x"."""
     reason = error.strerror or str(error)
     return f"{reason}: {error.filename}" if error.filename is not None else reason
 

@@ -17,8 +17,8 @@ from a2mc_fast.errors import InputError
 def atomic_path(target: Path) -> Iterator[Path]:
     """Yield a temporary path beside `target`; on success it replaces `target`, on any error it is removed.
 
-    The rename is atomic and both the file and its folder are synced, so a crash leaves the old file or the new
-    one, never a part.
+    The rename is atomic and both the file and its folder are synced, so a crash leaves the old file or the
+    new one, never a part.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The skeleton: which joints there are, how bones join them, left and right, and the axes that normalise a pose.
+"""The skeleton: its joints and bones, left and right, and the axes that normalise a pose.
 
 A `Skeleton` travels inside the data file, so every room works for any set of joints. `NTU25` (Kinect v2) is
 built in. Joint numbers are 0-based. Legend: N clips · C coordinates (3) · T frames · V joints · M persons.
@@ -101,7 +101,7 @@ def bone_stream(x: Tensor, skeleton: Skeleton) -> Tensor:
 
 
 def motion_stream(x: Tensor) -> Tensor:
-    """Velocity, next frame minus this one. x [N, C, T, V, M] metres -> metres per frame; the last frame is zero."""
+    """Next frame minus this one. x [N, C, T, V, M] metres -> metres per frame; the last frame is zero."""
     motion = x.new_zeros(x.shape)
     motion[:, :, :-1] = x[:, :, 1:] - x[:, :, :-1]
     return motion

@@ -1,1 +1,1 @@
-"""The fused operations of A²MC. Installed as `a2mc_fast.kernels`; `reference` holds their plain-torch forms."""
+"""The fused operations of A²MC, installed as `a2mc_fast.kernels`; `reference` holds the plain-torch forms."""

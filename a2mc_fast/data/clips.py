@@ -1,8 +1,9 @@
 """`Clips`: every frame of a data set on the training device, and the packed file it comes from.
 
-Clips of different length lie one after another, so nothing is padded. The file keeps the layout of the own-data
-archive, joints [F, M, V, C]; in memory a frame is [C, V, M], the field's order, so that spatial operations run
-over contiguous planes. Reading a batch at fractional time positions is one weighted gather, with no loader process.
+Clips of different length lie one after another, so nothing is padded. The file keeps the layout of the
+own-data archive, joints [F, M, V, C]; in memory a frame is [C, V, M], the field's order, so that spatial
+operations run over contiguous planes. Reading a batch at fractional time positions is one weighted gather,
+with no loader process.
 
 Legend: N clips · F frames of the whole set · C coordinates (3) · T frames read · V joints · M persons.
 """
@@ -33,7 +34,7 @@ _MAX_COORDINATE = 1e3  # metres; anything beyond is not a pose
 
 @dataclass(kw_only=True)
 class Clips:
-    """A whole data set of skeleton clips, resident on one device. Build it with `pack`, `load` or a reader."""
+    """A whole data set of skeleton clips, resident on one device. Made by `pack` or `load`."""
 
     frames: Tensor
     """[F, C, V, M] float32, metres; an absent person is all zeros."""
@@ -57,8 +58,6 @@ class Clips:
         self.offsets = torch.cumsum(self.lengths, 0) - self.lengths  # [N] first frame of each clip
         self._rows = self.frames.flatten(1)  # [F, C*V*M] view for gathers
 
-    # -- making -----------------------------------------------------------------------------------------------
-
     @classmethod
     def pack(
         cls,
@@ -78,8 +77,8 @@ class Clips:
     ) -> Clips:
         """Check arrays in the archive's layout, joints [F, M, V, 3], and place them on `device`.
 
-        Raises `InputError`, beginning with `where`, for shapes that disagree, coordinates that are not finite or
-        beyond 1,000 m, empty or all-zero clips, labels below -1 or beyond the class names.
+        Raises `InputError`, beginning with `where`, for shapes that disagree, coordinates that are not finite
+        or beyond 1,000 m, empty or all-zero clips, labels below -1 or beyond the class names.
         """
         joints = torch.as_tensor(joints)
         length = torch.as_tensor(np.asarray(lengths, dtype=np.int64))
@@ -155,8 +154,6 @@ class Clips:
         """Number of True frames in each clip. mask [F] -> [N]."""
         total = F.pad(mask.long().cumsum(0), (1, 0))
         return total[self.offsets + self.lengths] - total[self.offsets]
-
-    # -- file -------------------------------------------------------------------------------------------------
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Clips:
@@ -236,8 +233,6 @@ class Clips:
         with atomic_path(Path(path)) as temporary:
             save_file(tensors, temporary, metadata=header)
 
-    # -- reading ----------------------------------------------------------------------------------------------
-
     def __len__(self) -> int:
         return len(self.lengths)
 
@@ -259,27 +254,35 @@ class Clips:
         """Clip numbers of a protocol: (train_index, test_index), int64 on the clips' device."""
         if name not in self.splits:
             have = ", ".join(sorted(self.splits)) or "none"
-            raise InputError(
-                f"the data has no protocol {name!r} (it has: {have}); choose one with --data.split"
-            )
+            raise InputError(f"the data has no protocol {name!r} (it has: {have}); choose one with --split")
         mask = self.splits[name]
         return mask.nonzero().flatten(), (~mask).nonzero().flatten()
 
     def read(self, index: Tensor, position: Tensor) -> Tensor:
         """Frames at fractional times, interpolated linearly, as one gather.
 
-        index [N] clip numbers, position [N, T] in frames within 0 .. length - 1 -> [N, C, T, V, M], stored in the
-        order [N, T, C, V, M].
+        index [N] clip numbers, position [N, T] in frames within 0 .. length - 1 -> [N, C, T, V, M], stored in
+        the order [N, T, C, V, M].
         """
-        count, steps = position.shape
-        before = position.floor()
-        weight = position - before
-        after = torch.minimum(before + 1, (self.lengths[index] - 1).unsqueeze(1))
-        rows = torch.stack((before, after), 2).long() + self.offsets[index].view(-1, 1, 1)
-        values = F.embedding_bag(
-            rows.view(-1, 2),
-            self._rows,
-            per_sample_weights=torch.stack((1 - weight, weight), 2).view(-1, 2),
-            mode="sum",
-        )
-        return values.view(count, steps, *self.frames.shape[1:]).transpose(1, 2)
+        first = self.offsets[index]
+        values = interpolate(self._rows, first, first + self.lengths[index] - 1, position)
+        return values.unflatten(2, self.frames.shape[1:]).transpose(1, 2)
+
+
+def interpolate(rows: Tensor, first: Tensor, last: Tensor, position: Tensor) -> Tensor:
+    """Linear interpolation between rows, as one weighted gather.
+
+    rows [R, W]; item n owns the rows first[n] .. last[n] (int64 [N]), and position [N, T] counts from its
+    first row, within 0 .. last - first -> [N, T, W].
+    """
+    before = position.floor()
+    weight = position - before
+    row = before.long() + first.unsqueeze(1)
+    pair = torch.stack((row, torch.minimum(row + 1, last.unsqueeze(1))), 2)
+    values = F.embedding_bag(
+        pair.view(-1, 2),
+        rows,
+        per_sample_weights=torch.stack((1 - weight, weight), 2).view(-1, 2),
+        mode="sum",
+    )
+    return values.view(*position.shape, -1)

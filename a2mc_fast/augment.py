@@ -1,0 +1,248 @@
+"""Views of clips: temporal crop-resize, then spatial operations, batched on the device.
+
+A view is a pure function of (seed, step, view number, place in the batch): all its random choices come from
+`rng` before any frame is read. Up to the noise, every spatial operation is linear in a joint's coordinates,
+so pose or jitter and the rotation are one 3x3 matrix per clip and joint.
+
+Legend: N clips · C coordinates (3) · T frames of a view · V joints · M persons. Views are [N, C, T, V, M],
+stored in the order [N, T, C, V, M].
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from a2mc_fast import rng
+from a2mc_fast.config import ViewConfig
+from a2mc_fast.data.clips import Clips, interpolate
+from a2mc_fast.skeleton import Skeleton, bone_stream, motion_stream
+
+Kind = Literal["weak", "strong", "none"]
+_FILTER_REACH = 7  # frames on either side: the Gaussian filter has 15 taps
+_NUM_DRAWS = 24  # uniform numbers of a view besides one per joint; `_Draws` names them
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """The random choices of one view of N clips, all uniform in [0, 1)."""
+
+    values: Tensor  # [N, _NUM_DRAWS + V]
+
+    def __getitem__(self, which: int | slice) -> Tensor:
+        return self.values[:, which]
+
+    @property
+    def joints(self) -> Tensor:
+        """One number per joint, [N, V]."""
+        return self.values[:, _NUM_DRAWS:]
+
+
+# places in `Draws.values`
+_RATIO, _START, _POSE_OR_JITTER, _JITTER_KIND = 0, 1, 2, 3
+_MATRIX = slice(4, 13)
+_FLIP, _ROTATE, _AXIS, _NOISE, _FILTER, _SIGMA, _MASK, _MASK_AXIS = 13, 14, 15, 19, 20, 21, 22, 23
+_ANGLES = slice(16, 19)
+
+
+def draw(
+    seed: int, step: Tensor | int, views: int, clips: int, joints: int, device: torch.device
+) -> list[Draws]:
+    """The random choices of `views` views of `clips` clips at one step."""
+    shape = (views, clips, _NUM_DRAWS + joints)
+    return [Draws(v) for v in rng.uniform(seed, step, rng.STREAM_VIEWS, shape, device)]
+
+
+def crop_positions(draws: Draws, lengths: Tensor, config: ViewConfig) -> Tensor:
+    """Where a random temporal crop-resize reads: frames of the clip, fractional. lengths [N] -> [N, T].
+
+    The crop spans max(floor(n s), min_frames) frames, at most n, with s uniform in (min_ratio, 1). (ISC)
+    """
+    ratio = config.min_ratio + (1 - config.min_ratio) * draws[_RATIO]
+    span = torch.floor(lengths * ratio).long().clamp_min(config.min_frames).minimum(lengths)
+    start = torch.floor(draws[_START] * (lengths - span + 1)).long()
+    return resize_positions(start, span, config.frames)
+
+
+def center_positions(lengths: Tensor, frames: int, share: float = 0.95) -> Tensor:
+    """Where the centre crop of evaluation reads. lengths [N] -> [N, T]."""
+    # the reference computes this in double precision, where (1 - 0.95) n / 2 falls just above the integer
+    start = torch.floor((1 - share) * lengths.double() / 2).long()
+    return resize_positions(start, lengths - 2 * start, frames)
+
+
+def resize_positions(start: Tensor, span: Tensor, frames: int) -> Tensor:
+    """Half-pixel positions of `frames` samples over span frames from start, edges clamped. [N] -> [N, T]"""
+    grid = torch.arange(frames, device=start.device, dtype=torch.float32) + 0.5
+    offset = grid * (span.unsqueeze(1) / frames) - 0.5
+    return start.unsqueeze(1) + offset.clamp_min(0).minimum((span - 1).unsqueeze(1))
+
+
+def whole_clip(clips: Clips, index: Tensor, frames: int) -> Tensor:
+    """Whole clips resized to `frames`, as the attack sees them. -> [N, C, T, V, M]"""
+    lengths = clips.lengths[index]
+    return clips.read(index, resize_positions(torch.zeros_like(lengths), lengths, frames))
+
+
+def _resample(rho: Tensor, position: Tensor, lengths: Tensor) -> Tensor:
+    """A perturbation of the resized whole clip, read at positions of the native clip.
+
+    rho [N, C, T', V, M], position [N, T] in frames of a clip of n = lengths[N] frames -> [N, C, T, V, M].
+    """
+    count, _, frames, _, _ = rho.shape
+    rows = rho.transpose(1, 2).reshape(count * frames, -1)
+    first = torch.arange(0, count * frames, frames, device=rho.device)
+    place = ((position + 0.5) * (frames / lengths).unsqueeze(1) - 0.5).clamp(0, frames - 1)
+    values = interpolate(rows, first, first + frames - 1, place)
+    return values.unflatten(2, (rho.shape[1], *rho.shape[3:])).transpose(1, 2)
+
+
+def pose_matrices(draws: Draws, config: ViewConfig) -> Tensor:
+    """One 3x3 matrix per clip and joint: pose augmentation or joint jittering, evenly. -> [N, V, 3, 3]
+
+    Pose: a shear with unit diagonal, the same for all joints. Jitter: a share of the joints is set to zero,
+    or multiplied by one random matrix. (ISC)
+    """
+    random = 2 * draws[_MATRIX].unflatten(1, (3, 3)) - 1
+    identity = torch.eye(3, device=random.device)
+    shear = torch.where(identity.bool(), identity, random * config.shear)
+    chosen = round(config.jitter_share * draws.joints.shape[1])
+    hit = torch.zeros_like(draws.joints, dtype=torch.bool)
+    hit.scatter_(1, draws.joints.topk(chosen, 1).indices, True)
+    corrupted = torch.where((draws[_JITTER_KIND] < 0.5).view(-1, 1, 1), torch.zeros_like(random), random)
+    jitter = torch.where(hit[:, :, None, None], corrupted.unsqueeze(1), identity)
+    return torch.where((draws[_POSE_OR_JITTER] < 0.5).view(-1, 1, 1, 1), jitter, shear.unsqueeze(1))
+
+
+def rotation_matrices(draws: Draws, config: ViewConfig) -> Tensor:
+    """Rotation about x, y, z in this order: one main axis up to 30 degrees, the others up to 1. -> [N, 3, 3]
+
+    The angles are non-negative only. (AimCLR)
+    """
+    main = torch.floor(3 * draws[_AXIS]).long()
+    limit = torch.full_like(draws[_ANGLES], math.radians(1)).scatter_(1, main.unsqueeze(1), math.radians(30))
+    angle = draws[_ANGLES] * limit * (draws[_ROTATE] < config.rotate_p).unsqueeze(1)
+    cos, sin = angle.cos(), angle.sin()
+    zero, one = torch.zeros_like(cos[:, 0]), torch.ones_like(cos[:, 0])
+    (cx, cy, cz), (sx, sy, sz) = cos.unbind(1), sin.unbind(1)
+    about_x = torch.stack((one, zero, zero, zero, cx, sx, zero, -sx, cx), 1)
+    about_y = torch.stack((cy, zero, -sy, zero, one, zero, sy, zero, cy), 1)
+    about_z = torch.stack((cz, sz, zero, -sz, cz, zero, zero, zero, one), 1)
+    rx, ry, rz = (m.unflatten(1, (3, 3)) for m in (about_x, about_y, about_z))
+    return rz @ ry @ rx  # column vectors: R_x acts first
+
+
+def transform(x: Tensor, matrices: Tensor) -> Tensor:
+    """Each joint's coordinates times its matrix. x [N, C, T, V, M], matrices [N, V, 3, 3] -> like x."""
+    planes = x.transpose(1, 2)  # [N, T, C, V, M]
+    columns = matrices.permute(0, 2, 3, 1)[:, None, :, :, :, None]  # [N, 1, out, in, V, 1]
+    columns = columns.expand(*columns.shape[:-1], x.shape[-1]).contiguous()
+    result = planes[:, :, 0:1] * columns[:, :, :, 0]
+    result.addcmul_(planes[:, :, 1:2], columns[:, :, :, 1])
+    result.addcmul_(planes[:, :, 2:3], columns[:, :, :, 2])
+    return result.transpose(1, 2)
+
+
+def _filter_matrices(draws: Draws, frames: int, config: ViewConfig) -> Tensor:
+    """The Gaussian filter over time, zero-padded, as a band matrix; identity where not drawn. -> [N, T, T]"""
+    sigma = 0.1 + 1.9 * draws[_SIGMA]
+    time = torch.arange(frames, device=sigma.device)
+    distance = (time.unsqueeze(1) - time).abs()
+    band = torch.exp(-(distance**2) / (2 * sigma**2).view(-1, 1, 1)) * (distance <= _FILTER_REACH)
+    if config.filter_normalize:
+        tap = torch.arange(-_FILTER_REACH, _FILTER_REACH + 1, device=sigma.device)
+        band = band / torch.exp(-(tap**2) / (2 * sigma**2).unsqueeze(1)).sum(1).view(-1, 1, 1)
+    on = (draws[_FILTER] < config.filter_p).view(-1, 1, 1)
+    return torch.where(on, band, torch.eye(frames, device=sigma.device))
+
+
+def spatial(
+    x: Tensor, kind: Kind, draws: Draws, noise: Tensor | None, config: ViewConfig, mirror: Tensor
+) -> Tensor:
+    """The spatial operations of a view. x [N, C, T, V, M] metres -> like x.
+
+    weak: pose or jitter. strong: then flip, rotation, noise, filter over time and axis mask, in this order.
+    `noise` [N, C, T, V, M] is standard normal, and read by the strong view only; `mirror` [V] swaps the
+    sides.
+    """
+    if kind == "none":
+        return x
+    matrices = pose_matrices(draws, config)
+    if kind == "weak":
+        return transform(x, matrices)
+    assert noise is not None
+    flip = draws[_FLIP] < config.flip_p
+    rotation = rotation_matrices(draws, config)
+    if config.flip_mirror_x:
+        sign = x.new_tensor([-1.0, 1.0, 1.0])
+        rotation = torch.where(flip.view(-1, 1, 1), rotation * sign, rotation)
+    y = transform(x, rotation.unsqueeze(1) @ matrices)  # the rotation is the same for all joints: it commutes
+    y = torch.where(flip.view(-1, 1, 1, 1, 1), y[:, :, :, mirror], y)
+    scale = config.noise_std * (draws[_NOISE] < config.noise_p).view(-1, 1, 1, 1, 1)
+    if not config.noise_absent:
+        scale = scale * present(x)
+    y = y + scale * noise
+    rows = y.transpose(1, 2).flatten(2)  # [N, T, C*V*M]
+    y = (_filter_matrices(draws, y.shape[2], config) @ rows).view(y.transpose(1, 2).shape).transpose(1, 2)
+    masked = torch.floor(3 * draws[_MASK_AXIS]).long().unsqueeze(1) == torch.arange(3, device=x.device)
+    masked = masked & (draws[_MASK] < config.mask_p).unsqueeze(1)
+    return y * (~masked).view(-1, 3, 1, 1, 1)
+
+
+def present(x: Tensor) -> Tensor:
+    """Where a person stands in a frame: any coordinate not zero. x [N, C, T, V, M] -> [N, 1, T, 1, M]
+    bool."""
+    return (x != 0).any(3, keepdim=True).any(1, keepdim=True)
+
+
+class Views:
+    """Makes views of a set of clips; holds what does not change from step to step."""
+
+    def __init__(self, clips: Clips, config: ViewConfig, seed: int) -> None:
+        self.clips, self.config, self.seed = clips, config, seed
+        self.mirror = torch.tensor(clips.skeleton.mirror, device=clips.device)
+
+    def draw(self, step: Tensor | int, clips: int, views: int = 4) -> list[Draws]:
+        """The random choices of all views of one step."""
+        joints = self.clips.skeleton.num_joints
+        return draw(self.seed, step, views, clips, joints, self.clips.device)
+
+    def whole(self, index: Tensor) -> Tensor:
+        """Whole clips resized to T frames, without any augmentation. index [N] -> [N, C, T, V, M]"""
+        return whole_clip(self.clips, index, self.config.frames)
+
+    def make(
+        self, index: Tensor, kind: Kind, draws: Draws, step: Tensor | int, rho: Tensor | None = None
+    ) -> Tensor:
+        """One view of clips index [N], of the clips themselves or as perturbed by rho. -> [N, C, T, V, M]
+
+        rho [N, C, T, V, M] belongs to the resized whole clips; it is resampled to the times the crop reads.
+        """
+        if kind == "none":
+            x = self.whole(index)
+            return x if rho is None else x + rho
+        lengths = self.clips.lengths[index]
+        position = crop_positions(draws, lengths, self.config)
+        x = self.clips.read(index, position)
+        if rho is not None:
+            x = x + _resample(rho, position, lengths)
+        noise = None
+        if kind == "strong":
+            memory_order = x.transpose(1, 2).shape
+            noise = rng.normal(self.seed, step, rng.STREAM_NOISE, memory_order, x.device).transpose(1, 2)
+        return spatial(x, kind, draws, noise, self.config, self.mirror)
+
+    def centered(self, index: Tensor) -> Tensor:
+        """The centre crop of evaluation. index [N] -> [N, C, T, V, M]"""
+        return self.clips.read(index, center_positions(self.clips.lengths[index], self.config.frames))
+
+
+def stream(x: Tensor, name: Literal["joint", "motion", "bone"], skeleton: Skeleton) -> Tensor:
+    """The stream an encoder sees, computed after augmentation. x [N, C, T, V, M] -> like x."""
+    if name == "motion":
+        return motion_stream(x)
+    return bone_stream(x, skeleton) if name == "bone" else x

@@ -1,0 +1,455 @@
+"""Every setting, as frozen dataclasses with the paper's values as defaults, and the presets built from them.
+
+A full run is a `Config`; presets are functions that return one, and every field is a flag of the command line
+(`--optim.lr 0.02`). Nothing here imports torch, so `--help` is instant. Cross-field checks live in
+`Config.__post_init__`; each error names the flag to change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from a2mc_fast.errors import InputError, require
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViewConfig:
+    """How a clip becomes a view: temporal crop-resize, then spatial operations."""
+
+    frames: int = 64
+    """Frames T that every view is resized to."""
+    min_ratio: float = 0.1
+    """Shortest temporal crop, as a share of the clip, in (0, 1]."""
+    min_frames: int = 64
+    """No crop is shorter than this many frames (or than the clip)."""
+    shear: float = 1.0
+    """Off-diagonal entries of the pose (shear) matrix are uniform in ±this."""
+    jitter_share: float = 0.6
+    """Share of joints that joint jittering corrupts: 15 of 25."""
+    weak: Literal["weak", "none"] = "weak"
+    """View of the attacked clip that gives f1; none = the whole clip, only resized."""
+    strong: Literal["strong", "weak", "none"] = "strong"
+    """View of the attacked clip that gives f2."""
+    flip_p: float = 0.5
+    """Strong view: chance of swapping left and right joints."""
+    flip_mirror_x: bool = False
+    """Also negate x when flipping; public code does not."""
+    rotate_p: float = 1.0
+    """Strong view: chance of a rotation (main axis up to 30 degrees, the others up to 1)."""
+    noise_p: float = 0.5
+    """Strong view: chance of additive Gaussian noise."""
+    noise_std: float = 0.01
+    """Standard deviation of the noise, metres."""
+    noise_absent: bool = True
+    """Add the noise to an absent (all-zero) person too, as public code does."""
+    filter_p: float = 0.5
+    """Strong view: chance of a Gaussian filter over time, length 15, sigma uniform in (0.1, 2)."""
+    filter_normalize: bool = False
+    """Let the filter's weights sum to one; public code does not, so it amplifies up to five times."""
+    mask_p: float = 0.5
+    """Strong view: chance of setting one axis to zero."""
+
+    def __post_init__(self) -> None:
+        require(self.frames >= 2, f"views.frames must be >= 2, got {self.frames}")
+        require(self.min_frames >= 1, f"views.min_frames must be >= 1, got {self.min_frames}")
+        require(0 < self.min_ratio <= 1, f"views.min_ratio must be in (0, 1], got {self.min_ratio}")
+        require(0 <= self.jitter_share <= 1, f"views.jitter_share must be in [0, 1], got {self.jitter_share}")
+        for name in ("flip_p", "rotate_p", "noise_p", "filter_p", "mask_p"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"views.{name} is a probability, got {value}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncoderConfig:
+    """The backbone and its projection head."""
+
+    name: Literal["bigru"] = "bigru"
+    """Backbone."""
+    hidden: int = 1024
+    """BiGRU: hidden units per direction."""
+    layers: int = 3
+    """BiGRU: layers."""
+    time_mode: Literal["forward_pair", "bidirectional"] = "forward_pair"
+    """BiGRU: two passes forward in time, as in the reference code, or true time reversal."""
+    input_norm: bool = True
+    """BiGRU: BatchNorm over the input coordinates (CMD, PCM3 yes; ISC no)."""
+    projection: int = 128
+    """Width D of the contrasted features."""
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "layers", "projection"):
+            require(getattr(self, name) >= 1, f"encoder.{name} must be >= 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttackConfig:
+    """The targeted semantic attack (Eq. 5-6)."""
+
+    enabled: bool = True
+    """Attack the clip before the weak and strong views."""
+    lr: float = 0.1
+    """Step size epsilon of Adam, metres."""
+    radius: float = 0.5
+    """Largest norm eta of the perturbation within `scope`, metres."""
+    scope: Literal["person_frame", "frame", "person", "sample", "joint"] = "person_frame"
+    """What `radius` bounds: one person in one frame, one frame, one person, the clip, or one joint."""
+    grad_norm: Literal["person_frame", "frame", "sample", "none"] = "person_frame"
+    """Scale the gradient to unit length within this scope before Adam, so that early frames are reached."""
+    objective: Literal["softmax", "logits", "entropy", "cross_entropy"] = "softmax"
+    """Squared distance of the class distribution (or of the logits) to 1/C, its negative entropy, or the
+    negative cross-entropy of the predicted class."""
+    direction: Literal["descend", "ascend"] = "descend"
+    """Descend makes the class distribution flatter; ascend is for debugging."""
+    reduction: Literal["sum", "mean"] = "sum"
+    """How clips are reduced; it matters only with `grad_norm none`."""
+    steps: int = 1
+    """Adam steps, projected after each."""
+    mask_absent: bool = True
+    """Leave absent (all-zero) persons untouched."""
+    classes: int = 0
+    """Outputs C of the frozen class layer; 0 = the number of classes of the data."""
+    classifier: Literal["random", "prototypes", "pseudo_labels"] = "random"
+    """The class layer: frozen and random, the k-means centres of the bank, or trained on the nearest
+    centre."""
+    feature: Literal["encoder", "head"] = "encoder"
+    """What the class layer reads: the encoder's feature or the projected one."""
+    norm_mode: Literal["eval", "train"] = "eval"
+    """BatchNorm and dropout during the attack: inference mode leaves the running statistics alone."""
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, f"attack.lr must be > 0, got {self.lr}")
+        require(self.radius > 0, f"attack.radius must be > 0, got {self.radius}")
+        require(self.steps >= 1, f"attack.steps must be >= 1, got {self.steps}")
+        require(
+            self.classes == 0 or self.classes >= 2, f"attack.classes must be 0 or >= 2, got {self.classes}"
+        )
+        require(
+            self.classifier != "prototypes" or self.feature == "head",
+            "attack.classifier prototypes are centres of projected features: add --attack.feature head",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossConfig:
+    """Mixing contrast (Eq. 8-11)."""
+
+    temperature: float = 0.07
+    """Softmax temperature tau of the loss."""
+    mix: tuple[float, ...] = (0.4, 0.3, 0.2, 0.1)
+    """Shares lambda of the positive feature in the mixed banks; none = the plain bank alone."""
+    mixing: Literal["own", "tiled"] = "own"
+    """Each query mixes its own feature into the bank, or bank row k is mixed with feature k mod N for all."""
+    renormalize: bool = False
+    """Bring mixed rows back to unit length."""
+    live_target: bool = False
+    """Let L2's gradient reach the target distribution of f3."""
+    weak: Literal["contrast", "off"] = "contrast"
+    """L1: InfoNCE of f1, or nothing."""
+    strong: Literal["distill", "contrast", "off"] = "distill"
+    """L2: f2's distribution pulled to f3's, or InfoNCE of f2, or nothing."""
+
+    def __post_init__(self) -> None:
+        require(self.temperature > 0, f"loss.temperature must be > 0, got {self.temperature}")
+        require(all(0 < share < 1 for share in self.mix), f"loss.mix must lie in (0, 1), got {self.mix}")
+        require(
+            not (self.live_target and self.strong != "distill"), "loss.live_target needs loss.strong distill"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BankConfig:
+    """The memory bank of negatives (Eq. 7)."""
+
+    kind: Literal["gradient", "fifo"] = "gradient"
+    """Rows that ascend the loss, or a first-in-first-out queue of keys."""
+    size: int = 16384
+    """Rows K."""
+    lr: float = 3.0
+    """Step size beta of the ascent at K = 16,384."""
+    lr_scaling: bool = True
+    """Multiply `lr` by K / 16,384, because a row's share of the softmax, hence its gradient, goes as 1/K."""
+    temperature: float = 0.03
+    """Softmax temperature tau_m of the ascent."""
+    momentum: float = 0.9
+    """Momentum of the ascent."""
+    weight_decay: float = 1e-4
+    """Weight decay of the ascent."""
+    objective: Literal["total", "infonce"] = "total"
+    """What the rows ascend: the whole loss L, or InfoNCE of `queries` against the plain bank."""
+    queries: tuple[Literal["weak", "strong", "basic"], ...] = ("weak", "basic")
+    """Objective infonce: the features whose gradients are combined."""
+    reduction: Literal["mean", "sum"] = "mean"
+    """Objective infonce: how they are combined."""
+    init: Literal["warmup", "keys_only", "random"] = "warmup"
+    """How the rows start: MoCo steps that write their keys, keys of the untrained encoder, or random rows."""
+    warmup_steps: int = -1
+    """MoCo steps before mixing, attack and ascent begin; -1 = just enough to fill the rows, ceil(K / N)."""
+
+    def __post_init__(self) -> None:
+        require(self.size >= 1, f"bank.size must be >= 1, got {self.size}")
+        require(self.lr > 0, f"bank.lr must be > 0, got {self.lr}")
+        require(self.temperature > 0, f"bank.temperature must be > 0, got {self.temperature}")
+        require(0 <= self.momentum < 1, f"bank.momentum must be in [0, 1), got {self.momentum}")
+        require(self.weight_decay >= 0, f"bank.weight_decay must be >= 0, got {self.weight_decay}")
+        require(len(self.queries) > 0, "bank.queries must name at least one of weak, strong, basic")
+        require(self.warmup_steps >= -1, f"bank.warmup_steps must be >= 0, or -1, got {self.warmup_steps}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimConfig:
+    """SGD, its schedule, and the key encoder's moving average."""
+
+    batch_size: int = 64
+    """Clips N per step; the last partial batch of an epoch is dropped."""
+    epochs: int = 450
+    """Passes over the training clips after the warm-up."""
+    lr: float = 0.01
+    """Learning rate."""
+    milestones: tuple[int, ...] = (350,)
+    """Epochs after which the learning rate drops."""
+    gamma: float = 0.1
+    """Factor of each drop."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    weight_decay: float = 1e-4
+    """Weight decay of SGD."""
+    ema: float = 0.999
+    """Share of the key encoder kept at each step (Eq. 4)."""
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 2, f"optim.batch_size must be >= 2, got {self.batch_size}")
+        require(self.epochs >= 1, f"optim.epochs must be >= 1, got {self.epochs}")
+        require(self.lr > 0, f"optim.lr must be > 0, got {self.lr}")
+        require(0 <= self.ema <= 1, f"optim.ema must be in [0, 1], got {self.ema}")
+        require(
+            list(self.milestones) == sorted(set(self.milestones)) and all(m >= 0 for m in self.milestones),
+            f"optim.milestones must ascend, got {self.milestones}",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """How and where the run is made. These fields may change when a run is resumed."""
+
+    out: str = ""
+    """Run folder; empty = runs/PRESET."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto = the GPU if there is one."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of views, attack step and loss (never the recurrent layer); auto = on a GPU only."""
+    log_every: int = 10
+    """Steps between log lines."""
+    eval_every: int = 10
+    """Epochs between kNN evaluations; 0 = only before and after training."""
+    checkpoint_every: int = 1
+    """Epochs between checkpoints; the last step always saves."""
+    tensorboard: bool = False
+    """Also write TensorBoard events (extra `tensorboard`)."""
+    progress: bool = True
+    """Show the progress bar."""
+
+    def __post_init__(self) -> None:
+        require(self.log_every >= 1, f"run.log_every must be >= 1, got {self.log_every}")
+        require(self.eval_every >= 0, f"run.eval_every must be >= 0, got {self.eval_every}")
+        require(self.checkpoint_every >= 1, f"run.checkpoint_every must be >= 1, got {self.checkpoint_every}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyntheticConfig:
+    """The built-in set, used when no data file is given."""
+
+    clips: int = 2000
+    """Clips generated, training and test together."""
+    classes: int = 20
+    """Actions."""
+    seed: int = 0
+    """Seed of the generator."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """One whole run. The defaults are the paper's for NTU RGB+D 60, cross-subject."""
+
+    preset: str = "ntu60-xsub"
+    """Name of the preset this came from."""
+    data: str = ""
+    """Packed clips (.safetensors) made by a2mc_fast.prepare; empty = the built-in synthetic set."""
+    split: str = "xsub"
+    """Protocol: its training clips are pretrained on, kNN tests on the others."""
+    stream: Literal["joint", "motion", "bone"] = "joint"
+    """What the encoder sees: coordinates, their differences in time, or bone vectors."""
+    seed: int = 0
+    """Seed of weights, batch order and views."""
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "bf16"
+    """Arithmetic of the encoder on a GPU; features, loss, bank and master weights stay float32. On a CPU
+    everything runs in fp32."""
+    views: ViewConfig = field(default_factory=ViewConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    attack: AttackConfig = field(default_factory=AttackConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    bank: BankConfig = field(default_factory=BankConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            self.bank.size >= self.optim.batch_size,
+            f"bank.size {self.bank.size} is smaller than optim.batch_size {self.optim.batch_size}: "
+            "a batch of keys must fit into the bank",
+        )
+        require(
+            all(m < self.optim.epochs for m in self.optim.milestones),
+            f"optim.milestones {self.optim.milestones} must be smaller than optim.epochs {self.optim.epochs}",
+        )
+        unused = {name for name in self.bank.queries if name != "basic" and getattr(self.loss, name) == "off"}
+        require(
+            self.bank.objective != "infonce" or not unused,
+            f"bank.queries names {', '.join(sorted(unused))}, which loss switches off",
+        )
+        require(0 <= self.seed < 2**63, f"seed must be in 0 .. 2^63 - 1, got {self.seed}")
+
+    @property
+    def bank_lr(self) -> float:
+        """Step size of the ascent at this bank size."""
+        return self.bank.lr * (self.bank.size / 16384 if self.bank.lr_scaling else 1.0)
+
+    @property
+    def warmup_steps(self) -> int:
+        """MoCo steps before the method proper begins."""
+        if self.bank.warmup_steps >= 0:
+            return self.bank.warmup_steps
+        return -(-self.bank.size // self.optim.batch_size) if self.bank.init == "warmup" else 0
+
+
+def _paper(preset: str, data: str, split: str, *, epochs: int = 450, milestone: int = 350) -> Config:
+    """The paper's run on one protocol (sec. IV-B)."""
+    optim = OptimConfig(epochs=epochs, milestones=(milestone,))
+    return Config(preset=preset, data=data, split=split, optim=optim)
+
+
+def own_data() -> Config:
+    """A starting point for a few thousand clips of any skeleton: a smaller encoder and bank, longer
+    warm-up."""
+    return Config(
+        preset="own",
+        data="clips.safetensors",
+        encoder=EncoderConfig(hidden=512, layers=2),
+        bank=BankConfig(size=4096, warmup_steps=1500),
+        optim=OptimConfig(lr=0.05, epochs=300, milestones=(250,)),
+    )
+
+
+def demo() -> Config:
+    """The no-argument default: the whole method on the built-in set, sized for two CPU cores."""
+    return Config(
+        preset="demo",
+        precision="fp32",
+        views=ViewConfig(frames=32, min_frames=32),
+        encoder=EncoderConfig(hidden=64, layers=1),
+        bank=BankConfig(size=1024, warmup_steps=300),
+        optim=OptimConfig(lr=0.05, epochs=40, milestones=(30,)),
+    )
+
+
+def _ablations(config: Config) -> dict[str, Config]:
+    """The paper's ablation rows (Tables V and VI) of one run, as complete configurations."""
+    plain = replace(config.loss, mix=())
+    fifo = replace(config.bank, kind="fifo")
+    no_attack = replace(config.attack, enabled=False)
+    basic_only = replace(plain, weak="off", strong="off")
+    infonce = replace(plain, strong="contrast")
+    no_views = replace(config.views, weak="none", strong="none")
+    b1 = replace(config, attack=no_attack, loss=basic_only, bank=replace(fifo, warmup_steps=0))
+    variants = {
+        "b1": b1,
+        "b2": replace(config, attack=no_attack, loss=replace(basic_only, mix=config.loss.mix)),
+        "b3": replace(config, loss=infonce, bank=fifo),
+        "b4": replace(config, loss=plain, bank=fifo),
+        "a1": b1,
+        "a2": replace(config, attack=no_attack),
+        "a3": replace(config, views=no_views),
+    }
+    return {suffix: replace(v, preset=f"{config.preset}-{suffix}") for suffix, v in variants.items()}
+
+
+_RUNS = (
+    demo(),
+    _paper("ntu60-xsub", "ntu60.safetensors", "xsub"),
+    _paper("ntu60-xview", "ntu60.safetensors", "xview"),
+    _paper("ntu120-xsub", "ntu120.safetensors", "xsub"),
+    _paper("ntu120-xset", "ntu120.safetensors", "xset"),
+    _paper("pku1", "pku1.safetensors", "xsub"),
+    _paper("pku2", "pku2.safetensors", "xsub", epochs=1000, milestone=800),
+    own_data(),
+)
+
+PRESETS: dict[str, Config] = {run.preset: run for base in _RUNS for run in (base, *_ablations(base).values())}
+"""Complete runs by name: each data set, and with -b1 .. -b4, -a1 .. -a3 appended its ablations."""
+
+BASE_PRESETS: tuple[str, ...] = tuple(run.preset for run in _RUNS)
+
+
+def preset(name: str) -> Config:
+    """The preset of this name; `InputError` lists them otherwise."""
+    if name not in PRESETS:
+        raise InputError(
+            f"unknown preset {name!r}; choose one of {', '.join(BASE_PRESETS)}, "
+            "or one of them with -b1, -b2, -b3, -b4, -a1, -a2 or -a3 appended for an ablation"
+        )
+    return PRESETS[name]
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """JSON form of a configuration."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(content: dict[str, Any], kind: type = Config, where: str = "config") -> Any:
+    """Configuration from its JSON form. `InputError` names an unknown or ill-typed field."""
+    require(isinstance(content, dict), f"{where} must be an object, got {type(content).__name__}")
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(content) - set(hints))
+    require(not unknown, f"{where} has unknown fields: {', '.join(unknown)}")
+    values = {name: _typed(content[name], hints[name], f"{where}.{name}") for name in content}
+    return kind(**values)
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    """`value` from JSON as the field's type."""
+    if dataclasses.is_dataclass(hint):
+        return from_dict(value, typing.cast(type, hint), where)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        require(value in args, f"{where} must be one of {', '.join(map(str, args))}, got {value!r}")
+        return value
+    if origin is tuple:
+        require(isinstance(value, list | tuple), f"{where} must be a list, got {value!r}")
+        return tuple(_typed(item, args[0], where) for item in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    matches = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+    require(matches, f"{where} must be {hint.__name__}, got {value!r}")
+    return value
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Fields in which two runs differ, as "name: old -> new"; `run` and the preset's name do not count."""
+
+    def flat(config: Config) -> dict[str, Any]:
+        content = to_dict(config)
+        result: dict[str, Any] = {}
+        for name, value in content.items():
+            if name in ("run", "preset"):
+                continue
+            if isinstance(value, dict):
+                result |= {f"{name}.{inner}": v for inner, v in value.items()}
+            else:
+                result[name] = value
+        return result
+
+    before, after = flat(old), flat(new)
+    return [f"{name}: {before[name]} -> {after[name]}" for name in before if before[name] != after[name]]

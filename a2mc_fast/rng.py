@@ -1,0 +1,69 @@
+"""Random numbers that are a pure function of (seed, step, stream, index), the same on every device.
+
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in tensor arithmetic.
+There is no generator state to save, to synchronise or to capture: the counter is (index, stream, step), the
+key is the seed. `step` may be a tensor on the device.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)  # what each round adds to the key
+_ROUNDS = 10
+
+# streams of the training step; evaluation and the attack use their own
+STREAM_ORDER, STREAM_VIEWS, STREAM_NOISE, STREAM_EVALUATE, STREAM_KMEANS = range(5)
+
+
+def philox(seed: int, step: Tensor | int, stream: int, count: int, device: torch.device | str) -> Tensor:
+    """`count` blocks of four random 32-bit words, as int64 [4, count].
+
+    Block i encrypts the counter (i, stream, low and high half of step) with the seed's two halves.
+    """
+    step = torch.as_tensor(step, dtype=torch.int64, device=device)
+    zero = torch.zeros(count, dtype=torch.int64, device=device)
+    c0, c1 = torch.arange(count, device=device), zero + stream
+    c2, c3 = zero + (step & _MASK), zero + ((step >> 32) & _MASK)
+    key0, key1 = seed & _MASK, seed >> 32 & _MASK
+    for _ in range(_ROUNDS):
+        # signed products wrap, and masking makes their high words unsigned again; in place, since large
+        # counts are bound by memory
+        c0.mul_(_MULTIPLIERS[0])
+        c2.mul_(_MULTIPLIERS[1])
+        high0 = (c0 >> 32).bitwise_and_(_MASK).bitwise_xor_(c3).bitwise_xor_(key1)
+        high2 = (c2 >> 32).bitwise_and_(_MASK).bitwise_xor_(c1).bitwise_xor_(key0)
+        c0, c1, c2, c3 = high2, c2.bitwise_and_(_MASK), high0, c0.bitwise_and_(_MASK)
+        key0, key1 = (key0 + _WEYL[0]) & _MASK, (key1 + _WEYL[1]) & _MASK
+    return torch.stack((c0, c1, c2, c3))
+
+
+def uniform(
+    seed: int, step: Tensor | int, stream: int, shape: tuple[int, ...], device: torch.device | str
+) -> Tensor:
+    """Uniform float32 in [0, 1), multiples of 2^-24."""
+    count = math.prod(shape)
+    words = philox(seed, step, stream, -(-count // 4), device)
+    return ((words >> 8).float() * 2.0**-24).view(-1)[:count].view(shape)
+
+
+def normal(
+    seed: int, step: Tensor | int, stream: int, shape: tuple[int, ...], device: torch.device | str
+) -> Tensor:
+    """Standard normal float32 (Box-Muller)."""
+    half = -(-math.prod(shape) // 2)
+    draws = uniform(seed, step, stream, (2, half), device)
+    radius = (-2 * torch.log1p(-draws[0])).sqrt_()  # 1 - u is in (0, 1], so the logarithm is finite
+    angle = draws[1] * (2 * math.pi)
+    return torch.cat((radius * angle.cos(), radius * angle.sin()))[: math.prod(shape)].view(shape)
+
+
+def permutation(seed: int, step: Tensor | int, stream: int, count: int, device: torch.device | str) -> Tensor:
+    """A random order of 0 .. count - 1, int64 [count]."""
+    words = philox(seed, step, stream, count, device)
+    return torch.argsort(words[0] << 31 ^ words[1])  # 63 random bits: a tie is out of reach

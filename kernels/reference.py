@@ -1,0 +1,308 @@
+"""Plain-torch form of every fused operation: the CPU path, the benchmark baseline and the tests' oracle.
+
+The mixed banks of A²MC (Eq. 8) hold λ f + (1-λ) m for every bank row m, so with the similarity s = u·m each
+of their logits is (λ u·f + (1-λ) s) / τ. One matrix product per anchor gives all of them, and the sums over
+the 1 + len(mix) banks need one pass over s. Nothing of size N·K·len(mix) is stored; the largest buffers are
+[N, K].
+
+Every function takes any floating dtype: float64 in gives float64 truth out.
+Legend: N batch · K bank rows · D feature dim · J = 1 + len(mix) banks (the plain one first) · τ temperature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+_BLOCK = 4096  # bank rows per pass: a [64, 4096] float32 block stays in a core's second-level cache
+
+
+class _Softmax(NamedTuple):
+    """Softmax of one anchor's logits over its positive and its J banks, per row."""
+
+    lse: Tensor  # [N] log-partition
+    positive: Tensor  # [N] probability of the positive
+    bank: Tensor  # [J, N] probability of each bank
+    weight: Tensor  # [N, K] sum over banks of (1-λ) times the probability: τ times d lse / d s
+
+
+def _scales(mix: Sequence[float]) -> list[float]:
+    """1 - λ of each bank, the plain one first."""
+    return [1.0, *(1.0 - share for share in mix)]
+
+
+def _shares(mix: Sequence[float], like: Tensor) -> Tensor:
+    """λ of each bank, the plain one first. -> [J]"""
+    return like.new_tensor([0.0, *mix])
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Row-wise inner products. [N, D], [N, D] -> [N]"""
+    return (a * b).sum(1)
+
+
+def _softmax(
+    similarity: Tensor, positive: Tensor, offset: Tensor, mix: Sequence[float], inv_tau: float
+) -> _Softmax:
+    """Softmax over {positive, offset_j + (1-λ_j) s_k} / τ in one pass over s.
+
+    similarity [N, K], positive [N], offset [J, N] (λ_j u·f, zero for the plain bank).
+    """
+    scales = _scales(mix)
+    top = similarity.amax(1)
+    # (1-λ) > 0, so the largest logit of each bank sits where s is largest: the shift is known before the pass
+    highest = torch.stack([offset[j] + scale * top for j, scale in enumerate(scales)]).amax(0)
+    shift = torch.maximum(positive, highest) * inv_tau
+    bias = offset * inv_tau - shift
+    bank = torch.zeros_like(offset)
+    weight = torch.zeros_like(similarity)
+    for rows, out in zip(similarity.split(_BLOCK, 1), weight.split(_BLOCK, 1), strict=True):
+        for j, scale in enumerate(scales):
+            exponential = torch.add(bias[j].unsqueeze(1), rows, alpha=scale * inv_tau).exp_()
+            bank[j] += exponential.sum(1)
+            out.add_(exponential, alpha=scale)
+    first = torch.exp(positive * inv_tau - shift)
+    total = first + bank.sum(0)
+    return _Softmax(shift + total.log(), first / total, bank / total, weight.div_(total.unsqueeze(1)))
+
+
+class _Contrast(torch.autograd.Function):
+    """`contrast`, with the anchor's gradient formed in the forward pass while the weights are at hand."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: Tensor, key: Tensor, bank: Tensor, mix: tuple[float, ...], inv_tau: float
+    ) -> Tensor:
+        shares = _shares(mix, anchor)
+        positive, own = _dot(anchor, key), _dot(anchor, anchor)
+        p = _softmax(anchor @ bank.T, positive, shares.outer(own), mix, inv_tau)
+        gradient = None
+        if ctx.needs_input_grad[0]:
+            # d(λ f·f)/df = 2λ f: the own feature is mixed in, and nothing is detached
+            gradient = torch.addmm((p.positive - 1).unsqueeze(1) * key, p.weight, bank)
+            gradient.addcmul_((shares @ p.bank).unsqueeze(1), anchor, value=2).mul_(inv_tau)
+        ctx.save_for_backward(gradient, anchor, p.weight if ctx.needs_input_grad[2] else None)
+        ctx.inv_tau = inv_tau
+        return p.lse - positive * inv_tau
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, anchor, weight = ctx.saved_tensors
+        return *_backward(grad, gradient, anchor, weight, ctx.inv_tau), None, None
+
+
+class _Distill(torch.autograd.Function):
+    """`distill` with a detached target; see `_Contrast`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchor: Tensor,
+        teacher: Tensor,
+        key: Tensor,
+        bank: Tensor,
+        mix: tuple[float, ...],
+        inv_tau: float,
+    ) -> Tensor:
+        shares = _shares(mix, anchor)
+        positive, own = _dot(anchor, key), _dot(anchor, anchor)
+        similarity = anchor @ bank.T
+        p = _softmax(similarity, positive, shares.outer(own), mix, inv_tau)
+        # the target is evaluated on the same columns, those mixed with the anchor
+        t = _softmax(teacher @ bank.T, _dot(teacher, key), shares.outer(_dot(teacher, anchor)), mix, inv_tau)
+        mean_logit = t.positive * positive + (shares @ t.bank) * own + _dot(t.weight, similarity)
+        difference = p.weight.sub_(t.weight)
+        gradient = None
+        if ctx.needs_input_grad[0]:
+            gradient = torch.addmm((p.positive - t.positive).unsqueeze(1) * key, difference, bank)
+            gradient.addcmul_((shares @ (p.bank - t.bank)).unsqueeze(1), anchor, value=2).mul_(inv_tau)
+        ctx.save_for_backward(gradient, anchor, difference if ctx.needs_input_grad[3] else None)
+        ctx.inv_tau = inv_tau
+        return p.lse - mean_logit * inv_tau
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, anchor, weight = ctx.saved_tensors
+        to_anchor, _, to_bank = _backward(grad, gradient, anchor, weight, ctx.inv_tau)
+        return to_anchor, None, None, to_bank, None, None
+
+
+def _backward(
+    grad: Tensor, gradient: Tensor | None, anchor: Tensor, weight: Tensor | None, inv_tau: float
+) -> tuple[Tensor | None, None, Tensor | None]:
+    """Chain rule shared by both losses: (anchor, key, bank)."""
+    to_anchor = None if gradient is None else grad.unsqueeze(1) * gradient
+    to_bank = None if weight is None else weight.T @ ((grad * inv_tau).unsqueeze(1) * anchor)
+    return to_anchor, None, to_bank
+
+
+def contrast(anchor: Tensor, key: Tensor, bank: Tensor, mix: Sequence[float], temperature: float) -> Tensor:
+    """Cross-entropy of the positive against the bank and its mixed copies (A²MC Eq. 10; Eq. 1 without `mix`).
+
+    anchor, key [N, D], bank [K, D] -> [N]. Differentiable in anchor and bank; key is a constant.
+    """
+    return _Contrast.apply(anchor, key.detach(), bank, tuple(mix), 1.0 / temperature)
+
+
+def distill(
+    anchor: Tensor, teacher: Tensor, key: Tensor, bank: Tensor, mix: Sequence[float], temperature: float
+) -> Tensor:
+    """Cross-entropy of the anchor's similarity distribution under the teacher's (A²MC Eq. 11).
+
+    anchor, teacher, key [N, D], bank [K, D] -> [N]. Differentiable in anchor and bank; key and teacher are
+    constants. Both distributions are taken over the banks mixed with the anchor.
+    """
+    return _Distill.apply(anchor, teacher.detach(), key.detach(), bank, tuple(mix), 1.0 / temperature)
+
+
+def mixing_contrast(
+    key: Tensor,
+    basic: Tensor,
+    weak: Tensor,
+    strong: Tensor,
+    bank: Tensor,
+    mix: Sequence[float],
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """L1, L2 and L3 of A²MC (Eq. 9-11) per clip: features [N, D], bank [K, D] -> (weak, strong, basic), each
+    [N]."""
+    return (
+        contrast(weak, key, bank, mix, temperature),
+        distill(strong, basic, key, bank, mix, temperature),
+        contrast(basic, key, bank, mix, temperature),
+    )
+
+
+def mixing_contrast_general(
+    anchor: Tensor,
+    teacher: Tensor | None,
+    key: Tensor,
+    bank: Tensor,
+    mix: Sequence[float],
+    temperature: float,
+    *,
+    tiled: bool = False,
+    renormalize: bool = False,
+    live_target: bool = False,
+) -> Tensor:
+    """`contrast` (no teacher) or `distill` under any reading of the mixer, per clip -> [N].
+
+    `tiled` mixes bank row k with feature k mod N instead of each query with its own; `renormalize` brings
+    mixed rows back to unit length; `live_target` lets gradients reach the teacher and the target's bank. It
+    goes block by block and recomputes the logits in the backward pass, so it stores no more than `contrast`,
+    but is slower.
+    """
+    inv_tau = 1.0 / temperature
+    key = key.detach()
+
+    def logits(query: Tensor, partner: Tensor, rows: Tensor, start: int) -> Tensor:
+        return _mixed_logits(query, partner, rows, start, mix, tiled, renormalize) * inv_tau
+
+    def block_lse(query: Tensor, partner: Tensor, rows: Tensor, start: int) -> Tensor:
+        return logits(query, partner, rows, start).logsumexp((0, 2))
+
+    def log_partition(query: Tensor, positive: Tensor, partner: Tensor, bank: Tensor) -> Tensor:
+        parts = [_recomputed(block_lse, query, partner, rows, start) for start, rows in _blocks(bank)]
+        return torch.stack([positive, *parts]).logsumexp(0)
+
+    positive = _dot(anchor, key) * inv_tau
+    lse = log_partition(anchor, positive, anchor, bank)
+    if teacher is None:
+        return lse - positive
+
+    partner, target_bank = anchor, bank
+    if not live_target:
+        teacher, partner, target_bank = teacher.detach(), anchor.detach(), bank.detach()
+
+    def block_mean(
+        anchor: Tensor,
+        teacher: Tensor,
+        partner: Tensor,
+        rows: Tensor,
+        target_rows: Tensor,
+        lse: Tensor,
+        start: int,
+    ) -> Tensor:
+        """This block's part of the anchor's mean logit under the teacher's distribution."""
+        probability = torch.exp(logits(teacher, partner, target_rows, start) - lse.unsqueeze(1))
+        return (probability * logits(anchor, anchor, rows, start)).sum((0, 2))
+
+    target_positive = _dot(teacher, key) * inv_tau
+    target_lse = log_partition(teacher, target_positive, partner, target_bank)
+    mean = torch.exp(target_positive - target_lse) * positive
+    for (start, rows), (_, target_rows) in zip(_blocks(bank), _blocks(target_bank), strict=True):
+        mean = mean + _recomputed(block_mean, anchor, teacher, partner, rows, target_rows, target_lse, start)
+    return lse - mean
+
+
+def _blocks(bank: Tensor) -> list[tuple[int, Tensor]]:
+    """(first row, rows) of each block."""
+    return [(i * _BLOCK, rows) for i, rows in enumerate(bank.split(_BLOCK))]
+
+
+def _recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Call `function`, keeping only its arguments for the backward pass."""
+    result = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+    assert isinstance(result, Tensor)
+    return result
+
+
+def _mixed_logits(
+    query: Tensor,
+    partner: Tensor,
+    rows: Tensor,
+    start: int,
+    mix: Sequence[float],
+    tiled: bool,
+    renormalize: bool,
+) -> Tensor:
+    """Similarities of query [N, D] with bank rows [B, D] and their mixes with partner [N, D] -> [J, N, B]."""
+    similarity = query @ rows.T
+    if tiled:  # one bank for all queries: row k is mixed with partner k mod N
+        mate = torch.arange(start, start + len(rows), device=rows.device) % len(partner)
+        cross, square, overlap = (
+            (query @ partner.T)[:, mate],
+            _dot(partner, partner)[mate],
+            _dot(partner[mate], rows),
+        )
+    else:
+        cross, square = _dot(query, partner).unsqueeze(1), _dot(partner, partner).unsqueeze(1)
+        overlap = partner @ rows.T
+    logits = [similarity]
+    for share in mix:
+        rest = 1 - share
+        mixed = share * cross + rest * similarity
+        if renormalize:
+            length = (share**2 * square + 2 * share * rest * overlap + rest**2 * _dot(rows, rows)).sqrt()
+            mixed = mixed / length
+        logits.append(mixed)
+    return torch.stack(logits)
+
+
+def bank_step(
+    rows: Tensor,
+    velocity: Tensor,
+    gradient: Tensor,
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+) -> tuple[Tensor, Tensor]:
+    """One gradient-ascent step of the bank (A²MC Eq. 7, with AdCo's momentum and weight decay), in place.
+
+    rows, velocity [K, D]; gradient [K, D] of the loss with respect to the unit rows. It is carried through
+    the normalisation, so it is tangential. Returns, as tensors, the mean row norm before the step and the
+    mean distance that a unit row moved.
+    """
+    norm = rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+    unit = rows / norm
+    tangent = (gradient - unit * _dot(unit, gradient).unsqueeze(1)) / norm
+    # v <- momentum v - dL/dW + decay W, then W <- W - lr v: ascent, written as AdCo's descent on -L
+    velocity.mul_(momentum).sub_(tangent).add_(rows, alpha=weight_decay)
+    rows.sub_(velocity, alpha=lr)
+    moved = torch.nn.functional.normalize(rows, dim=1) - unit
+    return norm.mean(), moved.norm(dim=1).mean()
