@@ -20,7 +20,6 @@ from torch import Tensor
 from a2mc_fast import rng
 from a2mc_fast.config import ViewConfig
 from a2mc_fast.data.clips import Clips, interpolate
-from a2mc_fast.skeleton import Skeleton, bone_stream, motion_stream
 
 Kind = Literal["weak", "strong", "none"]
 _FILTER_REACH = 7  # frames on either side: the Gaussian filter has 15 taps
@@ -215,6 +214,10 @@ class Views:
         """Whole clips resized to T frames, without any augmentation. index [N] -> [N, C, T, V, M]"""
         return whole_clip(self.clips, index, self.config.frames)
 
+    def cropped(self, index: Tensor, draws: Draws) -> Tensor:
+        """A random temporal crop-resize and nothing else. index [N] -> [N, C, T, V, M]"""
+        return self.clips.read(index, crop_positions(draws, self.clips.lengths[index], self.config))
+
     def make(
         self, index: Tensor, kind: Kind, draws: Draws, step: Tensor | int, rho: Tensor | None = None
     ) -> Tensor:
@@ -239,10 +242,3 @@ class Views:
     def centered(self, index: Tensor) -> Tensor:
         """The centre crop of evaluation. index [N] -> [N, C, T, V, M]"""
         return self.clips.read(index, center_positions(self.clips.lengths[index], self.config.frames))
-
-
-def stream(x: Tensor, name: Literal["joint", "motion", "bone"], skeleton: Skeleton) -> Tensor:
-    """The stream an encoder sees, computed after augmentation. x [N, C, T, V, M] -> like x."""
-    if name == "motion":
-        return motion_stream(x)
-    return bone_stream(x, skeleton) if name == "bone" else x

@@ -92,12 +92,12 @@ NTU25 = Skeleton(
 """The 25 joints of NTU RGB+D and PKU-MMD (Kinect v2)."""
 
 
-def bone_stream(x: Tensor, skeleton: Skeleton) -> Tensor:
-    """Bone vectors, joint minus its parent. x [N, C, T, V, M] metres -> same shape; the root's bone is zero.
+def bone_stream(x: Tensor, parents: Tensor) -> Tensor:
+    """Joint minus its parent. x [N, C, T, V, M] metres, parents [V] -> same shape; the root's bone is zero.
 
     (2s-AGCN, sec. 3.3)
     """
-    return x - x[:, :, :, list(skeleton.parents)]
+    return x - x[:, :, :, parents]
 
 
 def motion_stream(x: Tensor) -> Tensor:

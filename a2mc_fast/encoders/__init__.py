@@ -1,1 +1,5 @@
 """Skeleton encoders: clips [N, C, T, V, M] in, one feature per clip out."""
+
+from a2mc_fast.encoders.build import build_encoder
+
+__all__ = ["build_encoder"]

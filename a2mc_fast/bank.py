@@ -1,0 +1,86 @@
+"""Memory banks of negatives: a first-in-first-out queue of keys, and rows that ascend the loss (A²MC Eq. 7).
+
+Both hold raw rows [K, D], contrast their unit rows, and are written the same way while they fill; only the
+gradient bank can `ascend`. All state is in buffers on the device: no step waits for the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from a2mc_fast.errors import require
+from a2mc_fast.kernels import reference
+
+
+class Queue(nn.Module):
+    """First in, first out: new keys replace the oldest rows. Starts with N(0, 1) rows."""
+
+    rows: Tensor  # [K, D]
+    position: Tensor  # where the next key goes, int64 scalar
+
+    def __init__(self, size: int, dim: int, *, seed: int = 0) -> None:
+        super().__init__()
+        require(size >= 1 and dim >= 1, f"a bank needs at least one row and column, got {size} x {dim}")
+        generator = torch.Generator().manual_seed(seed)
+        self.register_buffer("rows", torch.randn(size, dim, generator=generator))
+        self.register_buffer("position", torch.zeros((), dtype=torch.int64))
+
+    def unit(self) -> Tensor:
+        """Unit rows M0. -> [K, D]"""
+        return F.normalize(self.rows, dim=1)
+
+    @torch.no_grad()
+    def write(self, keys: Tensor) -> None:
+        """Replace the next N rows, wrapping around. keys [N, D], N <= K."""
+        require(len(keys) <= len(self.rows), f"cannot write {len(keys)} keys into {len(self.rows)} rows")
+        target = (self.position + torch.arange(len(keys), device=keys.device)) % len(self.rows)
+        self.rows.index_copy_(0, target, keys.to(self.rows.dtype))
+        self.position.add_(len(keys)).remainder_(len(self.rows))
+
+
+class Ascent(NamedTuple):
+    """What one ascent did, as tensors on the device."""
+
+    row_norm: Tensor  # mean norm of the rows
+    movement: Tensor  # mean distance that a unit row moved
+
+
+class MemoryBank(Queue):
+    """Rows that climb the loss as adversarial negatives (AdCo)."""
+
+    velocity: Tensor  # [K, D]
+
+    def __init__(
+        self,
+        size: int,
+        dim: int,
+        *,
+        lr: float = 3.0,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-4,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(size, dim, seed=seed)
+        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
+        self.register_buffer("velocity", torch.zeros(size, dim))
+
+    def ascend(self, objective: Callable[[Tensor], Tensor]) -> Ascent:
+        """One step up the objective, a scalar function of the unit rows, through the normalisation."""
+        unit = self.unit().requires_grad_()
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(objective(unit), unit)
+        with torch.no_grad():
+            stats = reference.bank_step(
+                self.rows,
+                self.velocity,
+                gradient,
+                lr=self.lr,
+                momentum=self.momentum,
+                weight_decay=self.weight_decay,
+            )
+        return Ascent(*stats)

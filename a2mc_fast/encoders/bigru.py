@@ -1,0 +1,100 @@
+"""BiGRU: the paper's main encoder (ISC, CMD, PCM3, CrosSCLR-B). Clips in, the last time step's output out.
+
+The reference feeds its bidirectional GRU one frame at a time and carries the hidden state, so both direction
+weights run *forward* in time. That equals, per layer, two independent GRUs over the whole sequence with their
+outputs concatenated, which is how `time_mode="forward_pair"` computes it: six calls instead of T small ones.
+`"bidirectional"` is the true time reversal, with the feature [last forward ; first backward].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from a2mc_fast.encoders.common import Encoder, norm_per_view
+from a2mc_fast.errors import require
+from a2mc_fast.skeleton import Skeleton
+
+
+class BiGRU(Encoder):
+    """x [N, C, T, V, M] -> [N, 2 hidden]."""
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        *,
+        persons: int = 2,
+        hidden: int = 1024,
+        layers: int = 3,
+        time_mode: Literal["forward_pair", "bidirectional"] = "forward_pair",
+        input_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        self.input_dim = skeleton.num_joints * 3 * persons
+        self.feature_dim = 2 * hidden
+        self.time_mode = time_mode
+        self.input_norm = nn.BatchNorm1d(self.input_dim) if input_norm else None
+        # one module per layer and direction; "bidirectional" runs the second one over reversed time
+        self.directions = nn.ModuleList(
+            nn.ModuleList(nn.GRU(width, hidden, batch_first=True) for _ in range(2))
+            for width in [self.input_dim, *[2 * hidden] * (layers - 1)]
+        )
+        for name, weight in self.named_parameters():
+            if ".weight_" in name:
+                nn.init.xavier_uniform_(weight)  # over the whole stacked matrix of three gates (ISC, CMD)
+
+    def forward(self, x: Tensor, views: int = 1) -> Tensor:
+        """x [N, C, T, V, M], or several views one after another, each normalised by its own statistics."""
+        sequence = x.permute(0, 2, 3, 1, 4).flatten(2)  # [N, T, V*C*M], the reference's order
+        if self.input_norm is not None:
+            sequence = norm_per_view(self.input_norm, sequence.flatten(0, 1), views).view(sequence.shape)
+        if self.time_mode == "forward_pair":
+            for ahead, also_ahead in self._pairs():
+                sequence = torch.cat((ahead(sequence)[0], also_ahead(sequence)[0]), 2)
+            return sequence[:, -1]
+        for ahead, back in self._pairs():
+            sequence = torch.cat((ahead(sequence)[0], back(sequence.flip(1))[0].flip(1)), 2)
+        hidden = self.feature_dim // 2
+        return torch.cat((sequence[:, -1, :hidden], sequence[:, 0, hidden:]), 1)
+
+    def _pairs(self) -> list[tuple[nn.GRU, nn.GRU]]:
+        """The two directions of each layer."""
+        return [(pair[0], pair[1]) for pair in self.directions]  # type: ignore[index]
+
+    def load_reference(self, state: Mapping[str, Tensor]) -> None:
+        """Take the weights of a released CMD, ISC or PCM3 query encoder.
+
+        `state` is that code's state dict, as `torch.load(file, weights_only=True)["state_dict"]` gives it.
+        Its `encoder_q.encoder.gru.{weight_ih,weight_hh,bias_ih,bias_hh}_l{k}` become direction 0 of layer k
+        and `..._l{k}_reverse` direction 1; `encoder_q.input_norm.*`, where present, the input BatchNorm.
+        Prefixes before `encoder.gru.` do not matter; other tensors (heads, key encoder, queues) are not read.
+        """
+        marker = "encoder.gru."
+        prefixes = {k[: k.index(marker)] for k in state if marker in k and "encoder_k" not in k}
+        prefixes = {p for p in prefixes if "motion" not in p and "bone" not in p}
+        require(
+            len(prefixes) == 1, f"expected one query encoder with {marker}* tensors, found {len(prefixes)}"
+        )
+        prefix = prefixes.pop()
+        mapped: dict[str, Tensor] = {}
+        for name in self.state_dict():
+            if name.startswith("directions."):
+                _, layer, direction, weight = name.split(".")
+                kind = weight.removesuffix("_l0")
+                source = f"{prefix}{marker}{kind}_l{layer}" + ("_reverse" if direction == "1" else "")
+            else:
+                source = prefix + name
+            require(source in state, f"the reference state dict has no {source}")
+            mapped[name] = state[source]
+        self.load_state_dict(mapped)
+
+
+def parameters_and_macs(encoder: BiGRU, frames: int) -> tuple[int, int]:
+    """Parameters, and multiply-accumulates of one clip of `frames` frames (matrix products only)."""
+    parameters = sum(p.numel() for p in encoder.parameters())
+    products = sum(math.prod(p.shape) for n, p in encoder.named_parameters() if ".weight_" in n)
+    return parameters, products * frames

@@ -1,0 +1,296 @@
+"""A²MC: query and key encoder, the frozen class layer of the attack, the memory bank, and the loss they meet
+in.
+
+    x0 basic view ─► key encoder   ─► f0 ┐
+    x3 basic view ─► query encoder ─► f3 │
+    x1 weak view  ─► query encoder ─► f1 ├─► mixing contrast ◄─► bank
+    x2 strong view ► query encoder ─► f2 ┘
+
+x1 and x2 are views of the attacked clip. Features are [N, D] float32 unit rows; clips are [N, C, T, V, M].
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from a2mc_fast import rng
+from a2mc_fast.attack import semantic_attack
+from a2mc_fast.bank import MemoryBank, Queue
+from a2mc_fast.config import Config
+from a2mc_fast.encoders import build_encoder
+from a2mc_fast.encoders.common import norms_in_eval, projection_head
+from a2mc_fast.errors import require
+from a2mc_fast.losses import Losses, info_nce, mixing_contrast
+from a2mc_fast.skeleton import Skeleton, bone_stream, motion_stream
+
+_KMEANS_ROUNDS = 10
+_PSEUDO_LABEL_LR = 0.1
+
+
+class Features(NamedTuple):
+    """Unit rows [N, D] of one batch; weak and strong are absent where the loss does not use them."""
+
+    key: Tensor  # f0
+    basic: Tensor  # f3
+    weak: Tensor | None = None  # f1
+    strong: Tensor | None = None  # f2
+
+    def detach(self) -> Features:
+        return Features(*(None if f is None else f.detach() for f in self))  # type: ignore[arg-type]
+
+
+class Branch(nn.Module):
+    """An encoder and its projection head."""
+
+    parents: Tensor  # [V]
+
+    def __init__(self, config: Config, skeleton: Skeleton, persons: int) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("parents", torch.tensor(skeleton.parents), persistent=False)
+        e = config.encoder
+        self.encoder = build_encoder(
+            e.name,
+            skeleton,
+            persons=persons,
+            hidden=e.hidden,
+            layers=e.layers,
+            time_mode=e.time_mode,
+            input_norm=e.input_norm,
+        )
+        self.head = projection_head(self.encoder.feature_dim, e.projection)
+
+    def feature(self, x: Tensor, views: int = 1) -> Tensor:
+        """The encoder's feature, used downstream. x [views N, C, T, V, M] joints -> [views N, feature_dim]"""
+        if self.config.stream == "motion":
+            x = motion_stream(x)
+        elif self.config.stream == "bone":
+            x = bone_stream(x, self.parents)
+        with autocast(self.config, x.device):
+            return self.encoder(x, views)
+
+    def forward(self, x: Tensor, views: int = 1) -> Tensor:
+        """The contrasted feature. x [views N, C, T, V, M] -> float32 unit rows [views N, D]"""
+        feature = self.feature(x, views)
+        with autocast(self.config, x.device):
+            projected = self.head(feature)
+        return F.normalize(projected.float(), dim=1)
+
+
+class A2MC(nn.Module):
+    """The whole method; `train.py` calls its parts in the order of the paper."""
+
+    centers: Tensor  # [classes, D] k-means of the bank, unless the class layer is random
+
+    def __init__(self, config: Config, skeleton: Skeleton, persons: int, classes: int) -> None:
+        super().__init__()
+        self.config = config
+        torch.manual_seed(
+            config.seed
+        )  # for the weights only; all that is random in training draws from `rng`
+        self.query = Branch(config, skeleton, persons)
+        self.key = copy.deepcopy(self.query).requires_grad_(False)
+        width = self.query.encoder.feature_dim
+        dim = config.encoder.projection
+        bank = config.bank
+        self.bank: Queue = (
+            Queue(bank.size, dim, seed=config.seed)
+            if bank.kind == "fifo"
+            else MemoryBank(
+                bank.size,
+                dim,
+                lr=config.bank_lr,
+                momentum=bank.momentum,
+                weight_decay=bank.weight_decay,
+                seed=config.seed,
+            )
+        )
+        # the attack's class layer: frozen, so that its directions mean the same throughout training
+        self.classifier = nn.Linear(width if config.attack.feature == "encoder" else dim, classes)
+        self.classifier.requires_grad_(False)
+        require(
+            config.attack.classifier == "random" or classes <= bank.size,
+            f"attack.classes {classes} exceeds bank.size {bank.size}: the bank has too few rows for its centres",
+        )
+        self.register_buffer(
+            "centers", torch.zeros(classes, dim)
+        )  # of the bank; unused by a random class layer
+
+    @property
+    def uses_weak(self) -> bool:
+        """Whether the loss has the term of the weak view, L1."""
+        return self.config.loss.weak != "off"
+
+    @property
+    def uses_strong(self) -> bool:
+        """Whether the loss has the term of the strong view, L2."""
+        return self.config.loss.strong != "off"
+
+    # Att-Aug (sec. III-B)
+
+    def attack(self, x: Tensor) -> Tensor:
+        """The perturbation of whole clips that flattens their class distribution. -> like x"""
+        a = self.config.attack
+        with norms_in_eval(self.query if a.norm_mode == "eval" else nn.Module()):
+            return semantic_attack(
+                self.classify,
+                x,
+                lr=a.lr,
+                radius=a.radius,
+                scope=a.scope,
+                grad_norm=a.grad_norm,
+                objective=a.objective,
+                direction=a.direction,
+                reduction=a.reduction,
+                steps=a.steps,
+                mask_absent=a.mask_absent,
+            )
+
+    def classify(self, x: Tensor) -> Tensor:
+        """Class logits of the attack. x [N, C, T, V, M] -> [N, classes] float32"""
+        return self.classifier(self._attacked_feature(x))
+
+    def _attacked_feature(self, x: Tensor) -> Tensor:
+        """What the class layer reads, float32."""
+        return self.query.feature(x).float() if self.config.attack.feature == "encoder" else self.query(x)
+
+    # features, losses (sec. III-C, III-D)
+
+    def features(
+        self, x0: Tensor, x3: Tensor, x1: Tensor | None = None, x2: Tensor | None = None
+    ) -> Features:
+        """f0 of the key encoder; f3, f1, f2 of the query encoder in one pass over all its views."""
+        with torch.no_grad():
+            key = self.key(x0)
+        views = [x for x in (x3, x1, x2) if x is not None]
+        encoded = iter(self.query(torch.cat(views), views=len(views)).chunk(len(views)))
+        return Features(key, *(None if x is None else next(encoded) for x in (x3, x1, x2)))  # type: ignore[arg-type]
+
+    def warmup_losses(self, f: Features) -> Losses:
+        """MoCo on the bank as it fills: InfoNCE of f3 (Eq. 1)."""
+        basic = info_nce(f.basic, f.key, self.bank.unit(), temperature=self.config.loss.temperature).mean()
+        return Losses(basic, torch.zeros_like(basic), torch.zeros_like(basic), basic)
+
+    def losses(self, f: Features) -> Losses:
+        """L1, L2, L3 and their sum (Eq. 9), batch means."""
+        return Losses(
+            *(part.mean() for part in self._terms(f, self.bank.unit(), self.config.loss.temperature))
+        )
+
+    def _terms(self, f: Features, bank: Tensor, temperature: float) -> Losses:
+        """The loss per clip, against unit rows `bank`."""
+        loss = self.config.loss
+        return mixing_contrast(
+            f.key,
+            f.basic,
+            f.weak,
+            f.strong,
+            bank,
+            mix=loss.mix,
+            temperature=temperature,
+            strong_target="one_hot" if loss.strong == "contrast" else "distribution",
+            mixing=loss.mixing,
+            renormalize=loss.renormalize,
+            live_target=loss.live_target,
+            reduction="none",
+        )
+
+    # what follows the optimiser step
+
+    @torch.no_grad()
+    def update_key(self) -> None:
+        """Moving average of the parameters (Eq. 4); the key's BatchNorm statistics come from its own
+        passes."""
+        torch._foreach_lerp_(
+            list(self.key.parameters()), list(self.query.parameters()), 1 - self.config.optim.ema
+        )
+
+    @torch.no_grad()
+    def copy_query_to_key(self) -> None:
+        """Query parameters into the key encoder, when the bank has been filled."""
+        torch._foreach_copy_(list(self.key.parameters()), list(self.query.parameters()))
+
+    def update_bank(self, f: Features) -> dict[str, Tensor]:
+        """Ascend the loss (Eq. 7), or queue the keys, with the features from before the optimiser step.
+
+        Returns, on the device, what shows a bank that runs away or sleeps: the mean row norm, how far unit
+        rows moved, and the share of f3's softmax that lies on negatives at the ascent's temperature.
+        """
+        f = f.detach()
+        if not isinstance(self.bank, MemoryBank):
+            self.bank.write(f.key)
+            return {}
+        bank = self.config.bank
+        negatives = f.basic.new_zeros(())
+
+        def objective(unit: Tensor) -> Tensor:
+            nonlocal negatives
+            if bank.objective == "total":
+                terms = self._terms(f, unit, bank.temperature)
+                negatives = 1 - torch.exp(-terms.basic.detach()).mean()
+                return terms.total.mean()
+            losses = {
+                name: info_nce(getattr(f, name), f.key, unit, temperature=bank.temperature)
+                for name in bank.queries
+            }
+            value = torch.stack([loss.mean() for loss in losses.values()])
+            negatives = 1 - torch.exp(-next(reversed(losses.values())).detach()).mean()
+            return value.mean() if bank.reduction == "mean" else value.sum()
+
+        ascent = self.bank.ascend(objective)
+        return {
+            "bank_norm": ascent.row_norm,
+            "bank_movement": ascent.movement,
+            "bank_negatives": negatives,
+        }
+
+    # other class layers of the attack
+
+    @torch.no_grad()
+    def refresh_classifier(self, epoch: int) -> None:
+        """Once an epoch: new k-means centres of the bank, which are the class layer itself as prototypes."""
+        kind = self.config.attack.classifier
+        if kind == "random":
+            return
+        self.centers.copy_(self._bank_centers(epoch))
+        if kind == "prototypes":
+            self.classifier.weight.copy_(self.centers / self.config.loss.temperature)
+            self.classifier.bias.zero_()
+
+    @torch.no_grad()
+    def fit_classifier(self, x: Tensor, basic: Tensor) -> None:
+        """pseudo_labels: one gradient step of the class layer towards each clip's nearest centre.
+
+        x [N, C, T, V, M] is the view whose feature `basic` [N, D] is.
+        """
+        if self.config.attack.classifier != "pseudo_labels":
+            return
+        with norms_in_eval(self.query):
+            feature = self._attacked_feature(x)
+        label = (basic.detach() @ self.centers.T).argmax(1)
+        error = self.classifier(feature).softmax(1) - F.one_hot(label, len(self.centers))
+        self.classifier.weight.sub_(error.T @ feature, alpha=_PSEUDO_LABEL_LR / len(x))
+        self.classifier.bias.sub_(error.mean(0), alpha=_PSEUDO_LABEL_LR)
+
+    def _bank_centers(self, epoch: int) -> Tensor:
+        """Spherical k-means centres of the bank, one per class. -> unit rows [classes, D]"""
+        unit = self.bank.unit()
+        start = rng.permutation(self.config.seed, epoch, rng.STREAM_KMEANS, len(unit), unit.device)
+        centers = unit[start[: len(self.centers)]]
+        for _ in range(_KMEANS_ROUNDS):
+            sums = torch.zeros_like(centers).index_add_(0, (unit @ centers.T).argmax(1), unit)
+            # an empty cluster keeps its centre
+            centers = torch.where((sums == 0).all(1, keepdim=True), centers, F.normalize(sums, dim=1))
+        return centers
+
+
+def autocast(config: Config, device: torch.device) -> torch.autocast:
+    """The encoder's arithmetic: bf16 or fp16 on a GPU, nothing on a CPU or for fp32 and tf32."""
+    low = device.type == "cuda" and config.precision in ("bf16", "fp16")
+    dtype = torch.float16 if config.precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype=dtype, enabled=low)
