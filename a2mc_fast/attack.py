@@ -95,10 +95,10 @@ def _unit(gradient: Tensor, scope: Scope) -> Tensor:
     # gradients of 1e-18 square to nothing in float32, so they are brought to order one first
     largest = gradient.abs().amax(span, keepdim=True)
     scaled = gradient / largest.clamp_min(torch.finfo(gradient.dtype).tiny)
-    return scaled / scaled.norm(dim=span, keepdim=True).clamp_min(1e-30)
+    return scaled / torch.linalg.vector_norm(scaled, dim=span, keepdim=True).clamp_min(1e-30)
 
 
 def _project(rho: Tensor, radius: float, scope: Scope) -> Tensor:
     """Scale down to a norm of at most `radius` within the scope."""
-    norm = rho.norm(dim=_SPANS[scope], keepdim=True)
+    norm = torch.linalg.vector_norm(rho, dim=_SPANS[scope], keepdim=True)
     return rho * (radius / norm.clamp_min(radius))

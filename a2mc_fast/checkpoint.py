@@ -45,6 +45,8 @@ class Checkpoint:
     """Clips and frames of the set it was trained on."""
     progress: dict[str, float]
     """Numbers that the run carries along: seconds so far, the untrained encoder's accuracy."""
+    scaler: dict[str, Any]
+    """State of the fp16 loss scaler; empty in other precisions."""
     tensors: dict[str, Tensor]
 
     def build(self, device: torch.device | str = "cpu") -> A2MC:
@@ -105,7 +107,8 @@ def save(
         "persons": clips.num_persons,
         "classes": classes,
         "data": data_identity(clips),
-        "progress": {**progress, **{f"scaler.{k}": v for k, v in scaler.state_dict().items()}},
+        "progress": progress,
+        "scaler": scaler.state_dict(),
     }
     with atomic_path(path) as temporary:
         save_file(
@@ -127,16 +130,18 @@ def load(path: Path) -> Checkpoint:
             header: dict[str, Any] = {k: _parse(v) for k, v in (file.metadata() or {}).items()}
             require(header.get("format") == FORMAT, f"{path} is not a checkpoint ({FORMAT})")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        skeleton: dict[str, Any] = header["skeleton"]
+        stored: dict[str, Any] = header["skeleton"]
+        skeleton = Skeleton(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
         return Checkpoint(
             path=path,
             step=int(header["step"]),
             config=from_dict(header["config"], where=f"{path}: config"),
-            skeleton=Skeleton(**{k: tuple(v) if isinstance(v, list) else v for k, v in skeleton.items()}),
+            skeleton=skeleton,
             persons=int(header["persons"]),
             classes=int(header["classes"]),
             data=dict(header["data"]),
             progress=dict(header["progress"]),
+            scaler=dict(header["scaler"]),
             tensors=tensors,
         )
     except SafetensorError as error:

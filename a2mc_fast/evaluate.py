@@ -100,8 +100,8 @@ def evaluate(options: Evaluation) -> dict[str, Any]:
     result["seconds"] = round(time.perf_counter() - start, 2)
     if options.untrained:
         result["untrained"] = options.measure(loaded.build_untrained(device).query, views, config.split)
-    named = {field for field in vars(Evaluation(run=options.run))}
-    result["options"] = {name: value for name, value in asdict(options).items() if name not in named}
+    shared = vars(Evaluation(run=options.run))
+    result["options"] = {name: value for name, value in asdict(options).items() if name not in shared}
     result.update(machine())
     folder = options.run if options.run.is_dir() else options.run.parent
     path = Path(options.out) if options.out else folder / f"{options.protocol}.json"
@@ -137,7 +137,7 @@ def main(args: list[str] | None = None) -> None:
         protocols = (
             Annotated[Knn, tyro.conf.subcommand("knn")] | Annotated[Linear, tyro.conf.subcommand("linear")]
         )
-        evaluate(tyro.cli(protocols, args=args, prog="python -m a2mc_fast.evaluate"))  # type: ignore[arg-type]
+        evaluate(tyro.cli(protocols, args=args, prog="python -m a2mc_fast.evaluate"))
 
 
 if __name__ == "__main__":

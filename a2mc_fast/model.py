@@ -115,7 +115,7 @@ class A2MC(nn.Module):
         self.classifier.requires_grad_(False)
         require(
             config.attack.classifier == "random" or classes <= bank.size,
-            f"attack.classes {classes} exceeds bank.size {bank.size}: the bank has too few rows for its centres",
+            f"attack.classes {classes} exceeds bank.size {bank.size}: too few rows for that many centres",
         )
         self.register_buffer(
             "centers", torch.zeros(classes, dim)

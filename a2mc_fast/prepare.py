@@ -160,7 +160,7 @@ class Synthetic:
     """The packed file to write."""
     overwrite: bool = False
     """Replace OUTPUT if it exists."""
-    clips: int = 4000
+    clips: int = 2000
     """Number of clips."""
     seed: int = 0
     """Another seed gives other clips."""

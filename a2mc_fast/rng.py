@@ -28,8 +28,18 @@ def philox(seed: int, step: Tensor | int, stream: int, count: int, device: torch
     """
     step = torch.as_tensor(step, dtype=torch.int64, device=device)
     zero = torch.zeros(count, dtype=torch.int64, device=device)
-    c0, c1 = torch.arange(count, device=device), zero + stream
-    c2, c3 = zero + (step & _MASK), zero + ((step >> 32) & _MASK)
+    counter = (
+        torch.arange(count, device=device),
+        zero + stream,
+        zero + (step & _MASK),
+        zero + (step >> 32 & _MASK),
+    )
+    return encrypt(counter, seed)
+
+
+def encrypt(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> Tensor:
+    """Philox4x32-10 of 128-bit counters, given as four words in int64 [count], which are overwritten."""
+    c0, c1, c2, c3 = counter
     key0, key1 = seed & _MASK, seed >> 32 & _MASK
     for _ in range(_ROUNDS):
         # signed products wrap, and masking makes their high words unsigned again; in place, since large

@@ -141,7 +141,13 @@ class RunLog:
         self._bar.update()
         return self.step % self.config.run.log_every == 0 or self.step == self.total_steps
 
-    def log(self, values: dict[str, Tensor], lr: float, stage: str, device: torch.device) -> dict[str, float]:
+    def due(self, epochs: int, steps_per_epoch: int) -> bool:
+        """Whether something that is done every so many epochs (0: never), and at the end, is due now."""
+        return self.step == self.total_steps or (epochs > 0 and self.step % (epochs * steps_per_epoch) == 0)
+
+    def metrics(
+        self, values: dict[str, Tensor], lr: float, stage: str, device: torch.device
+    ) -> dict[str, float]:
         """One metrics line. Reading the values is the step's only wait for the device.
 
         `InputError` if the loss is not finite.
@@ -183,10 +189,11 @@ class RunLog:
             f"{record['memory_bytes'] / 2**30:.2f} GiB  {left:.0f} s left"
         )
 
-    def log_accuracy(self, knn_top1: float) -> None:
-        """A metrics line and a console line of an evaluation, after `step` steps."""
-        self._write({"step": self.step, "knn_top1": knn_top1})
-        self.say(f"step {self.step}/{self.total_steps}  kNN top-1 {knn_top1:.1f} %")
+    def accuracy(self, knn_top1: float | None) -> None:
+        """A metrics line and a console line of an evaluation, after `step` steps; nothing without labels."""
+        if knn_top1 is not None:
+            self._write({"step": self.step, "knn_top1": knn_top1})
+            self.say(f"step {self.step}/{self.total_steps}  kNN top-1 {knn_top1:.1f} %")
 
     def _write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record) + "\n")
@@ -201,7 +208,10 @@ class RunLog:
         self._bar.write(line, file=sys.stdout)
         sys.stdout.flush()
 
-    def close(self) -> None:
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         """Release the files and the progress bar."""
         self._bar.close()
         self._file.close()

@@ -1,0 +1,1 @@
+"""Benchmarks. `pytest bench` runs them; the baselines they compare with are also the tests' oracles."""

@@ -1,0 +1,115 @@
+"""What the fast forms are compared with: the method written literally, as public skeleton code writes it.
+
+Used twice: as the slow side of the benchmarks, and as the tests' oracle (in float64). Nothing here is fast or
+meant to be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def literal_mixed_bank(
+    feature: Tensor, bank: Tensor, mix: Sequence[float], *, tiled: bool = False, renormalize: bool = False
+) -> Tensor:
+    """The plain bank and its mixed copies for each query, all stored (Eq. 8). -> [N, (1 + len(mix)) K, D]"""
+    count, rows = len(feature), len(bank)
+    partner = feature[torch.arange(rows) % count].expand(count, -1, -1) if tiled else feature.unsqueeze(1)
+    banks = [bank.expand(count, rows, -1)]
+    for share in mix:
+        mixed = share * partner + (1 - share) * bank
+        banks.append(F.normalize(mixed, dim=2) if renormalize else mixed.expand(count, rows, -1))
+    return torch.cat(banks, 1)
+
+
+def literal_mixing_contrast(
+    key: Tensor,
+    basic: Tensor,
+    weak: Tensor,
+    strong: Tensor,
+    bank: Tensor,
+    mix: Sequence[float],
+    temperature: float,
+    *,
+    tiled: bool = False,
+    renormalize: bool = False,
+    live_target: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """L1, L2 and L3 (Eq. 9-11), batch means, with every mixed bank and every logit stored: (weak, strong,
+    basic)."""
+
+    def logits(query: Tensor, columns: Tensor) -> Tensor:
+        negatives = torch.einsum("nd,nkd->nk", query, columns)
+        return torch.cat(((query * key).sum(1, keepdim=True), negatives), 1) / temperature
+
+    def mixed(feature: Tensor) -> Tensor:
+        return literal_mixed_bank(feature, bank, mix, tiled=tiled, renormalize=renormalize)
+
+    def contrast(anchor: Tensor) -> Tensor:
+        return F.cross_entropy(logits(anchor, mixed(anchor)), torch.zeros(len(anchor), dtype=torch.int64))
+
+    columns = mixed(strong)
+    target = logits(basic, columns).softmax(1)
+    if not live_target:
+        target = target.detach()
+    distill = -(target * logits(strong, columns).log_softmax(1)).sum(1).mean()
+    return contrast(weak), distill, contrast(basic)
+
+
+def whole_logits_mixing_contrast(
+    key: Tensor,
+    basic: Tensor,
+    weak: Tensor,
+    strong: Tensor,
+    bank: Tensor,
+    mix: Sequence[float],
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for unit rows with one matrix product per anchor, but all [N, (1 + len(mix)) K] logits
+    stored."""
+
+    def logits(query: Tensor, feature: Tensor) -> Tensor:
+        similarity = query @ bank.T
+        cross = (query * feature).sum(1, keepdim=True)
+        banks = [similarity, *(share * cross + (1 - share) * similarity for share in mix)]
+        return torch.cat(((query * key).sum(1, keepdim=True), *banks), 1) / temperature
+
+    def contrast(anchor: Tensor) -> Tensor:
+        return F.cross_entropy(logits(anchor, anchor), torch.zeros(len(anchor), dtype=torch.int64))
+
+    target = logits(basic, strong).softmax(1).detach()
+    distill = -(target * logits(strong, strong).log_softmax(1)).sum(1).mean()
+    return contrast(weak), distill, contrast(basic)
+
+
+def numpy_crop_resize(clip: np.ndarray, start: int, span: int, frames: int) -> np.ndarray:
+    """Temporal crop-resize of one clip [C, T, V, M], by torch's interpolation as public feeders do it."""
+    crop = torch.from_numpy(np.ascontiguousarray(clip[:, start : start + span]))
+    channels, _, joints, persons = crop.shape
+    flat = crop.permute(0, 2, 3, 1).reshape(channels * joints * persons, span)
+    resized = F.interpolate(flat[None, None], (len(flat), frames), mode="bilinear", align_corners=False)
+    return resized.view(channels, joints, persons, frames).permute(0, 3, 1, 2).contiguous().numpy()
+
+
+def numpy_basic_view(clip: np.ndarray, frames: int, random: np.random.Generator) -> np.ndarray:
+    """One basic view of one clip [C, T, V, M], as a DataLoader worker makes it: crop-resize, pose or
+    jitter."""
+    length = clip.shape[1]
+    span = min(max(int(length * random.uniform(0.1, 1.0)), 64), length)
+    x = numpy_crop_resize(clip, random.integers(0, length - span + 1), span, frames)
+    if random.random() < 0.5:
+        joints = random.choice(clip.shape[2], round(0.6 * clip.shape[2]), replace=False)
+        if random.random() < 0.5:
+            x[:, :, joints] = 0
+            return x
+        matrix = random.uniform(-1, 1, (3, 3)).astype(np.float32)
+        x[:, :, joints] = np.dot(x[:, :, joints].transpose(1, 2, 3, 0), matrix.T).transpose(3, 0, 1, 2)
+        return x
+    shear = random.uniform(-1, 1, (3, 3)).astype(np.float32)
+    np.fill_diagonal(shear, 1)
+    return np.dot(x.transpose(1, 2, 3, 0), shear.T).transpose(3, 0, 1, 2)

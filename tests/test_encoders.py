@@ -1,0 +1,123 @@
+"""The BiGRU against the frame-by-frame loop of the reference, its counts, and batch statistics per view."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from a2mc_fast.encoders import build_encoder
+from a2mc_fast.encoders.bigru import BiGRU, parameters_and_macs
+from a2mc_fast.encoders.common import projection_head
+from a2mc_fast.skeleton import NTU25
+from tests.conftest import SMALL
+
+
+def reference_state(
+    hidden: int, layers: int, width: int, prefix: str
+) -> tuple[nn.GRU, nn.BatchNorm1d, dict[str, Tensor]]:
+    """A query encoder as CMD builds it, with its state dict."""
+    gru = nn.GRU(width, hidden, layers, bidirectional=True, batch_first=True)
+    norm = nn.BatchNorm1d(width)
+    norm.running_mean, norm.running_var = torch.randn(width), torch.rand(width) + 0.5
+    state = {f"{prefix}encoder.gru.{n}": p.detach() for n, p in gru.named_parameters()}
+    state |= {f"{prefix}input_norm.{n}": p.detach() for n, p in norm.state_dict().items()}
+    state |= {f"{prefix}fc.0.weight": torch.zeros(3, 3), "queue": torch.zeros(2)}
+    return gru, norm, state
+
+
+def frame_by_frame(gru: nn.GRU, norm: nn.BatchNorm1d, x: Tensor) -> Tensor:
+    """The reference forward pass: one call per frame with the hidden state carried."""
+    n, c, t, v, m = x.shape
+    sequence = torch.zeros(n, t, v * 6)
+    for joint in range(v):
+        for axis in range(c):
+            for person in range(m):
+                sequence[:, :, joint * 6 + axis * 2 + person] = x[:, axis, :, joint, person]
+    sequence = norm(sequence.permute(0, 2, 1).contiguous()).permute(0, 2, 1)
+    hidden, output = None, None
+    for frame in range(t):
+        output, hidden = gru(sequence[:, frame : frame + 1], hidden)
+    assert output is not None
+    return output[:, -1]
+
+
+@pytest.mark.parametrize("prefix", ["encoder_q.", "module.encoder_q."])
+def test_released_weights_give_the_reference_features(prefix: str) -> None:
+    gru, norm, state = reference_state(12, 3, 150, prefix)
+    state |= {k.replace("encoder_q", "encoder_k"): v + 1 for k, v in state.items() if "encoder_q" in k}
+    state |= {
+        k.replace("encoder_q.", "encoder_q_motion."): v + 1 for k, v in state.items() if "encoder_q." in k
+    }
+    encoder = BiGRU(NTU25, hidden=12, layers=3)
+    encoder.load_reference(state)
+    x = torch.randn(4, 3, 16, 25, 2)
+    torch.testing.assert_close(encoder.eval()(x), frame_by_frame(gru, norm.eval(), x))
+
+
+def test_incomplete_released_weights_are_named() -> None:
+    state = reference_state(12, 3, 150, "encoder_q.")[2]
+    del state["encoder_q.encoder.gru.bias_hh_l2_reverse"]
+    with pytest.raises(ValueError, match=r"has no encoder_q\.encoder\.gru\.bias_hh_l2_reverse"):
+        BiGRU(NTU25, hidden=12, layers=3).load_reference(state)
+    with pytest.raises(ValueError, match="expected one query encoder"):
+        BiGRU(NTU25, hidden=12, layers=3).load_reference({"fc.weight": torch.zeros(1)})
+
+
+def test_bidirectional_is_the_true_time_reversal() -> None:
+    gru, _, state = reference_state(12, 2, 150, "")
+    encoder = BiGRU(NTU25, hidden=12, layers=2, time_mode="bidirectional", input_norm=False)
+    encoder.load_reference(state)
+    x = torch.randn(4, 3, 16, 25, 2)
+    output = gru(x.permute(0, 2, 3, 1, 4).flatten(2))[0]
+    torch.testing.assert_close(encoder(x), torch.cat((output[:, -1, :12], output[:, 0, 12:]), 1))
+
+
+def test_parameter_and_mac_counts() -> None:
+    encoder = build_encoder("bigru", NTU25)
+    assert isinstance(encoder, BiGRU)
+    assert parameters_and_macs(encoder, 64) == (44_998_656 + 300, 2_877_554_688)
+    assert round(2_877_554_688 / 1e9, 4) == 2.8776
+    head = projection_head(encoder.feature_dim, 128)
+    assert sum(p.numel() for p in head.parameters()) == 4_458_624
+    assert sum(p.numel() for p in [*encoder.parameters(), *head.parameters()]) == 49_457_580
+    assert sum(p.numel() for p in encoder.directions[0].parameters()) == 7_225_344
+
+
+@pytest.mark.parametrize("time_mode", ["forward_pair", "bidirectional"])
+def test_several_views_in_one_pass_equal_separate_passes(time_mode: str) -> None:
+    one, many = (BiGRU(NTU25, hidden=8, layers=2, time_mode=time_mode) for _ in range(2))  # type: ignore[arg-type]
+    many.load_state_dict(one.state_dict())
+    views = [scale * torch.randn(5, 3, 12, 25, 2) for scale in (1, 2, 3)]
+    separate = torch.cat([one(view) for view in views])
+    together = many(torch.cat(views), views=3)
+    torch.testing.assert_close(together, separate)
+    assert one.input_norm is not None and many.input_norm is not None
+    assert torch.equal(one.input_norm.running_mean, many.input_norm.running_mean)
+    assert torch.equal(one.input_norm.running_var, many.input_norm.running_var)
+
+
+def test_the_pair_is_causal() -> None:
+    """Later frames cannot alter what an earlier frame put out: dropping them leaves the shorter clip's
+    feature."""
+    encoder = BiGRU(NTU25, hidden=8, layers=2).eval()
+    x = torch.randn(2, 3, 20, 25, 2)
+    changed = torch.cat((x[:, :, :15], torch.randn(2, 3, 5, 25, 2)), 2)
+    torch.testing.assert_close(encoder(x[:, :, :15]), encoder(changed[:, :, :15]))
+    assert not torch.equal(encoder(x), encoder(changed))
+
+
+def test_any_skeleton_and_one_person() -> None:
+    encoder = build_encoder("bigru", SMALL, persons=1, hidden=8, layers=1)
+    assert encoder(torch.randn(3, 3, 10, 5, 1)).shape == (3, encoder.feature_dim)
+
+
+def test_initialisation_is_xavier_over_the_stacked_gates() -> None:
+    weight = BiGRU(NTU25, hidden=64, layers=1).directions[0][0].weight_ih_l0  # type: ignore[index]
+    bound = (6 / (3 * 64 + 150)) ** 0.5
+    assert 0.98 * bound < weight.abs().max().item() <= bound
+
+
+def test_unknown_encoder() -> None:
+    with pytest.raises(ValueError, match="unknown encoder 'lstm'"):
+        build_encoder("lstm", NTU25)
