@@ -1,0 +1,140 @@
+"""numpy's `.npy` and `.npz` files from strangers, read without trusting what they claim.
+
+No pickled object is ever read. An array is built only from bytes that are there: a header that claims a
+terabyte allocates nothing, and an archive that unpacks to far more than its size is refused.
+"""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from a2mc_fast.data.pack import existing_file
+from a2mc_fast.errors import InputError, require
+
+_KINDS = "fiubUS"  # numbers, booleans and strings; no objects, no structures
+_WORDS = {"f": "floats", "i": "integers", "u": "unsigned integers", "b": "booleans", "U": "text"}
+_NPZ = "a .npz file"
+_READ_HEADER = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+_MAX_RATIO, _SLACK = 200, 1 << 26  # an archive may unpack to this many times its size, plus this many bytes
+
+
+@contextmanager
+def damaged(path: Path, kind: str) -> Iterator[None]:
+    """Turn whatever a reader raises on a damaged file into one sentence about `path`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # zipfile, zlib, pickle and numpy report damage in a dozen ways
+        text = str(error).strip().partition("\n")[0][:120]
+        reason = f"{type(error).__name__}: {text}" if text else type(error).__name__
+        raise InputError(f"{path} is damaged or not {kind} ({reason})") from None
+
+
+def map_npy(path: Path) -> np.ndarray:
+    """The array of a `.npy` file, read-only and mapped: only what is used is read."""
+    existing_file(path, "a .npy file")
+    with damaged(path, "a .npy file"):
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(array, np.memmap):  # np.load opens archives too
+            raise InputError(f"{path} is not a .npy file but an archive of them")
+        require(array.dtype.kind in _KINDS, f"{path} holds {array.dtype}, expected numbers")
+        return array
+
+
+class Rows:
+    """An array inside an archive, read along its first axis from front to back."""
+
+    def __init__(self, stream: IO[bytes], size: int, path: Path, name: str) -> None:
+        self._stream, self._path, self._where = stream, path, f"{path}: {name}"
+        with damaged(path, _NPZ):
+            version = np.lib.format.read_magic(stream)
+            read_header = _READ_HEADER.get(version)
+            if read_header is None:
+                raise InputError(f"{self._where} has npy version {version}, expected 1.0 or 2.0")
+            self.shape, self._fortran, self.dtype = read_header(stream)
+            held = size - stream.tell()
+        require(self.dtype.kind in _KINDS, f"{self._where} holds {self.dtype}, expected numbers or strings")
+        claimed = math.prod(self.shape) * self.dtype.itemsize
+        require(
+            min(self.shape, default=0) >= 0 and claimed == held,
+            f"{self._where} claims {list(self.shape)} of {self.dtype}, {claimed:,} bytes, but holds {held:,}",
+        )
+
+    def take(self, count: int) -> np.ndarray:
+        """The next `count` rows."""
+        require(
+            not self._fortran or len(self.shape) < 2,
+            f"{self._where} is stored in Fortran order; save it again with numpy.ascontiguousarray",
+        )
+        return self._read((count, *self.shape[1:]))
+
+    def all(self) -> np.ndarray:
+        """The whole array."""
+        return self._read(self.shape[::-1]).T if self._fortran else self._read(self.shape)
+
+    def _read(self, shape: tuple[int, ...]) -> np.ndarray:
+        size = math.prod(shape) * self.dtype.itemsize
+        with damaged(self._path, _NPZ):
+            data = self._stream.read(size)
+            require(len(data) == size, f"{self._where} ends early")
+            return np.frombuffer(data, self.dtype, math.prod(shape)).reshape(shape)
+
+
+class Archive:
+    """A `.npz` file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = existing_file(path, _NPZ)
+        with path.open("rb") as file, damaged(path, _NPZ):
+            members = {info.filename: info.file_size for info in zipfile.ZipFile(file).infolist()}
+        size, unpacked = path.stat().st_size, sum(members.values())
+        require(
+            unpacked <= _MAX_RATIO * size + _SLACK,
+            f"{path} would unpack to {unpacked:,} bytes, over {_MAX_RATIO} times its size; refused",
+        )
+        self._sizes = {name.removesuffix(".npy"): n for name, n in members.items() if name.endswith(".npy")}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._sizes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sizes)
+
+    def need(self, *names: str) -> None:
+        """Raise `InputError` unless the archive has all these arrays."""
+        missing = [name for name in names if name not in self]
+        require(
+            not missing,
+            f"{self.path} has no {', '.join(missing)}; it holds {', '.join(self) or 'no array at all'}",
+        )
+
+    @contextmanager
+    def rows(self, name: str) -> Iterator[Rows]:
+        """An array to be read row by row; the file is open within the context."""
+        self.need(name)
+        with self.path.open("rb") as file:
+            with damaged(self.path, _NPZ):
+                stream = zipfile.ZipFile(file).open(f"{name}.npy")  # noqa: SIM115 (closed below)
+            with stream:
+                yield Rows(stream, self._sizes[name], self.path, name)
+
+    def array(self, name: str, kinds: str, ndim: int) -> np.ndarray:
+        """A whole array, of one of numpy's dtype `kinds` and with `ndim` axes."""
+        with self.rows(name) as rows:
+            require(
+                rows.dtype.kind in kinds and len(rows.shape) == ndim,
+                f"{self.path}: {name} is {rows.dtype} {list(rows.shape)}, expected {ndim} axes of "
+                + " or ".join(_WORDS[kind] for kind in kinds),
+            )
+            return rows.all()

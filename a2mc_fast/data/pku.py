@@ -1,0 +1,248 @@
+"""PKU-MMD, part I and II, from text: a folder of skeleton files, a folder of label files and the official
+splits.
+
+A skeleton file has one line per frame: 2 bodies x 25 joints x (x, y, z) = 150 numbers in metres, zeros for an
+absent body. A label file has one line per action, "class,start,end,confidence" with classes from 1. An
+action's clip is rows [start:end) counted from 0, as in CMD and ISC (AimCLR counts from 1 and includes the
+end). The bodies keep their order.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from a2mc_fast.data.pack import Recording, Skip, Source, UnusableError, existing_file, existing_folder
+from a2mc_fast.errors import InputError, os_reason, require
+
+Part = Literal["pku1", "pku2"]
+_CLASSES = 51
+_NUMBERS = 2 * 25 * 3  # per line of a skeleton file
+_MAX_BYTES = 512 << 20  # a video of 10,000 frames takes under 20 MB of text
+_CAMERAS = {"L": 1, "M": 2, "R": 3}
+_NAMES: dict[Part, re.Pattern[str]] = {
+    "pku1": re.compile(r"(?P<video>\d+)-(?P<view>[LMR])", re.ASCII),
+    "pku2": re.compile(r"A(?P<video>\d+)N(?P<subject>\d+)-(?P<view>[LMR])", re.ASCII),
+}
+_SPLIT_FILES = {
+    "xsub": ("cross-subject.txt", "cross_subject.txt", "cross_subject_v2.txt"),
+    "xview": ("cross-view.txt", "cross_view.txt", "cross_view_v2.txt"),
+}
+_TEST_SUBJECTS = (2, 3, 7)  # part II
+
+EXPECTED: dict[Part, dict[str, int]] = {
+    "pku1": {"videos": 1_076, "clips": 21_545, "xsub train": 18_841, "xsub test": 2_704},
+    "pku2": {"videos": 1_009, "clips": 6_945, "xsub train": 5_332, "xsub test": 1_613},
+}
+"""Published numbers of videos and clips. (Liu et al. 2017)"""
+
+
+class Ids(NamedTuple):
+    """What the name of a video tells: camera 1, 2, 3 for L, M, R; subject -1 in part I."""
+
+    camera: int
+    subject: int
+
+
+def parse_name(name: str, part: Part) -> Ids | None:
+    """The numbers in "0002-L" (part I) or "A01N02-L" (part II), with or without ".txt"; None for others."""
+    match = _NAMES[part].fullmatch(name.strip().removesuffix(".txt"))
+    if match is None:
+        return None
+    return Ids(_CAMERAS[match["view"]], int(match.groupdict().get("subject", -1)))
+
+
+@dataclass(frozen=True)
+class _Video:
+    """One job: a video and its labels."""
+
+    skeleton: Path
+    label: Path
+    ids: Ids
+    train_in: tuple[str, ...]
+
+
+def open_pku(
+    folder: str | Path,
+    part: Part,
+    *,
+    skeletons: str | Path | None = None,
+    labels: str | Path | None = None,
+    splits: Mapping[str, str | Path | None] | None = None,
+) -> Source:
+    """The labelled actions of all videos, in the order of the videos' names.
+
+    `skeletons` and `labels` are the folders of text files, by default the subfolders whose names contain
+    "skel" and "label". `splits` maps xsub and xview to official split files, by default those in `folder`
+    under their official names; without any, part II is split by performer and view, which gives the same
+    sets.
+    """
+    folder = existing_folder(Path(folder), "the folder of PKU-MMD")
+    skeleton_folder = Path(skeletons) if skeletons else _subfolder(folder, "skel", "--skeletons")
+    label_folder = Path(labels) if labels else _subfolder(folder, "label", "--labels")
+    videos = {
+        p.stem: p
+        for p in sorted(existing_folder(skeleton_folder, "a folder of skeleton files").glob("*.txt"))
+    }
+    marked = {
+        p.stem: p for p in sorted(existing_folder(label_folder, "a folder of label files").glob("*.txt"))
+    }
+    require(bool(videos), f"{skeleton_folder} holds no .txt files with skeletons")
+    require(bool(marked), f"{label_folder} holds no .txt files with labels")
+    training, notes = _training_videos(folder, part, splits or {}, frozenset(videos))
+    jobs: list[_Video] = []
+    skipped: list[Skip] = []
+    for name in sorted(videos | marked):
+        ids = parse_name(name, part)
+        if ids is None:
+            skipped.append(Skip(name, "name not understood", f"not a video of {part}"))
+        elif name not in marked:
+            skipped.append(Skip(name, "no label", f"no {label_folder / name}.txt"))
+        elif name not in videos:
+            skipped.append(Skip(name, "no skeleton data", f"no {skeleton_folder / name}.txt"))
+        else:
+            train_in = tuple(protocol for protocol, names in training.items() if name in names)
+            jobs.append(_Video(videos[name], marked[name], ids, train_in))
+    return Source(
+        name=part,
+        jobs=jobs,
+        total=len(jobs),
+        read=read_video,
+        protocols=tuple(training),
+        unit="videos",
+        skipped=tuple(skipped),
+        notes=tuple(notes),
+        expected=EXPECTED[part],
+    )
+
+
+def read_video(video: _Video) -> Iterable[Recording | Skip]:
+    """The actions of one video, named by video and label row (from 0)."""
+    name = video.skeleton.stem
+    try:
+        frames = parse_frames(_read_bytes(video.skeleton))
+        labels = _read_bytes(video.label).decode("utf-8", "replace").splitlines()
+        if len(labels) > len(frames):
+            raise UnusableError("unreadable", f"{len(labels):,} labels for {len(frames):,} frames")
+    except UnusableError as error:
+        yield Skip(name, error.reason, error.detail)
+        return
+    for row, line in enumerate(labels):
+        if not line.strip():
+            continue
+        clip = f"{name}_{row}"
+        try:
+            action, start, end = map(int, line.replace(",", " ").split()[:3])
+        except ValueError:
+            yield Skip(clip, "unreadable", f"label line {row + 1} is not class,start,end,confidence")
+            continue
+        if not 1 <= action <= _CLASSES:
+            yield Skip(clip, "label out of range", f"class {action}, expected 1 to {_CLASSES}")
+        elif start < 0:
+            yield Skip(clip, "unreadable", f"starts at row {start}")
+        else:
+            yield Recording(
+                name=clip,
+                label=action - 1,
+                joints=frames[start : max(start, end)],
+                subject=video.ids.subject,
+                camera=video.ids.camera,
+                train_in=video.train_in,
+            )
+
+
+def parse_frames(text: bytes) -> np.ndarray:
+    """A skeleton file: float32 [T, 2, 25, 3] metres. Raises `UnusableError` for anything else."""
+    lines = [line for line in text.split(b"\n") if line.strip()]
+    if not lines:
+        raise UnusableError("no frames")
+    try:
+        values = np.loadtxt(lines, comments=None, ndmin=2)
+    except ValueError as error:
+        raise UnusableError("unreadable", str(error).split(";")[0].splitlines()[0]) from None
+    if values.shape[1] != _NUMBERS:
+        raise UnusableError("wrong joint count", f"{values.shape[1]} numbers per line, expected {_NUMBERS}")
+    return values.reshape(-1, 2, 25, 3).astype(np.float32)
+
+
+def read_split(path: Path) -> tuple[frozenset[str], frozenset[str]]:
+    """(training, validation) video names of an official split file: title, names, title, names."""
+    text = existing_file(path, "a split file of PKU-MMD").read_text(encoding="utf-8", errors="replace")
+    lines = [line for line in text.splitlines() if line.strip()]
+    require(
+        len(lines) == 4,
+        f"{path} has {len(lines)} lines, expected title, training videos, title, validation videos",
+    )
+    train, validation = (
+        frozenset(name.strip().removesuffix(".txt") for name in line.split(",") if name.strip())
+        for line in lines[1::2]
+    )
+    return train, validation
+
+
+def _training_videos(
+    folder: Path, part: Part, given: Mapping[str, str | Path | None], videos: frozenset[str]
+) -> tuple[dict[str, frozenset[str]], list[str]]:
+    """Protocol -> names of its training videos, and what the user should know about them."""
+    training: dict[str, frozenset[str]] = {}
+    notes: list[str] = []
+    for protocol, usual in _SPLIT_FILES.items():
+        path = given.get(protocol) or _find(folder, usual)
+        if path is None:
+            continue
+        train, validation = read_split(Path(path))
+        require(
+            bool((train | validation) & videos),
+            f"{path} names none of the {len(videos):,} videos of {part}; is it the split of the other part?",
+        )
+        training[protocol] = train
+        if absent := (train | validation) - videos:
+            notes.append(f"{len(absent):,} of {len(train | validation):,} videos in {path} were not found")
+        if unlisted := videos - train - validation:
+            notes.append(f"{len(unlisted):,} videos are not in {path} and count as test")
+    if part == "pku2":
+        ids = {name: found for name in videos if (found := parse_name(name, part))}
+        for protocol, names in {
+            "xsub": frozenset(n for n, i in ids.items() if i.subject not in _TEST_SUBJECTS),
+            "xview": frozenset(n for n, i in ids.items() if i.camera != _CAMERAS["L"]),
+        }.items():
+            if protocol not in training:
+                training[protocol] = names
+                notes.append(f"no split file for {protocol}; split by the performer and view in the names")
+    if not training:
+        raise InputError(
+            f"{folder} has no split files, and the names of part I do not tell performers; give the official "
+            "cross-subject.txt with --xsub-file or cross-view.txt with --xview-file"
+        )
+    return {protocol: training[protocol] for protocol in _SPLIT_FILES if protocol in training}, notes
+
+
+def _find(folder: Path, names: Iterable[str]) -> Path | None:
+    """The first of these files in the folder or one level below."""
+    return next(
+        (p for name in names for p in (folder / name, *sorted(folder.glob(f"*/{name}"))) if p.is_file()), None
+    )
+
+
+def _subfolder(folder: Path, word: str, flag: str) -> Path:
+    found = sorted(p for p in folder.iterdir() if p.is_dir() and word in p.name.lower())
+    require(
+        len(found) == 1,
+        f"{folder} has {len(found)} subfolders called *{word}*, expected one; give it with {flag}",
+    )
+    return found[0]
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        size = path.stat().st_size
+        if size > _MAX_BYTES:
+            raise UnusableError("unreadable", f"{size:,} bytes are too many for one video")
+        return path.read_bytes()
+    except OSError as error:
+        raise UnusableError("unreadable", os_reason(error)) from None

@@ -1,0 +1,239 @@
+"""`python -m a2mc_fast.prepare`: the packed file, the report beside it, the table, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from a2mc_fast.data import Clips
+from a2mc_fast.prepare import main
+from tests.test_normalize import full_clip
+from tests.test_readers import (
+    NTU_NAMES,
+    Malicious,
+    agcn_folders,
+    ctrgcn_arrays,
+    own_archive,
+    pyskl_content,
+    write_ntu,
+    write_pku,
+    write_split,
+)
+
+
+def run(*arguments: object) -> None:
+    main([str(argument) for argument in arguments])
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one sentence with which a command ends."""
+    with pytest.raises(SystemExit) as end:
+        run(*arguments)
+    assert end.value.code == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("error: ") and len(err.splitlines()) == 1, err
+    return err.removeprefix("error: ").strip()
+
+
+def write_example(kind: str, folder: Path) -> tuple[Path, int]:
+    """A small input of a source, and how many clips it holds."""
+    match kind:
+        case "ntu60" | "ntu120":
+            return write_ntu(
+                folder / "in", {name: full_clip(i, 3, 2, 25) for i, name in enumerate(NTU_NAMES)}
+            ), 4
+        case "pku1" | "pku2":
+            name = "0002-L" if kind == "pku1" else "A01N02-L"
+            made = write_pku(folder / "in", {name: full_clip(0, 9, 2, 25)}, {name: "1,0,4,1\n3,5,9,1\n"})
+            write_split(made / "cross-subject.txt", name, "0003-L")
+            return made, 2
+        case "agcn":
+            return agcn_folders(folder)[0], 4
+        case "ctrgcn":
+            np.savez(folder / "NTU60_CS.npz", **ctrgcn_arrays()[0])
+            return folder / "NTU60_CS.npz", 3
+        case "pyskl":
+            (folder / "in.pkl").write_bytes(pickle.dumps(pyskl_content()))
+            return folder / "in.pkl", 4
+        case _:
+            np.savez(folder / "in.npz", **own_archive())
+            return folder / "in.npz", 3
+
+
+@pytest.mark.parametrize("kind", ["ntu60", "ntu120", "pku1", "pku2", "agcn", "ctrgcn", "pyskl", "npz"])
+def test_every_source_gives_a_packed_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    source, count = write_example(kind, tmp_path)
+    out = tmp_path / "new" / "out.safetensors"
+    run(kind, source, out, "--workers", 1)
+    clips = Clips.load(out)
+    assert len(clips) == count and clips.source == kind and clips.splits
+    assert clips.command == f"python -m a2mc_fast.prepare {kind} {source} {out} --workers 1"
+    report = json.loads((tmp_path / "new" / "out.report.json").read_text())
+    assert (report["source"], report["clips"], report["skipped"]) == (kind, count, 0)
+    assert report["frames"] == int(clips.lengths.sum()) and report["classes"] == clips.num_classes
+    for name, sizes in report["splits"].items():
+        train, test = clips.split(name)
+        assert sizes == {"train": len(train), "test": len(test)}
+    printed = capsys.readouterr().out
+    assert f"clips     {count}\n" in printed
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
+        "out.report.json",
+        "out.safetensors",
+    ]
+
+
+def test_report_names_what_was_skipped_and_what_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = write_example("ntu60", tmp_path)
+    (folder / f"{NTU_NAMES[2]}.skeleton").write_text("3\n1\n")
+    write_ntu(
+        folder,
+        {"S001C001P001R001A060": np.zeros((2, 1, 25, 3)), "S001C001P001R001A061": np.zeros((2, 1, 25, 3))},
+    )
+    listed = tmp_path / "missing.txt"
+    listed.write_text(NTU_NAMES[3])
+    run("ntu60", folder, tmp_path / "out.safetensors", "--exclude", listed)
+    report = json.loads((tmp_path / "out.report.json").read_text())
+    assert report["reasons"] == {"excluded by the list": 1, "unreadable": 1, "no body": 1}
+    assert {s["name"]: s["reason"] for s in report["skipped_recordings"]} == {
+        NTU_NAMES[3]: "excluded by the list",
+        NTU_NAMES[2]: "unreadable",
+        "S001C001P001R001A060": "no body",
+    }
+    assert report["expected"]["clips"] == 56_578 and report["splits"]["xsub"] == {"train": 2, "test": 0}
+    for sentence in (
+        "ntu60: 56,880 files expected, 5 found",
+        "ntu60: 56,578 clips expected, 2 found",
+        "ntu60: 40,091 xsub train expected, 2 found",
+        "ntu60: 18,932 xview test expected, 1 found",
+    ):
+        assert sentence in report["differences"]
+    printed = capsys.readouterr().out
+    assert "skipped   3  (excluded by the list 1, no body 1, unreadable 1)" in printed
+    assert "ntu60: 56,578 clips expected, 2 found" in printed
+    assert "1 files do not belong to ntu60 and were left out" in printed
+
+
+def test_synthetic_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.safetensors"
+    run("synthetic", out, "--clips", 90, "--seed", 3)
+    clips = Clips.load(out)
+    assert len(clips) == 90 and clips.source == "synthetic" and clips.command.endswith("--seed 3")
+    assert json.loads((tmp_path / "out.report.json").read_text())["clips"] == 90
+    assert "clips     90\n" in capsys.readouterr().out
+
+
+def test_long_clips_are_cut_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, _ = write_example("npz", tmp_path)
+    run("npz", source, tmp_path / "out.safetensors", "--max-frames", 5)
+    assert Clips.load(tmp_path / "out.safetensors").lengths.tolist() == [4, 5, 5]
+    assert "1 clips were cut to the frame limit" in capsys.readouterr().out
+
+
+def test_existing_output_is_kept_unless_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, _ = write_example("npz", tmp_path)
+    out = tmp_path / "out.safetensors"
+    out.write_text("precious")
+    assert "--overwrite" in refused(capsys, "npz", source, out)
+    assert out.read_text() == "precious"
+    # not even then, when the input is no good
+    (tmp_path / "bad.npz").write_bytes(b"PK")
+    refused(capsys, "npz", tmp_path / "bad.npz", out, "--overwrite")
+    assert out.read_text() == "precious"
+    run("npz", source, out, "--overwrite")
+    assert len(Clips.load(out)) == 3
+    capsys.readouterr()
+    assert "is the input" in refused(capsys, "npz", source, source, "--overwrite")
+    assert "is a folder" in refused(capsys, "npz", source, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["ntu60", "ntu120", "pku1", "pku2", "agcn", "ctrgcn", "pyskl", "npz"])
+def test_missing_or_foreign_input_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    out = tmp_path / "out" / "out.safetensors"
+    noise = tmp_path / "noise"
+    noise.write_bytes(np.random.default_rng(0).bytes(4000))
+    (tmp_path / "empty").mkdir()
+    assert "does not exist" in refused(capsys, kind, tmp_path / "nothing", out)
+    for wrong in (noise, tmp_path / "empty"):
+        assert str(wrong) in refused(capsys, kind, wrong, out)
+    assert not out.parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [(("--workers", -1), "--workers must not be negative"), (("--max-frames", 0), "--max-frames must be")],
+)
+def test_flags_out_of_range(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[Any, ...], sentence: str
+) -> None:
+    source, _ = write_example("npz", tmp_path)
+    assert sentence in refused(capsys, "npz", source, tmp_path / "out.safetensors", *flags)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("npz", "a", "b", "--exclude", "c"), "--exclude"),
+        (("xlsx", "a", "b"), "xlsx"),
+        (("npz", "a"), "required"),
+    ],
+)
+def test_unknown_flags_and_sources(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], words: str
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        run(*arguments)
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and words in out + err
+
+
+def test_malicious_pickle_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flag = tmp_path / "ran"
+    (tmp_path / "in.pkl").write_bytes(
+        pickle.dumps({"annotations": Malicious(exec, f"open({str(flag)!r}, 'w')")})
+    )
+    assert "asks for builtins.exec" in refused(
+        capsys, "pyskl", tmp_path / "in.pkl", tmp_path / "out.safetensors"
+    )
+    folder, _ = agcn_folders(tmp_path)
+    (folder / "xsub" / "val_label.pkl").write_bytes(
+        pickle.dumps(Malicious(exec, f"open({str(flag)!r}, 'w')"))
+    )
+    refused(capsys, "agcn", folder / "xsub", tmp_path / "out.safetensors")
+    assert not flag.exists()
+
+
+def test_as_a_process(tmp_path: Path) -> None:
+    """Several workers, standard error and exit codes as a shell sees them."""
+    folder, _ = write_example("ntu60", tmp_path)
+    out = tmp_path / "out.safetensors"
+    command = [sys.executable, "-m", "a2mc_fast.prepare", "ntu60", str(folder), str(out), "--workers", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "" and done.stdout.startswith("clips     4\n")
+    again = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (again.returncode, again.stdout) == (2, "")
+    assert again.stderr == f"error: {out} exists; replace it with --overwrite\n"
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = (
+        "import sys\nfrom a2mc_fast.prepare import main\n"
+        "try:\n    main(['ntu60', '--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "--exclude" in done.stdout

@@ -1,0 +1,366 @@
+"""The whole job on tiny runs: it learns, resumes, evaluates, and refuses bad input in one sentence."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from a2mc_fast import checkpoint
+from a2mc_fast.augment import Views
+from a2mc_fast.config import BankConfig, Config, OptimConfig, RunConfig, _ablations, demo, to_dict
+from a2mc_fast.data import Clips
+from a2mc_fast.evaluate import main as evaluate_main
+from a2mc_fast.protocols import LinearConfig, encode, knn, linear_evaluation
+from a2mc_fast.train import main as train_main
+from a2mc_fast.train import train
+from a2mc_fast.trainer import Trainer
+
+FAST = ["--run.log-every", "2", "--bank.size", "40", "--optim.batch-size", "8", "--encoder.hidden", "8"]
+
+
+def tiny(data: Path, out: Path, epochs: int = 3, **changes: object) -> Config:
+    base = demo()
+    return replace(
+        base,
+        data=str(data),
+        views=replace(base.views, frames=8, min_frames=8),
+        encoder=replace(base.encoder, hidden=8, projection=16),
+        bank=BankConfig(size=40, warmup_steps=3),
+        optim=OptimConfig(epochs=epochs, batch_size=8, milestones=(2,), lr=0.05),
+        run=RunConfig(out=str(out), log_every=2, progress=False, eval_every=1),
+        **changes,  # type: ignore[arg-type]
+    )
+
+
+@pytest.fixture
+def data(tmp_path: Path, make_clips: Callable[..., Clips]) -> Path:
+    lengths = list(range(10, 50))
+    make_clips(lengths, classes=4).save(tmp_path / "clips.safetensors")
+    return tmp_path / "clips.safetensors"
+
+
+@pytest.fixture
+def trained(data: Path, tmp_path: Path) -> Path:
+    return train(tiny(data, tmp_path / "run"))
+
+
+def test_a_run_leaves_its_folder(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = json.loads((trained / "result.json").read_text())
+    needed = "preset steps seconds clips_per_second peak_memory_bytes device loss knn_top1 knn_top1_untrained"
+    assert set(needed.split()) <= set(result)
+    steps = 3 + 3 * (30 // 8)
+    assert result["steps"] == steps
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    logged = [line["step"] for line in lines if "loss" in line]
+    assert logged == sorted(set(range(2, steps + 1, 2)) | {steps})
+    assert {line["stage"] for line in lines if "stage" in line} == {"warm-up", "train"}
+    assert {"bank_norm", "bank_movement", "bank_negatives", "loss_weak", "lr"} <= set(lines[-2])
+    assert json.loads((trained / "config.json").read_text())["optim"]["lr"] == 0.05
+
+
+def test_loss_is_the_sum_of_its_parts(trained: Path) -> None:
+    for line in map(json.loads, (trained / "metrics.jsonl").read_text().splitlines()):
+        if "loss" in line:
+            parts = line["loss_weak"] + line["loss_strong"] + line["loss_basic"]
+            assert line["loss"] == pytest.approx(parts, rel=1e-5)
+
+
+def test_checkpoint_holds_the_whole_state(trained: Path) -> None:
+    names = set(load_file(trained / "checkpoint.safetensors"))
+    for part in ("model.query.encoder", "model.key.encoder", "model.query.head", "optimizer.encoder"):
+        assert any(name.startswith(part) for name in names)
+    assert {
+        "model.bank.rows",
+        "model.bank.velocity",
+        "model.bank.position",
+        "model.classifier.weight",
+    } <= names
+    saved = checkpoint.load(trained)
+    assert (saved.step, saved.classes, saved.persons) == (12, 4, 2)
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(data: Path, tmp_path: Path) -> None:
+    """Stopped after two of four epochs and continued: the same bits."""
+    whole = train(tiny(data, tmp_path / "whole", epochs=4))
+    config = tiny(data, tmp_path / "parts", epochs=4)
+
+    class Stop(Exception):
+        pass
+
+    real, calls = Trainer.step, 0
+
+    def interrupted(self: Trainer, step: int) -> dict[str, torch.Tensor]:
+        nonlocal calls
+        calls += 1
+        if calls == 11:
+            raise Stop
+        return real(self, step)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(Trainer, "step", interrupted)
+        train(config)
+    train(config, resume=True)
+    a, b = (load_file(folder / "checkpoint.safetensors") for folder in (whole, tmp_path / "parts"))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+    def losses(folder: Path) -> list[tuple[int, float]]:
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+    assert losses(whole) == losses(tmp_path / "parts")
+
+
+def test_two_runs_of_one_seed_are_equal_and_seeds_differ(data: Path, tmp_path: Path) -> None:
+    a, b = (load_file(train(tiny(data, tmp_path / name)) / "checkpoint.safetensors") for name in "ab")
+    c = load_file(train(tiny(data, tmp_path / "c", seed=1)) / "checkpoint.safetensors")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["model.bank.rows"], c["model.bank.rows"])
+
+
+@pytest.mark.parametrize("name", ["b1", "b2", "b3", "b4", "a2", "a3"])
+def test_ablations_run(data: Path, tmp_path: Path, name: str) -> None:
+    folder = train(_ablations(tiny(data, tmp_path / name, epochs=2, split="xsub"))[name])
+    last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-2]
+    assert (last["loss_weak"] > 0, last["loss_strong"] > 0) == (name not in ("b1", "b2"),) * 2
+    assert ("bank_movement" in last) == (name in ("b2", "a2", "a3"))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [
+            "--bank.objective",
+            "infonce",
+            "--bank.reduction",
+            "sum",
+            "--bank.queries",
+            "weak",
+            "strong",
+            "basic",
+        ],
+        ["--bank.init", "keys_only"],
+        ["--loss.mixing", "tiled", "--loss.renormalize", "--loss.live-target"],
+        ["--attack.classifier", "prototypes", "--attack.feature", "head", "--attack.steps", "2"],
+        ["--attack.classifier", "pseudo_labels", "--attack.norm-mode", "train"],
+        ["--stream", "bone", "--encoder.time-mode", "bidirectional"],
+        ["--stream", "motion", "--encoder.no-input-norm"],
+    ],
+    ids=" ".join,
+)
+def test_options_run(data: Path, tmp_path: Path, flags: list[str]) -> None:
+    args = ["demo", "--data", str(data), "--run.out", str(tmp_path / "o"), *FAST, "--optim.epochs", "1"]
+    train_main([*args, "--optim.milestones", "0", "--bank.warmup-steps", "2", *flags])
+    assert np.isfinite(json.loads((tmp_path / "o" / "result.json").read_text())["loss"])
+
+
+def test_the_bank_climbs_and_the_key_encoder_follows(data: Path, tmp_path: Path) -> None:
+    config = tiny(data, tmp_path / "x")
+    trainer = Trainer(config, Clips.load(data))
+    model = trainer.model
+    for step in range(3):
+        trainer.step(step)
+    rows = model.bank.rows.clone()
+    query = [p.clone() for p in model.query.parameters()]
+    trainer.step(3)  # the first step after the warm-up: the key encoder starts as a copy of the query encoder
+    assert all(torch.equal(k, q) for k, q in zip(model.key.parameters(), query))
+    assert (model.bank.rows != rows).any(1).all()  # every row moves, not only a batch of them
+    key, query = ([p.clone() for p in m.parameters()] for m in (model.key, model.query))
+    model.update_key()
+    for now, k, q in zip(model.key.parameters(), key, query):
+        torch.testing.assert_close(now, 0.999 * k + 0.001 * q)
+
+
+def test_warm_up_fills_the_bank_with_unit_keys(data: Path, tmp_path: Path) -> None:
+    config = tiny(data, tmp_path / "x")
+    config = replace(config, bank=BankConfig(size=40))  # five batches of eight
+    trainer = Trainer(config, Clips.load(data))
+    assert config.warmup_steps == 5
+    for step in range(5):
+        trainer.step(step)
+    torch.testing.assert_close(trainer.model.bank.rows.norm(dim=1), torch.ones(40))
+
+
+def test_batches_are_permutations_of_the_training_clips(data: Path, tmp_path: Path) -> None:
+    trainer = Trainer(tiny(data, tmp_path / "x"), Clips.load(data))
+    epochs = [torch.cat([trainer.batch(3 * epoch + i) for i in range(3)]) for epoch in range(2)]
+    for epoch in epochs:
+        assert len(set(epoch.tolist())) == 24 and set(epoch.tolist()) <= set(trainer.train_index.tolist())
+    assert not torch.equal(*epochs)
+    assert [trainer.learning_rate(step) for step in (0, 2, 3, 8, 9)] == pytest.approx([0.05] * 4 + [0.005])
+
+
+def test_compiled_parts_give_the_same_losses(data: Path, tmp_path: Path) -> None:
+    def losses(mode: str) -> list[float]:
+        config = tiny(data, tmp_path / mode)
+        trainer = Trainer(replace(config, run=replace(config.run, compile=mode)), Clips.load(data))  # type: ignore[arg-type]
+        return [trainer.step(step)["loss"].item() for step in range(6)]
+
+    assert losses("on") == pytest.approx(losses("off"), rel=1e-4)
+
+
+def test_knn_by_hand() -> None:
+    gallery = torch.tensor([[1.0, 0], [0, 2], [3, 0.1], [-1, 0]])
+    labels = torch.tensor([0, 1, 2, 1])
+    queries = torch.tensor([[5.0, 0], [0.1, 9], [1, 1]])
+    assert knn(gallery, labels, queries).tolist() == [0, 1, 2]
+    assert knn(gallery, labels, queries, k=4).tolist() == [1, 1, 1]  # the majority of all
+    with pytest.raises(ValueError, match=r"k must be in 1 \.\. 4"):
+        knn(gallery, labels, queries, k=5)
+
+
+def test_knn_equals_scikit_learn() -> None:
+    from sklearn.neighbors import KNeighborsClassifier
+
+    gallery, queries, labels = torch.randn(200, 16), torch.randn(150, 16), torch.randint(0, 7, (200,))
+    expected = KNeighborsClassifier(1, metric="cosine").fit(gallery, labels).predict(queries)
+    assert knn(gallery, labels, queries).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("crop", ["random", "center"])
+def test_linear_evaluation_learns_and_leaves_the_encoder_alone(trained: Path, data: Path, crop: str) -> None:
+    """Clips whose class is a constant offset are told apart, and no tensor of the encoder changes."""
+    clips = Clips.load(data)
+    first = 0
+    for length, label in zip(clips.lengths.tolist(), clips.labels.tolist()):
+        clips.frames[first : first + length] *= 0.1
+        clips.frames[first : first + length, label % 3] += 2.0 * (label + 1)
+        first += length
+    branch = checkpoint.load(trained).build().query
+    before = {name: value.clone() for name, value in branch.state_dict().items()}
+    views = Views(clips, demo().views, 0)
+    config = LinearConfig(epochs=60, milestones=(50,), batch_size=8, crop=crop)  # type: ignore[arg-type]
+    result = linear_evaluation(branch, views, "xsub", config)
+    assert result.last >= 90 and result.best >= result.last
+    assert all(torch.equal(before[name], value) for name, value in branch.state_dict().items())
+
+
+def test_encoding_does_not_depend_on_the_batch(trained: Path, data: Path) -> None:
+    clips = Clips.load(data)
+    branch, views = checkpoint.load(trained).build().query, Views(clips, demo().views, 0)
+    together = encode(branch, views, torch.arange(40))
+    torch.testing.assert_close(encode(branch, views, torch.tensor([7])), together[7:8])
+
+
+def test_evaluate_writes_and_prints(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate_main(["knn", str(trained), "--untrained"])
+    evaluate_main(["linear", str(trained), "--epochs", "2", "--milestones", "1"])
+    printed = capsys.readouterr().out
+    knn_result = json.loads((trained / "knn.json").read_text())
+    linear_result = json.loads((trained / "linear.json").read_text())
+    assert f"{knn_result['top1']:.2f} %" in printed and "untrained" in printed
+    assert knn_result["top1"] == json.loads((trained / "result.json").read_text())["knn_top1"]
+    assert (
+        knn_result["untrained"]["top1"]
+        == json.loads((trained / "result.json").read_text())["knn_top1_untrained"]
+    )
+    assert (
+        linear_result["options"]["epochs"] == 2 and linear_result["top1_best"] >= linear_result["top1_last"]
+    )
+
+
+def refused(main: Callable[[list[str]], None], args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command that must fail says: exit code 2 and one line on standard error."""
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    said = capsys.readouterr()
+    assert stop.value.code == 2
+    return said.err
+
+
+def test_bad_input_is_one_sentence(trained: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, folder = ["demo", *FAST], trained.parent
+    cases = [
+        (["nothing"], "unknown preset 'nothing'"),
+        (["ntu60-xsub"], "ntu60.safetensors not found; make it with: python -m a2mc_fast.prepare"),
+        ([*run, "--data", str(trained / "config.json")], "is damaged or not a safetensors file"),
+        ([*run, "--data", str(trained / "checkpoint.safetensors")], "is not a packed clips file"),
+        ([*run, "--data", str(data), "--split", "xview"], "no protocol 'xview' (it has: xsub)"),
+        ([*run, "--data", str(data), "--optim.batch-size", "31"], "30 training clips, fewer than one batch"),
+        ([*run, "--data", str(data), "--run.out", str(trained)], "already holds a run"),
+        ([*run, "--data", str(data), "--run.out", str(trained), "--resume"], "another configuration"),
+        (
+            [*run, "--data", str(data), "--run.out", str(folder / "none"), "--resume"],
+            "holds no run to resume",
+        ),
+        ([*run, "--run.device", "cuda"], "torch sees no GPU"),
+    ]
+    before = {path: path.read_bytes() for path in trained.iterdir()}
+    for args, words in cases:
+        if words == "torch sees no GPU" and torch.cuda.is_available():
+            continue
+        if "--run.out" not in args:
+            args = [*args, "--run.out", str(folder / "unused")]
+        error = refused(train_main, args, capsys)
+        assert words in error and error.startswith("error: ") and error.count("\n") == 1, error
+    assert {path: path.read_bytes() for path in trained.iterdir()} == before
+    assert not (folder / "unused").exists()
+
+
+def test_wrong_flags_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "Unrecognized" in refused(train_main, ["demo", "--banks.size", "3"], capsys)
+    assert "bank.size 3 is smaller" in " ".join(
+        refused(train_main, ["demo", "--bank.size", "3"], capsys).split()
+    )
+    assert "invalid choice" in refused(train_main, ["demo", "--precision", "fp8"], capsys).lower()
+
+
+def test_damaged_checkpoints_are_refused(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = trained / "checkpoint.safetensors"
+    whole = path.read_bytes()
+    for content in (b"", whole[:200], whole[:-50], np.random.default_rng(0).bytes(4000)):
+        path.write_bytes(content)
+        assert "checkpoint.safetensors is damaged" in refused(evaluate_main, ["knn", str(trained)], capsys)
+    path.unlink()
+    assert "not found" in refused(evaluate_main, ["knn", str(trained)], capsys)
+
+
+def test_data_of_another_skeleton_is_refused(
+    trained: Path, tmp_path: Path, make_clips: Callable[..., Clips], capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_clips([10] * 8, persons=1).save(tmp_path / "one.safetensors")
+    error = refused(evaluate_main, ["knn", str(trained), "--data", str(tmp_path / "one.safetensors")], capsys)
+    assert "trained on 25 joints and 2 persons" in error and "has 25 joints and 1 persons" in error
+
+
+def test_a_second_run_gets_its_own_folder(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = tiny(data, Path())
+    config = replace(config, run=replace(config.run, out=""))
+    assert [train(config), train(config)] == [Path("runs/demo"), Path("runs/demo-2")]
+    train(config, resume=True)
+    assert "runs/demo-2 is finished after 12 steps" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data: Path, tmp_path: Path) -> None:
+    config = tiny(data, tmp_path / "x")
+    with pytest.raises(ValueError, match=r"the loss is nan at or just before step \d+: lower --optim\.lr"):
+        train(replace(config, optim=replace(config.optim, lr=1e30)))
+
+
+def test_the_command_line_as_a_user_runs_it(data: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "a2mc_fast.train", "demo", "--data", str(data), "--run.out", "r", *FAST]
+    done = subprocess.run(
+        [*command, "--optim.epochs", "1", "--optim.milestones", "0", "--bank.warmup-steps", "1"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "kNN top-1" in done.stdout and "wrote r/checkpoint.safetensors" in done.stdout
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert again.returncode == 2 and "already holds a run" in again.stderr
+
+
+def test_config_in_the_checkpoint_is_the_runs(trained: Path, data: Path) -> None:
+    assert to_dict(checkpoint.load(trained).config)["data"] == str(data)
