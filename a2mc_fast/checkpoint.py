@@ -130,13 +130,15 @@ def load(path: Path) -> Checkpoint:
             header: dict[str, Any] = {k: _parse(v) for k, v in (file.metadata() or {}).items()}
             require(header.get("format") == FORMAT, f"{path} is not a checkpoint ({FORMAT})")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        stored: dict[str, Any] = header["skeleton"]
-        skeleton = Skeleton(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
+        # JSON has lists where the skeleton has tuples
+        fields: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in header["skeleton"].items()
+        }
         return Checkpoint(
             path=path,
             step=int(header["step"]),
             config=from_dict(header["config"], where=f"{path}: config"),
-            skeleton=skeleton,
+            skeleton=Skeleton(**fields),
             persons=int(header["persons"]),
             classes=int(header["classes"]),
             data=dict(header["data"]),

@@ -134,7 +134,7 @@ def main(args: list[str] | None = None) -> None:
             default=preset(name),
             args=[arg for arg in args if arg != "--resume"],
             prog="python -m a2mc_fast.train",
-            description="Pretrain a skeleton encoder with A²MC: python -m a2mc_fast.train [PRESET] [options]. "
+            description="Pretrain a skeleton encoder: python -m a2mc_fast.train [PRESET] [options]. "
             f"Presets: {', '.join(BASE_PRESETS)}; append -b1 .. -b4 or -a1 .. -a3 for an ablation. "
             "--resume continues the run in its folder.",
         )

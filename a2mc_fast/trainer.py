@@ -145,8 +145,8 @@ class Trainer:
         """Continue from a checkpoint. `InputError` if it was trained on other data."""
         if saved.data != checkpoint.data_identity(self.clips):
             raise InputError(
-                f"{saved.path} was trained on {saved.data['clips']} clips with {saved.data['frames']} frames, "
-                f"the data now holds {len(self.clips)} and {len(self.clips.frames)}"
+                f"{saved.path} was trained on other data: {saved.data['clips']} clips with "
+                f"{saved.data['frames']} frames, now {len(self.clips)} with {len(self.clips.frames)}"
             )
         saved.restore(self.model)
         saved.restore_optimizer(self.model, self.optimizer)

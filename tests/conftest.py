@@ -29,7 +29,7 @@ def make_clips() -> Callable[..., Clips]:
         generator = np.random.default_rng(0)
         shape = (sum(lengths), persons, skeleton.num_joints, 3)
         labels = np.arange(len(lengths)) % classes
-        split = np.arange(len(lengths)) % 4 != 3
+        split = np.arange(len(lengths)) // classes % 4 != 3
         joints = generator.standard_normal(shape, dtype=np.float32)
         return Clips.pack(joints, lengths, labels, skeleton, splits={"xsub": split})
 

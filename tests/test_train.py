@@ -57,7 +57,7 @@ def test_a_run_leaves_its_folder(trained: Path, capsys: pytest.CaptureFixture[st
     result = json.loads((trained / "result.json").read_text())
     needed = "preset steps seconds clips_per_second peak_memory_bytes device loss knn_top1 knn_top1_untrained"
     assert set(needed.split()) <= set(result)
-    steps = 3 + 3 * (30 // 8)
+    steps = 3 + 3 * (32 // 8)
     assert result["steps"] == steps
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     logged = [line["step"] for line in lines if "loss" in line]
@@ -85,7 +85,7 @@ def test_checkpoint_holds_the_whole_state(trained: Path) -> None:
         "model.classifier.weight",
     } <= names
     saved = checkpoint.load(trained)
-    assert (saved.step, saved.classes, saved.persons) == (12, 4, 2)
+    assert (saved.step, saved.classes, saved.persons) == (15, 4, 2)
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one(data: Path, tmp_path: Path) -> None:
@@ -191,11 +191,11 @@ def test_warm_up_fills_the_bank_with_unit_keys(data: Path, tmp_path: Path) -> No
 
 def test_batches_are_permutations_of_the_training_clips(data: Path, tmp_path: Path) -> None:
     trainer = Trainer(tiny(data, tmp_path / "x"), Clips.load(data))
-    epochs = [torch.cat([trainer.batch(3 * epoch + i) for i in range(3)]) for epoch in range(2)]
+    epochs = [torch.cat([trainer.batch(4 * epoch + i) for i in range(4)]) for epoch in range(2)]
     for epoch in epochs:
-        assert len(set(epoch.tolist())) == 24 and set(epoch.tolist()) <= set(trainer.train_index.tolist())
+        assert len(set(epoch.tolist())) == 32 and set(epoch.tolist()) <= set(trainer.train_index.tolist())
     assert not torch.equal(*epochs)
-    assert [trainer.learning_rate(step) for step in (0, 2, 3, 8, 9)] == pytest.approx([0.05] * 4 + [0.005])
+    assert [trainer.learning_rate(step) for step in (0, 2, 3, 10, 11)] == pytest.approx([0.05] * 4 + [0.005])
 
 
 def test_compiled_parts_give_the_same_losses(data: Path, tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_bad_input_is_one_sentence(trained: Path, data: Path, capsys: pytest.Cap
         ([*run, "--data", str(trained / "config.json")], "is damaged or not a safetensors file"),
         ([*run, "--data", str(trained / "checkpoint.safetensors")], "is not a packed clips file"),
         ([*run, "--data", str(data), "--split", "xview"], "no protocol 'xview' (it has: xsub)"),
-        ([*run, "--data", str(data), "--optim.batch-size", "31"], "30 training clips, fewer than one batch"),
+        ([*run, "--data", str(data), "--optim.batch-size", "33"], "32 training clips, fewer than one batch"),
         ([*run, "--data", str(data), "--run.out", str(trained)], "already holds a run"),
         ([*run, "--data", str(data), "--run.out", str(trained), "--resume"], "another configuration"),
         (
@@ -339,7 +339,7 @@ def test_a_second_run_gets_its_own_folder(
     config = replace(config, run=replace(config.run, out=""))
     assert [train(config), train(config)] == [Path("runs/demo"), Path("runs/demo-2")]
     train(config, resume=True)
-    assert "runs/demo-2 is finished after 12 steps" in capsys.readouterr().out
+    assert "runs/demo-2 is finished after 15 steps" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(data: Path, tmp_path: Path) -> None:

@@ -80,24 +80,24 @@ class Clips:
         Raises `InputError`, beginning with `where`, for shapes that disagree, coordinates that are not finite
         or beyond 1,000 m, empty or all-zero clips, labels below -1 or beyond the class names.
         """
-        joints = torch.as_tensor(joints)
+        frames = torch.as_tensor(joints)
         length = torch.as_tensor(np.asarray(lengths, dtype=np.int64))
         label = torch.as_tensor(np.asarray(labels, dtype=np.int64))
         count = len(length)
         require(count > 0, f"{where}: holds no clips")
         require(
-            joints.ndim == 4 and joints.shape[3] == 3 and joints.dtype == torch.float32,
-            f"{where}: joints must be float32 [F, M, V, 3], got {joints.dtype} {list(joints.shape)}",
+            frames.ndim == 4 and frames.shape[3] == 3 and frames.dtype == torch.float32,
+            f"{where}: joints must be float32 [F, M, V, 3], got {frames.dtype} {list(frames.shape)}",
         )
-        require(joints.shape[1] >= 1, f"{where}: joints hold no person (M = 0)")
+        require(frames.shape[1] >= 1, f"{where}: joints hold no person (M = 0)")
         require(
-            joints.shape[2] == skeleton.num_joints,
-            f"{where}: joints have {joints.shape[2]} joints, the skeleton {skeleton.num_joints}",
+            frames.shape[2] == skeleton.num_joints,
+            f"{where}: joints have {frames.shape[2]} joints, the skeleton {skeleton.num_joints}",
         )
         require(bool((length > 0).all()), f"{where}: clip {int((length <= 0).int().argmax())} has no frames")
         require(
-            int(length.sum()) == len(joints),
-            f"{where}: lengths sum to {int(length.sum())}, joints hold {len(joints)} frames",
+            int(length.sum()) == len(frames),
+            f"{where}: lengths sum to {int(length.sum())}, joints hold {len(frames)} frames",
         )
         require(label.shape == length.shape, f"{where}: {len(label)} labels for {count} clips")
         require(
@@ -110,25 +110,25 @@ class Clips:
         )
         require(len(names) in (0, count), f"{where}: {len(names)} names for {count} clips")
         names = tuple(names) or tuple(f"clip {i}" for i in range(count))
-        splits = {name: torch.as_tensor(mask) for name, mask in (splits or {}).items()}
-        extra_tensors = {name: torch.as_tensor(values) for name, values in (extra or {}).items()}
-        for name, values in (*splits.items(), *extra_tensors.items()):
+        masks = {name: torch.as_tensor(mask) for name, mask in (splits or {}).items()}
+        others = {name: torch.as_tensor(values) for name, values in (extra or {}).items()}
+        for name, values in (*masks.items(), *others.items()):
             require(
                 values.shape == length.shape,
                 f"{where}: {name} has shape {list(values.shape)} for {count} clips",
             )
         require(
-            all(mask.dtype == torch.bool for mask in splits.values()), f"{where}: split masks must be boolean"
+            all(mask.dtype == torch.bool for mask in masks.values()), f"{where}: split masks must be boolean"
         )
         clips = cls(
-            frames=joints.to(device).permute(0, 3, 2, 1).contiguous(),
+            frames=frames.to(device).permute(0, 3, 2, 1).contiguous(),
             lengths=length.to(device),
             labels=label.to(device),
             skeleton=skeleton,
-            splits={name: mask.to(device) for name, mask in splits.items()},
+            splits={name: mask.to(device) for name, mask in masks.items()},
             names=names,
             class_names=tuple(class_names),
-            extra=extra_tensors,
+            extra=others,
             source=source,
             command=command,
         )

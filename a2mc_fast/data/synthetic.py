@@ -1,6 +1,6 @@
 """The built-in set: NTU-25 clips of named actions, made by forward kinematics of joint-angle trajectories.
 
-An action is a list of moves: seconds and the joint angles reached by then, eased in between. Everything else
+What the actions are is in `actions`; here each is performed, eased from move to move. Everything else
 (resting posture, idle limbs, side, tempo, repetitions, onset, amplitude, body, camera, sensor) is drawn
 independently of the class and covers it up: actions share limbs and postures, and some are each other's time
 reversal, so telling them apart needs the trajectory.
@@ -11,14 +11,25 @@ Legend: N clips · B bodies (a clip has one or two) · F frames of all bodies ·
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from a2mc_fast.data.actions import (
+    ACTIONS,
+    ANGLES,
+    BONES,
+    HINGES,
+    INDEX,
+    LIMBS,
+    MIRROR,
+    MIRROR_SIGN,
+    PARTS,
+    PROGRAMS,
+    Array,
+)
 from a2mc_fast.data.clips import Clips
 from a2mc_fast.data.normalize import normalize_clip
 from a2mc_fast.errors import require
@@ -33,164 +44,6 @@ _DRIFT, _JITTER = 0.012, 0.006  # metres a joint is off: slowly (the median join
 _KNOT = 8  # frames between independent values of the slow error
 _CHUNK = 128  # clips simulated at once: the working set stays near the cache
 _F32 = np.float32
-Array = NDArray[np.float32]
-
-# -- the body --
-
-# r is the acting side, l the other. arm: f forward raise, a outward raise, t inward twist of the upper arm,
-# e elbow; leg: h hip forward, o hip outward, k knee; trunk: bend forward, lean to the acting side, turn away
-# from it; nod of the head; facing of the whole body; gap between two persons in centimetres
-_LIMBS = tuple(f"{side}{angle}" for side in "lr" for angle in "fatehok")
-_ANGLES = _LIMBS + ("bend", "lean", "turn", "nod", "facing", "gap")
-_INDEX = {name: i for i, name in enumerate(_ANGLES)}
-_MIRROR = [_INDEX[{"l": "r", "r": "l"}[n[0]] + n[1:] if n in _LIMBS else n] for n in _ANGLES]
-_MIRROR_SIGN = np.array([-1 if n in ("lean", "turn", "facing") else 1 for n in _ANGLES], _F32)[:, None]
-
-# joint -> (joint it hangs from, bone in the standing pose, proportion it follows), from the base of the spine
-_LEFT = {
-    4: (20, (-0.17, 0.0, -0.02), "width"), 5: (4, (-0.02, 0.0, -0.28), "arm"),
-    6: (5, (0.0, 0.0, -0.25), "arm"), 7: (6, (0.0, 0.0, -0.08), "arm"),
-    21: (7, (0.0, 0.01, -0.09), "arm"), 22: (7, (0.03, 0.04, -0.03), "arm"),
-    12: (0, (-0.09, 0.0, -0.03), "width"), 13: (12, (0.0, 0.0, -0.42), "leg"),
-    14: (13, (0.0, 0.0, -0.40), "leg"), 15: (14, (0.0, 0.13, -0.06), "leg"),
-}  # fmt: skip
-_RIGHT = {
-    NTU25.mirror[joint]: (NTU25.mirror[root], (-x, y, z), part)
-    for joint, (root, (x, y, z), part) in _LEFT.items()
-}
-_BONES = {
-    1: (0, (0.0, 0.0, 0.22), "trunk"), 20: (1, (0.0, 0.0, 0.25), "trunk"),
-    2: (20, (0.0, 0.0, 0.07), "trunk"), 3: (2, (0.0, 0.03, 0.16), "trunk"), **_LEFT, **_RIGHT,
-}  # fmt: skip
-_PARTS = ("trunk", "width", "arm", "leg")
-
-# hinges from the hands and feet inwards: (angle, axis it turns about, factor, joints whose bones turn)
-_ARM = {"l": [5, 6, 7, 21, 22], "r": [9, 10, 11, 23, 24]}
-_LEG = {"l": [13, 14, 15], "r": [17, 18, 19]}
-_CHEST = [20, 2, 3, 4, 8, *_ARM["l"], *_ARM["r"]]
-_Hinge = tuple[str, int, float, list[int]]
-
-
-def _limb_hinges(side: str, out: float) -> list[_Hinge]:
-    arm, leg = _ARM[side], _LEG[side]
-    return [
-        (side + "e", 0, 1.0, arm[1:]), (side + "t", 2, -out, arm[1:]), (side + "a", 1, out, arm),
-        (side + "f", 0, 1.0, arm),
-        # the foot makes up for most of what hip and knee tilt it
-        (side + "k", 0, 0.7, leg[2:]), (side + "h", 0, -0.7, leg[2:]),
-        (side + "k", 0, -1.0, leg[1:]), (side + "o", 1, out, leg), (side + "h", 0, 1.0, leg),
-    ]  # fmt: skip
-
-
-_HINGES: list[_Hinge] = [
-    *_limb_hinges("l", 1.0),
-    *_limb_hinges("r", -1.0),
-    ("nod", 0, -1.0, [3]),
-    # half of each trunk angle at the middle of the spine, half at its base
-    *(
-        (angle, axis, factor, joints)
-        for joints in (_CHEST, [1, *_CHEST])
-        for angle, axis, factor in (("turn", 2, 0.5), ("lean", 1, 0.5), ("bend", 0, -0.5))
-    ),
-    ("facing", 2, 1.0, list(_BONES)),
-]
-
-# -- the actions --
-
-Move = tuple[float, str]
-_SIT, _RISE, _HOLD = "bh85 bk88 bend5", "bh45 bk60 bend45", "bend0 bh3 bk5 rf25 re95 rt20 lf5"
-_STEP_R, _STEP_L = "rh28 rk10 lh-18 lk12 lf20 rf-20", "lh28 lk10 rh-18 rk12 rf20 lf-20"
-_STEP_R2, _STEP_L2 = f"{_STEP_R} / {_STEP_L}", f"{_STEP_L} / {_STEP_R}"
-
-# name -> moves (tenths of a second, angles reached). "b" sets both sides; an angle stays until it is set anew
-# or "" lets the body return to rest; after "/" comes the second person. What goes from rest to rest repeats,
-# the others happen once; a first move of 0 is where the clip begins.
-ACTIONS: dict[str, Sequence[Move]] = {
-    "drink": [(7, "rf50 ra10 rt40 re125"), (4, "rf85 re140 nod-30 bend-12"), (4, "rf90"), (7, "")],
-    "brush teeth": [(5, "rf40 ra35 rt60 re125"), *3 * [(2, "ra70 rt75"), (2, "ra10 rt40")], (5, "")],
-    "brush hair": [
-        (6, "rf130 ra20 rt40 re110"), *2 * [(4, "rf95 ra65 re145"), (3, "rf140 ra20 re100")], (6, ""),
-    ],
-    "wave": [(5, "ra80 rt-85 re80"), *3 * [(2, "re115"), (2, "re45")], (5, "")],
-    "throw": [(7, "ra95 rt-110 re95 turn-30"), (1.8, "rf80 ra20 rt10 re10 turn30 bend12"), (6, "")],
-    "punch": [
-        (3, "bf15 be125 bt25"),
-        *2 * [(1.6, "rf85 re5 rt0 turn20"), (2.4, "rf15 re125 rt25 turn0"),
-              (1.6, "lf85 le5 lt0 turn-20"), (2.4, "lf15 le125 lt25 turn0")],
-        (3, ""),
-    ],
-    "clap": [(4, "bf45 ba15 be70 bt0"), *3 * [(2, "bt40"), (2, "bt-10")], (4, "")],
-    "check watch": [(6, "rf60 ra5 rt75 re95 nod35 bend12"), (7, "re100 nod40"), (6, "")],
-    "stretch side": [(7, "ra165 re20 lean-30"), (4, "lean-35"), (7, "")],
-    "kick": [(5, "rh-25 rk65 bend8 lf15"), (2, "rh75 rk8 bend-8"), (6, "")],
-    "march in place": 2 * [(3.5, "rh75 rk85 lf35 rf-20 lh3 lk5"), (3.5, "lh75 lk85 rf35 lf-20 rh3 rk5")]
-    + [(3.5, "")],
-    "jump up": [
-        (5, "bh60 bk95 bend35 bf-35"), (2, "bh-3 bk3 bend-3 bf155 be10"), (3, "bh45 bk75 bend25 bf20"),
-        (4, ""),
-    ],
-    "sit down": [(5, _RISE), (6, _SIT)],
-    "stand up": [(0, _SIT), (6, _RISE), (5, "")],
-    "pick up": [(8, "bend75 bh45 bk50 rf75 re5 rt0 lf55"), (2, "bend77"), (8, _HOLD)],
-    "put down": [(0, _HOLD), (8, "bend77 bh45 bk50 rf75 re5 rt0 lf55"), (2, "bend75"), (8, "")],
-    "shake hands": [
-        (6, "rf45 re35 rt15 gap85 / rf45 re35 rt15"),
-        *3 * [(1.6, "re60 / re60"), (1.6, "re30 / re30")],
-        (6, ""),
-    ],
-    "push": [
-        (5, "bf30 be115 gap75 / bf0"), (2, "bf80 be5 bend15 gap80 / bend-20 bf30 be35"),
-        (3, "gap115 / bend-5 rh-20 rk25"), (6, ""),
-    ],
-    "walk towards": [(0, f"gap270 {_STEP_L2}"), (4, f"gap220 {_STEP_R2}"), (4, f"gap170 {_STEP_L2}"),
-                     (4, f"gap120 {_STEP_R2}"), (4, f"gap70 {_STEP_L2}")],
-    "walk apart": [(0, f"gap70 {_STEP_L2}"), (4, f"gap120 {_STEP_R2}"), (4, f"gap170 {_STEP_L2}"),
-                   (4, f"gap220 {_STEP_R2}"), (4, f"gap270 {_STEP_L2}")],
-    "hug": [(6, "bf75 ba25 be20 gap75 / bf75 ba25 be20"), (4, "bt45 be60 gap35 bend10 / bt45 be60 bend10"),
-            (6, "be62 / be62"), (6, "")],
-    "jumping jack": [*2 * [(3, "ba155 be10 bo22"), (3, "ba10 bo3")], (1, "")],
-    "squat": [(9, "bh85 bk112 bend30 bf80 be5"), (3, "bh87"), (9, "")],
-    "bow": [(7, "bend55 bf15 nod20"), (5, "bend57"), (7, "")],
-    "point": [(6, "rf85 ra5 re5 rt0"), (8, "rf87"), (6, "")],
-    "cross hands": [*2 * [(4, "bf60 ba-22 be25 bt10"), (4, "ba45 bf55 be10")], (4, "")],
-}  # fmt: skip
-
-
-def _program(moves: Sequence[Move]) -> tuple[list[float], Array]:
-    """Key times in seconds [key] and angles [role, key, 2A]: values, then a 1 for each that is set."""
-    times, rows = [0.0], [np.zeros((2, 2 * len(_ANGLES)), _F32)]
-    for tenths, text in moves:
-        key = rows[-1].copy() if text else np.zeros_like(rows[0])
-        for role, part in enumerate(text.split("/")):
-            for name, degrees in re.findall(r"([a-z]+)(-?\d+)", part):
-                for angle in (name,) if name in _INDEX else ("l" + name[1:], "r" + name[1:]):
-                    key[role, _INDEX[angle]] = float(degrees)
-                    key[role, len(_ANGLES) + _INDEX[angle]] = 1.0
-        times.append(times[-1] + tenths / 10)
-        rows.append(key)
-    return times, np.stack(rows, 1)
-
-
-class _Programs:
-    """All actions as tables: when the keys are, their angles, and what kind of action it is."""
-
-    def __init__(self) -> None:
-        programs = [_program(moves) for moves in ACTIONS.values()]
-        # an action that is over stays at its last key
-        width = max(len(times) for times, _ in programs) + 1
-        self.time = np.stack([np.pad(t, (0, width - len(t)), constant_values=np.inf) for t, _ in programs])
-        keys = [np.pad(k, ((0, 0), (0, width - k.shape[1]), (0, 0)), mode="edge") for _, k in programs]
-        self.key = np.stack(keys).transpose(3, 0, 1, 2)  # [2A, class, role, key]
-        self.seconds = np.array([times[-1] for times, _ in programs])
-        self.repeats = np.array([moves[0][0] > 0 and not moves[-1][1] for moves in ACTIONS.values()])
-        self.two_persons = np.array([any("/" in text for _, text in m) for m in ACTIONS.values()])
-        needs_standing = [_INDEX[name] for name in ("lh", "rh", "bend", "lean", "gap")]
-        self.may_sit = ~np.any(self.key[len(_ANGLES) :][needs_standing], axis=(0, 2, 3))
-
-
-_PROGRAMS = _Programs()
-
-# -- one chunk of clips --
 
 # resting arms (f, a, t, e) and their shares
 _ARM_RESTS = {
@@ -199,9 +52,9 @@ _ARM_RESTS = {
     "forearm raised": ((20, 10, 20, 85), 0.1), "at the chin": ((40, 12, 45, 128), 0.08),
     "behind the head": ((125, 30, 40, 120), 0.06), "held out": ((10, 70, -70, 75), 0.06),
 }  # fmt: skip
-_IS_ARM = np.array([name in _LIMBS and name[1] in "fate" for name in _ANGLES])[:, None]
+_IS_ARM = np.array([name in LIMBS and name[1] in "fate" for name in ANGLES])[:, None]
 # which limb an angle belongs to: two arms, two legs, the trunk; and how far idle gestures move it, degrees
-_LIMB = np.array(["lr".index(n[0]) + 2 * (n[1] in "hok") if n in _LIMBS else 4 for n in _ANGLES])
+_LIMB = np.array(["lr".index(n[0]) + 2 * (n[1] in "hok") if n in LIMBS else 4 for n in ANGLES])
 _GESTURE = np.where(_IS_ARM, 30, np.where(_LIMB < 4, 22, 10)[:, None])
 
 
@@ -209,13 +62,13 @@ class _Cast:
     """Body and style of every performer, and the distortion of every camera: fixed for the whole set."""
 
     def __init__(self, rng: np.random.Generator) -> None:
-        size = rng.uniform(0.87, 1.1, (1, PERFORMERS)) * rng.uniform(0.92, 1.08, (len(_PARTS), PERFORMERS))
+        size = rng.uniform(0.87, 1.1, (1, PERFORMERS)) * rng.uniform(0.92, 1.08, (len(PARTS), PERFORMERS))
         bones = np.zeros((NTU25.num_joints, 3))
         part = np.zeros(NTU25.num_joints, int)
-        for joint, (_, bone, name) in _BONES.items():
-            bones[joint], part[joint] = bone, _PARTS.index(name)
+        for joint, (_, bone, name) in BONES.items():
+            bones[joint], part[joint] = bone, PARTS.index(name)
         self.bones = bones.T[:, :, None] * size[part]  # [3, V, performer] metres
-        self.habit = rng.normal(0, 5, (len(_ANGLES), PERFORMERS))  # degrees added to the resting posture
+        self.habit = rng.normal(0, 5, (len(ANGLES), PERFORMERS))  # degrees added to the resting posture
         self.tempo = np.exp(rng.normal(0, 0.12, PERFORMERS))
         self.vigour = rng.uniform(0.85, 1.1, PERFORMERS)  # factor of every angle an action sets
         self.skew = rng.normal(0, _SKEW, (3, 3, CAMERAS))
@@ -252,8 +105,8 @@ def _clock(rng: np.random.Generator, label: NDArray, total: NDArray, tempo: NDAr
     others happen around the middle.
     """
     clips = len(label)
-    span = np.minimum(_PROGRAMS.seconds[label] / (tempo * rng.uniform(0.75, 1.4, clips)), 0.8 * total)
-    repeats = _PROGRAMS.repeats[label]
+    span = np.minimum(PROGRAMS.seconds[label] / (tempo * rng.uniform(0.75, 1.4, clips)), 0.8 * total)
+    repeats = PROGRAMS.repeats[label]
     start = np.where(
         repeats,
         rng.uniform(-0.6, 0.25, clips) * np.minimum(span, 0.6 * total),
@@ -269,16 +122,16 @@ def _resting(rng: np.random.Generator, bodies: _Bodies, habit: NDArray, seated: 
     """Resting posture, degrees [A, B]."""
     count = len(seated)
     arms, shares = zip(*_ARM_RESTS.values())
-    rest = habit[:, bodies.performer] + rng.normal(0, 4, (len(_ANGLES), count))
+    rest = habit[:, bodies.performer] + rng.normal(0, 4, (len(ANGLES), count))
     for side in "lr":
         style = rng.choice(len(arms), count, p=shares)
-        rest[[_INDEX[side + angle] for angle in "fate"]] += np.array(arms)[style].T
-        rest[_INDEX[side + "h"]] += np.where(seated, 82, 3)
-        rest[_INDEX[side + "k"]] += np.where(seated, 85, 8)
-        rest[_INDEX[side + "o"]] += rng.uniform(0, 12, count)
+        rest[[INDEX[side + angle] for angle in "fate"]] += np.array(arms)[style].T
+        rest[INDEX[side + "h"]] += np.where(seated, 82, 3)
+        rest[INDEX[side + "k"]] += np.where(seated, 85, 8)
+        rest[INDEX[side + "o"]] += rng.uniform(0, 12, count)
     for name, spread in (("turn", 12), ("lean", 5), ("bend", 8), ("facing", 10)):
-        rest[_INDEX[name]] += rng.normal(0, spread, count)
-    rest[_INDEX["gap"]] = rng.uniform(90, 220, count)
+        rest[INDEX[name]] += rng.normal(0, spread, count)
+    rest[INDEX["gap"]] = rng.uniform(90, 220, count)
     return rest
 
 
@@ -290,23 +143,23 @@ def _act(bodies: _Bodies, clock: Array) -> tuple[Array, Array]:
     # before the first and after the last repetition the action stands still
     done = np.clip(done - np.clip(np.floor(done), 0, times - 1), 0, 1)
     kind = bodies.repeat(bodies.label)
-    local = done * _PROGRAMS.seconds[kind].astype(_F32)
-    begins = _PROGRAMS.time[kind]  # [F, key]
+    local = done * PROGRAMS.seconds[kind].astype(_F32)
+    begins = PROGRAMS.time[kind]  # [F, key]
     move = (local[:, None] >= begins[:, 1:]).sum(1)
     frames = np.arange(len(kind))
     begun = begins[frames, move]
     share = ((local - begun) / (begins[frames, move + 1] - begun)).astype(_F32)
     share = share * share * (3 - 2 * share)
-    rows = np.ravel_multi_index((kind, bodies.repeat(bodies.second), move), _PROGRAMS.key.shape[1:])
-    table = _PROGRAMS.key.reshape(len(_PROGRAMS.key), -1)
+    rows = np.ravel_multi_index((kind, bodies.repeat(bodies.second), move), PROGRAMS.key.shape[1:])
+    table = PROGRAMS.key.reshape(len(PROGRAMS.key), -1)
     angles = table[:, rows]
     angles += share * (table[:, rows + 1] - angles)
-    return angles[: len(_ANGLES)], angles[len(_ANGLES) :]
+    return angles[: len(ANGLES)], angles[len(ANGLES) :]
 
 
 def _idle(rng: np.random.Generator, bodies: _Bodies) -> Array:
     """What a body does whatever the action: it sways, and moves half of its limbs once; degrees [A, F]."""
-    shape = len(_ANGLES), len(bodies.clip)
+    shape = len(ANGLES), len(bodies.clip)
     reach = rng.normal(0, 1, shape) * np.where(_IS_ARM, 8, 3)
     rate, phase = rng.uniform(0.6, 4, shape), rng.uniform(0, 7, shape)
     sway = bodies.spread(reach) * np.sin(bodies.spread(rate) * bodies.seconds + bodies.spread(phase))
@@ -323,14 +176,14 @@ def _pose(angles: Array, bones: Array) -> Array:
 
     The bones are overwritten.
     """
-    for name, axis, factor, joints in _HINGES:
-        radians = angles[_INDEX[name]] * _F32(np.deg2rad(factor))
+    for name, axis, factor, joints in HINGES:
+        radians = angles[INDEX[name]] * _F32(np.deg2rad(factor))
         s, c = np.sin(radians), np.cos(radians)
         i, j = (axis + 1) % 3, (axis + 2) % 3
         u, v = bones[i, joints], bones[j, joints]
         bones[i, joints] = c * u - s * v
         bones[j, joints] = s * u + c * v
-    for joint, (root, _, _) in _BONES.items():
+    for joint, (root, _, _) in BONES.items():
         bones[:, joint] += bones[:, root]
     bones[2] -= bones[2].min(0)
     return bones
@@ -365,7 +218,7 @@ def _simulate(rng: np.random.Generator, cast: _Cast, clips: dict[str, NDArray], 
     """The clips one after another, joints [F, 2, V, 3] metres as sensed; an absent person is all zeros."""
     label, lengths = clips["label"], clips["length"]
     count = len(label)
-    pairs = np.flatnonzero(_PROGRAMS.two_persons[label])
+    pairs = np.flatnonzero(PROGRAMS.two_persons[label])
     clip = np.concatenate((np.arange(count), pairs))
     bodies = _Bodies(
         clip=clip,
@@ -377,33 +230,30 @@ def _simulate(rng: np.random.Generator, cast: _Cast, clips: dict[str, NDArray], 
     # the two persons of a clip keep one clock and act with the same hand; both sit or stand
     clock = _clock(rng, label, lengths / FRAMES_PER_SECOND, cast.tempo[clips["performer"]])
     left = rng.random(count)[clip] < 0.5
-    seated = (_PROGRAMS.may_sit[label] & (rng.random(count) < 0.35))[clip]
+    seated = (PROGRAMS.may_sit[label] & (rng.random(count) < 0.35))[clip]
 
     value, gate = _act(bodies, bodies.spread(clock[:, clip]))
-    shape = len(_ANGLES), len(clip)
+    shape = len(ANGLES), len(clip)
     vigour = np.tile(cast.vigour[bodies.performer] * rng.uniform(0.8, 1.15, shape[1]), (shape[0], 1))
-    vigour[_INDEX["gap"]] = 1
+    vigour[INDEX["gap"]] = 1
     angles = value * bodies.spread(vigour) + gate * bodies.spread(rng.normal(0, 6, shape))
     angles += (1 - gate) * bodies.spread(_resting(rng, bodies, cast.habit, seated))
     angles += (1 - 0.6 * gate) * _idle(rng, bodies)
-    bent = [_INDEX[side + angle] for side in "lr" for angle in "ek"]
+    bent = [INDEX[side + angle] for side in "lr" for angle in "ek"]
     angles[bent] = np.maximum(angles[bent], 0)  # elbows and knees bend one way
-    angles = np.where(bodies.repeat(left), angles[_MIRROR] * _MIRROR_SIGN, angles)
+    angles = np.where(bodies.repeat(left), angles[MIRROR] * MIRROR_SIGN, angles)
 
     # second persons face the first across the gap, which the first person's angles hold
     second = bodies.repeat(bodies.second)
-    angles[_INDEX["facing"]] += 180 * second
+    angles[INDEX["facing"]] += 180 * second
     joints = _pose(angles, bodies.spread(cast.bones[:, :, bodies.performer]))
     row = bodies.repeat(bodies.starts[bodies.clip]) + bodies.frame  # in the first persons' frames
-    joints[1] += second * angles[_INDEX["gap"], row] / 100
+    joints[1] += second * angles[INDEX["gap"], row] / 100
 
     out = np.zeros((lengths.sum(), 2, NTU25.num_joints, 3), _F32)
     seen = _sense(rng, bodies, joints, cast.skew[..., clips["camera"]], noise)
     out[row, second] = seen.transpose(2, 1, 0)
     return out
-
-
-# -- the set --
 
 
 def synthetic_clips(

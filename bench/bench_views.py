@@ -1,0 +1,81 @@
+"""Basic views per second: batched on the device, against a numpy feeder that makes them clip by clip.
+
+`pytest bench/bench_views.py` runs both on one core, on clips of the built-in set's length, in one run, and
+holds the promise of ten times as many.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from a2mc_fast.augment import Views
+from a2mc_fast.config import ViewConfig
+from a2mc_fast.data import Clips
+from a2mc_fast.skeleton import NTU25
+from bench.baselines import numpy_basic_view
+
+CLIPS, FRAMES = 512, 64
+
+
+def clips() -> Clips:
+    """Random clips of 60 to 140 frames."""
+    random = np.random.default_rng(0)
+    lengths = random.integers(60, 141, CLIPS)
+    joints = random.standard_normal((lengths.sum(), 2, NTU25.num_joints, 3), np.float32)
+    return Clips.pack(joints, lengths, np.zeros(CLIPS, np.int64), NTU25)
+
+
+def median_seconds(function: Callable[[int], object], rounds: int) -> float:
+    """Median over rounds; the round's number is the argument, so that each draws anew."""
+    function(-1)
+    times = []
+    for number in range(rounds):
+        start = time.perf_counter()
+        function(number)
+        times.append(time.perf_counter() - start)
+    return sorted(times)[rounds // 2]
+
+
+@pytest.fixture
+def one_core() -> object:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("batch", [64, 256])
+def test_basic_views(benchmark: BenchmarkFixture, one_core: object, batch: int) -> None:
+    data = clips()
+    views = Views(data, ViewConfig(frames=FRAMES), 0)
+    arrays = [
+        np.ascontiguousarray(data.frames[start : start + length].permute(1, 0, 2, 3).numpy())
+        for start, length in zip(data.offsets.tolist(), data.lengths.tolist(), strict=True)
+    ]
+    random = np.random.default_rng(0)
+
+    def ours(step: int) -> torch.Tensor:
+        index = torch.arange(batch) * 7 % CLIPS
+        draws = views.draw(step, batch, views=1)[0]
+        return views.make(index, "weak", draws, step)
+
+    def feeder(step: int) -> np.ndarray:
+        picked = random.integers(0, CLIPS, batch)
+        return np.stack([numpy_basic_view(arrays[i], FRAMES, random) for i in picked])
+
+    benchmark.pedantic(ours, (0,), rounds=30, warmup_rounds=3)
+    fast, slow = batch / median_seconds(ours, 30), batch / median_seconds(feeder, 10)
+    extra = benchmark.extra_info
+    extra.update(
+        {"views per second": round(fast), "numpy feeder": round(slow), "ratio": round(fast / slow, 1)}
+    )
+    print(
+        f"\nbatch {batch}: {fast:,.0f} views/s, numpy feeder {slow:,.0f}/s, {fast / slow:.1f} times as many"
+    )
+    assert fast >= 10 * slow
