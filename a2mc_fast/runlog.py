@@ -106,6 +106,7 @@ class RunLog:
         self.folder, self.config, self.total_steps = folder, config, total_steps
         self.step = self._last_step = resumed.step if resumed else 0
         self._before = self._last_seconds = resumed.progress["seconds"] if resumed else 0.0
+        self._board = _tensorboard(folder) if config.run.tensorboard else None
         folder.mkdir(parents=True, exist_ok=True)
         self._metrics = folder / "metrics.jsonl"
         if resumed:
@@ -113,7 +114,6 @@ class RunLog:
         else:
             write_json(folder / "config.json", {**to_dict(config), "machine": machine()})
         self._file = self._metrics.open("a", encoding="utf-8")
-        self._board = _tensorboard(folder) if config.run.tensorboard else None
         self._bar = tqdm(
             total=total_steps,
             initial=self.step,

@@ -117,8 +117,10 @@ class Trainer:
         return max(epoch, 0), rest == 0 and epoch >= 0
 
     def learning_rate(self, step: int) -> float:
-        """Constant, times gamma after each milestone; the warm-up comes before epoch 0."""
+        """The warm-up runs at the base rate; after it, gamma for each milestone that has passed."""
         optim = self.config.optim
+        if step < self.config.warmup_steps:
+            return optim.lr
         epoch = self.epochs_done(step)[0]
         return optim.lr * optim.gamma ** sum(epoch >= milestone for milestone in optim.milestones)
 

@@ -342,6 +342,15 @@ def test_a_second_run_gets_its_own_folder(
     assert "runs/demo-2 is finished after 15 steps" in capsys.readouterr().out
 
 
+def test_tensorboard_is_optional(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the package one sentence says how to get it, and nothing is left behind."""
+    config = tiny(data, tmp_path / "x")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match=r"pip install 'a2mc_fast\[tensorboard\]'"):
+        train(replace(config, run=replace(config.run, tensorboard=True)))
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(data: Path, tmp_path: Path) -> None:
     config = tiny(data, tmp_path / "x")
     with pytest.raises(ValueError, match=r"the loss is nan at or just before step \d+: lower --optim\.lr"):
