@@ -340,7 +340,7 @@ def own_data() -> Config:
 
 
 def demo() -> Config:
-    """The no-argument default: the whole method on the built-in set, in two to three minutes on two CPU cores.
+    """The no-argument default: the whole method on the built-in set, sized for two CPU cores.
 
     So short a run needs a long MoCo warm-up at a high learning rate, a key encoder that follows sooner, and,
     with so few rows, a bank that moves faster than `bank.lr_scaling` alone would let it.

@@ -172,7 +172,7 @@ class RunLog:
             "memory_bytes": peak_memory(device),
         }
         self._write(record)
-        self._bar.set_postfix_str(f"loss {numbers['loss']:.3f}", refresh=False)
+        self._bar.set_postfix_str(self._state(record), refresh=False)
         quiet_for = time.perf_counter() - self._last_console
         if (self._bar.disable and quiet_for > _CONSOLE_EVERY) or self.step == self.total_steps:
             self._last_console = time.perf_counter()
@@ -183,10 +183,17 @@ class RunLog:
         """Fixed order, with units."""
         left = (self.total_steps - self.step) / rate
         return (
-            f"step {self.step}/{self.total_steps}  {record['stage']}  loss {record['loss']:.3f} "
-            f"(L1 {record['loss_weak']:.3f}  L2 {record['loss_strong']:.3f}  L3 {record['loss_basic']:.3f})  "
-            f"lr {record['lr']:.1e}  {1e3 / rate:.0f} ms/step  {record['clips_per_second']:.0f} clips/s  "
-            f"{record['memory_bytes'] / 2**30:.2f} GiB  {left:.0f} s left"
+            f"step {self.step}/{self.total_steps}  {record['stage']}  {self._state(record)}  "
+            f"{1e3 / rate:.0f} ms/step  {left:.0f} s left"
+        )
+
+    @staticmethod
+    def _state(record: dict[str, Any]) -> str:
+        """Loss and its parts, learning rate, speed and memory."""
+        return (
+            f"loss {record['loss']:.3f} (L1 {record['loss_weak']:.3f}, L2 {record['loss_strong']:.3f}, "
+            f"L3 {record['loss_basic']:.3f})  lr {record['lr']:.1e}  "
+            f"{record['clips_per_second']:.0f} clips/s  {record['memory_bytes'] / 2**30:.2f} GiB"
         )
 
     def accuracy(self, knn_top1: float | None) -> None:

@@ -95,8 +95,8 @@ def test_cross_field_checks() -> None:
 
 def test_differences_are_listed_by_field() -> None:
     config = demo()
-    other = replace(config, optim=replace(config.optim, lr=0.3), run=replace(config.run, log_every=3))
-    assert differences(config, other) == [f"optim.lr: {config.optim.lr} -> 0.3"]
+    other = replace(config, optim=replace(config.optim, lr=0.7), run=replace(config.run, log_every=3))
+    assert differences(config, other) == [f"optim.lr: {config.optim.lr} -> 0.7"]
 
 
 def test_small_banks_scale_the_ascent() -> None:

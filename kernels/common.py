@@ -1,0 +1,106 @@
+"""What the kernel modules share: planned launches, limits, and checks of arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+INTERPRET: bool = triton.knobs.runtime.interpret
+"""Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1 before the first import)."""
+
+Precision = Literal["tf32", "tf32x3", "ieee"]
+"""How float32 operands are multiplied: 10-bit mantissas, three such products, or full float32."""
+
+MAX_DIM = 256
+FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Call(NamedTuple):
+    """One kernel launch. Planned apart from being launched, so that tests can compile just what will run."""
+
+    kernel: Any  # the triton.jit function
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]  # by name: tensors, numbers and constants
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def launch(self) -> None:
+        self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
+
+
+def launch_all(calls: Sequence[Call], device: torch.device) -> None:
+    """Launch in order on `device`, whichever device is current."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            for call in calls:
+                call.launch()
+    else:
+        for call in calls:
+            call.launch()
+
+
+def resident_programs(device: torch.device) -> int:
+    """Programs of four warps that fill the device, two on each multiprocessor."""
+    if device.type == "cuda":
+        return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    # the interpreter wants few programs, yet several splits; plans for the meta device stand for an H200
+    return 12 if device.type == "cpu" else 264
+
+
+def width(dim: int) -> int:
+    """Power of two that holds a row of `dim` columns; a matrix product needs 16 at least."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+def require(condition: bool, message: str, error: type[Exception] = ValueError) -> None:
+    """Raise `error(message)` unless `condition` holds."""
+    if not condition:
+        raise error(message)
+
+
+def check_problem(
+    name: str,
+    features: dict[str, Tensor | None],
+    bank: Tensor,
+    mix: Sequence[float],
+    temperature: float,
+    precision: str,
+) -> None:
+    """Shapes, types and ranges of an operation on features [N, D] (the key first) and bank rows [K, D]."""
+    given = {label: feature for label, feature in features.items() if feature is not None}
+    label, like = next(iter(given.items()))
+    require(
+        like.ndim == 2 and bank.ndim == 2 and like.shape[1] == bank.shape[1] and min(*like.shape, len(bank)) > 0,
+        f"{name}: expected {label} [N, D] and bank [K, D], got {list(like.shape)} and {list(bank.shape)}",
+    )
+    require(bank.shape[1] <= MAX_DIM, f"{name}: D must be <= {MAX_DIM}, got {bank.shape[1]}")
+    require(bank.dtype == torch.float32, f"{name}: bank must be float32, got {bank.dtype}", TypeError)
+    require(
+        like.dtype in FEATURE_DTYPES,
+        f"{name}: {label} must be float32, bfloat16 or float16, got {like.dtype}",
+        TypeError,
+    )
+    for other, feature in given.items():
+        require(
+            feature.shape == like.shape,
+            f"{name}: {other} is {list(feature.shape)}, {label} is {list(like.shape)}",
+        )
+        require(
+            feature.dtype == like.dtype,
+            f"{name}: {other} is {feature.dtype}, {label} is {like.dtype}",
+            TypeError,
+        )
+        require(
+            feature.device == bank.device,
+            f"{name}: {other} is on {feature.device}, bank on {bank.device}",
+        )
+    require(temperature > 0, f"{name}: temperature must be > 0, got {temperature}")
+    require(all(0 < share < 1 for share in mix), f"{name}: mix must lie in (0, 1), got {tuple(mix)}")
+    require(
+        precision in ("tf32", "tf32x3", "ieee"),
+        f"{name}: precision must be tf32, tf32x3 or ieee, got {precision!r}",
+    )
