@@ -328,14 +328,13 @@ def _paper(preset: str, data: str, split: str, *, epochs: int = 450, milestone: 
 
 
 def own_data() -> Config:
-    """A starting point for a few thousand clips of any skeleton: a smaller encoder and bank, longer
-    warm-up."""
+    """A starting point for some thousand clips of any skeleton: as `demo`, wider and longer."""
     return Config(
         preset="own",
         data="clips.safetensors",
-        encoder=EncoderConfig(hidden=512, layers=2),
-        bank=BankConfig(size=4096, warmup_steps=1500),
-        optim=OptimConfig(lr=0.05, epochs=300, milestones=(250,)),
+        encoder=EncoderConfig(hidden=256, layers=1),
+        bank=BankConfig(size=512, lr=12.0, warmup_steps=3000),
+        optim=OptimConfig(lr=0.3, epochs=150, milestones=(0, 120), gamma=0.3, ema=0.99),
     )
 
 
