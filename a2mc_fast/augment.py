@@ -1,11 +1,10 @@
 """Views of clips: temporal crop-resize, then spatial operations, batched on the device.
 
 A view is a pure function of (seed, step, view number, place in the batch): all its random choices come from
-`rng` before any frame is read. Up to the noise, every spatial operation is linear in a joint's coordinates,
-so pose or jitter and the rotation are one 3x3 matrix per clip and joint.
+`rng` before any frame is read.
 
 Legend: N clips · C coordinates (3) · T frames of a view · V joints · M persons. Views are [N, C, T, V, M],
-stored in the order [N, T, C, V, M].
+stored in the order [N, T, C, V, M]: a frame is contiguous, as gathers give it and recurrent layers take it.
 """
 
 from __future__ import annotations
@@ -34,6 +33,10 @@ class Draws:
 
     def __getitem__(self, which: int | slice) -> Tensor:
         return self.values[:, which]
+
+    def __add__(self, other: Draws) -> Draws:
+        """The choices of two views, one after the other."""
+        return Draws(torch.cat((self.values, other.values)))
 
     @property
     def joints(self) -> Tensor:
@@ -100,21 +103,26 @@ def _resample(rho: Tensor, position: Tensor, lengths: Tensor) -> Tensor:
     return values.unflatten(2, (rho.shape[1], *rho.shape[3:])).transpose(1, 2)
 
 
-def pose_matrices(draws: Draws, config: ViewConfig) -> Tensor:
-    """One 3x3 matrix per clip and joint: pose augmentation or joint jittering, evenly. -> [N, V, 3, 3]
+def pose_or_jitter(x: Tensor, draws: Draws, config: ViewConfig) -> Tensor:
+    """Pose augmentation or joint jittering, evenly. x [N, C, T, V, M] -> like x
 
-    Pose: a shear with unit diagonal, the same for all joints. Jitter: a share of the joints is set to zero,
-    or multiplied by one random matrix. (ISC)
+    Pose: a shear with unit diagonal for all joints. Jitter: a share of the joints is set to zero, or
+    multiplied by one random matrix. (ISC) Both are x + hit (A - 1) x with one matrix A per clip and the
+    joints it hits.
     """
     random = 2 * draws[_MATRIX].unflatten(1, (3, 3)) - 1
     identity = torch.eye(3, device=random.device)
     shear = torch.where(identity.bool(), identity, random * config.shear)
+    is_jitter, to_zero = draws[_POSE_OR_JITTER] < 0.5, draws[_JITTER_KIND] < 0.5
+    jitter = random * (~to_zero).view(-1, 1, 1)
+    matrix = torch.where(is_jitter.view(-1, 1, 1), jitter, shear)
     chosen = round(config.jitter_share * draws.joints.shape[1])
-    hit = torch.zeros_like(draws.joints, dtype=torch.bool)
-    hit.scatter_(1, draws.joints.topk(chosen, 1).indices, True)
-    corrupted = torch.where((draws[_JITTER_KIND] < 0.5).view(-1, 1, 1), torch.zeros_like(random), random)
-    jitter = torch.where(hit[:, :, None, None], corrupted.unsqueeze(1), identity)
-    return torch.where((draws[_POSE_OR_JITTER] < 0.5).view(-1, 1, 1, 1), jitter, shear.unsqueeze(1))
+    hit = (~is_jitter).float().unsqueeze(1).repeat(1, draws.joints.shape[1])
+    hit.scatter_(1, draws.joints.topk(chosen, 1).indices, 1.0)
+    # written out over persons, so that the innermost loop runs over V*M
+    hit = hit.view(-1, 1, 1, hit.shape[1], 1).repeat(1, 1, 1, 1, x.shape[4])
+    change = mix_axes(x, matrix - identity)
+    return torch.addcmul(x, change, hit, out=change)
 
 
 def rotation_matrices(draws: Draws, config: ViewConfig) -> Tensor:
@@ -135,15 +143,10 @@ def rotation_matrices(draws: Draws, config: ViewConfig) -> Tensor:
     return rz @ ry @ rx  # column vectors: R_x acts first
 
 
-def transform(x: Tensor, matrices: Tensor) -> Tensor:
-    """Each joint's coordinates times its matrix. x [N, C, T, V, M], matrices [N, V, 3, 3] -> like x."""
+def mix_axes(x: Tensor, matrix: Tensor) -> Tensor:
+    """Every point times its clip's matrix. x [N, C, T, V, M], matrix [N, 3, 3] -> like x."""
     planes = x.transpose(1, 2)  # [N, T, C, V, M]
-    columns = matrices.permute(0, 2, 3, 1)[:, None, :, :, :, None]  # [N, 1, out, in, V, 1]
-    columns = columns.expand(*columns.shape[:-1], x.shape[-1]).contiguous()
-    result = planes[:, :, 0:1] * columns[:, :, :, 0]
-    result.addcmul_(planes[:, :, 1:2], columns[:, :, :, 1])
-    result.addcmul_(planes[:, :, 2:3], columns[:, :, :, 2])
-    return result.transpose(1, 2)
+    return (matrix.unsqueeze(1) @ planes.flatten(3)).view(planes.shape).transpose(1, 2)
 
 
 def _filter_matrices(draws: Draws, frames: int, config: ViewConfig) -> Tensor:
@@ -170,23 +173,21 @@ def spatial(
     """
     if kind == "none":
         return x
-    matrices = pose_matrices(draws, config)
+    y = pose_or_jitter(x, draws, config)
     if kind == "weak":
-        return transform(x, matrices)
+        return y
     assert noise is not None
-    flip = draws[_FLIP] < config.flip_p
-    rotation = rotation_matrices(draws, config)
+    flip = (draws[_FLIP] < config.flip_p).view(-1, 1, 1, 1, 1)
+    y = torch.where(flip, y[:, :, :, mirror], y)
     if config.flip_mirror_x:
-        sign = x.new_tensor([-1.0, 1.0, 1.0])
-        rotation = torch.where(flip.view(-1, 1, 1), rotation * sign, rotation)
-    y = transform(x, rotation.unsqueeze(1) @ matrices)  # the rotation is the same for all joints: it commutes
-    y = torch.where(flip.view(-1, 1, 1, 1, 1), y[:, :, :, mirror], y)
+        y = torch.where(flip, y * x.new_tensor([-1.0, 1.0, 1.0]).view(3, 1, 1, 1), y)
+    y = mix_axes(y, rotation_matrices(draws, config))
     scale = config.noise_std * (draws[_NOISE] < config.noise_p).view(-1, 1, 1, 1, 1)
     if not config.noise_absent:
         scale = scale * present(x)
     y = y + scale * noise
     rows = y.transpose(1, 2).flatten(2)  # [N, T, C*V*M]
-    y = (_filter_matrices(draws, y.shape[2], config) @ rows).view(y.transpose(1, 2).shape).transpose(1, 2)
+    y = (_filter_matrices(draws, y.shape[2], config) @ rows).unflatten(2, (3, *y.shape[3:])).transpose(1, 2)
     masked = torch.floor(3 * draws[_MASK_AXIS]).long().unsqueeze(1) == torch.arange(3, device=x.device)
     masked = masked & (draws[_MASK] < config.mask_p).unsqueeze(1)
     return y * (~masked).view(-1, 3, 1, 1, 1)
@@ -235,8 +236,9 @@ class Views:
             x = x + _resample(rho, position, lengths)
         noise = None
         if kind == "strong":
-            memory_order = x.transpose(1, 2).shape
-            noise = rng.normal(self.seed, step, rng.STREAM_NOISE, memory_order, x.device).transpose(1, 2)
+            noise = rng.normal(
+                self.seed, step, rng.STREAM_NOISE, x.transpose(1, 2).shape, x.device
+            ).transpose(1, 2)
         return spatial(x, kind, draws, noise, self.config, self.mirror)
 
     def centered(self, index: Tensor) -> Tensor:

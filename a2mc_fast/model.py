@@ -168,7 +168,9 @@ class A2MC(nn.Module):
         with torch.no_grad():
             key = self.key(x0)
         views = [x for x in (x3, x1, x2) if x is not None]
-        encoded = iter(self.query(torch.cat(views), views=len(views)).chunk(len(views)))
+        # joined in the order in which views are stored
+        together = torch.cat([x.transpose(1, 2) for x in views]).transpose(1, 2)
+        encoded = iter(self.query(together, views=len(views)).chunk(len(views)))
         return Features(key, *(None if x is None else next(encoded) for x in (x3, x1, x2)))  # type: ignore[arg-type]
 
     def warmup_losses(self, f: Features) -> Losses:

@@ -102,6 +102,6 @@ def bone_stream(x: Tensor, parents: Tensor) -> Tensor:
 
 def motion_stream(x: Tensor) -> Tensor:
     """Next frame minus this one. x [N, C, T, V, M] metres -> metres per frame; the last frame is zero."""
-    motion = x.new_zeros(x.shape)
-    motion[:, :, :-1] = x[:, :, 1:] - x[:, :, :-1]
-    return motion
+    later = x.roll(-1, 2)
+    later[:, :, -1] = x[:, :, -1]
+    return later - x

@@ -69,7 +69,7 @@ class Trainer:
 
         # f0 from the key encoder, f3, f1 and f2 from the query encoder
         model.update_key()
-        x0, x3 = (self._make_view(index, "weak", draw, time) for draw in (draw0, draw3))
+        x0, x3 = self._make_view(index.repeat(2), "weak", draw0 + draw3, time).chunk(2)
         if warmup:
             features = model.features(x0, x3)
             losses = model.warmup_losses(features)

@@ -87,29 +87,43 @@ def whole_logits_mixing_contrast(
     return contrast(weak), distill, contrast(basic)
 
 
-def numpy_crop_resize(clip: np.ndarray, start: int, span: int, frames: int) -> np.ndarray:
-    """Temporal crop-resize of one clip [C, T, V, M], by torch's interpolation as public feeders do it."""
-    crop = torch.from_numpy(np.ascontiguousarray(clip[:, start : start + span]))
-    channels, _, joints, persons = crop.shape
-    flat = crop.permute(0, 2, 3, 1).reshape(channels * joints * persons, span)
-    resized = F.interpolate(flat[None, None], (len(flat), frames), mode="bilinear", align_corners=False)
+def feeder_pair(
+    padded: np.ndarray, length: int, frames: int, random: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Two basic views of one clip, as the data-set class of a loader worker makes them.
+
+    `padded` [C, 300, V, M] is the clip as such code stores it, zeros or repeats beyond `length`; the item is
+    copied, then each view is cropped, resized, sheared or jittered, and laid out as the recurrent encoder's
+    input. -> two of [T, V*C*M] float32
+    """
+    clip = np.array(padded)
+    views = (feeder_spatial(feeder_crop_resize(clip, length, frames, random), random) for _ in range(2))
+    first, second = (view.transpose(1, 2, 0, 3).reshape(frames, -1).astype(np.float32) for view in views)
+    return first, second
+
+
+def feeder_crop_resize(clip: np.ndarray, length: int, frames: int, random: np.random.Generator) -> np.ndarray:
+    """Temporal crop-resize of one clip: coordinates as channels of an image of height T and width 1."""
+    channels, _, joints, persons = clip.shape
+    span = min(max(int(length * random.uniform(0.1, 1.0)), 64), length)
+    start = random.integers(0, length - span + 1)
+    crop = torch.tensor(clip[:, start : start + span])
+    image = crop.permute(0, 2, 3, 1).reshape(1, channels * joints * persons, span, 1)
+    resized = F.interpolate(image, (frames, 1), mode="bilinear", align_corners=False)
     return resized.view(channels, joints, persons, frames).permute(0, 3, 1, 2).contiguous().numpy()
 
 
-def numpy_basic_view(clip: np.ndarray, frames: int, random: np.random.Generator) -> np.ndarray:
-    """One basic view of one clip [C, T, V, M], as a DataLoader worker makes it: crop-resize, pose or
-    jitter."""
-    length = clip.shape[1]
-    span = min(max(int(length * random.uniform(0.1, 1.0)), 64), length)
-    x = numpy_crop_resize(clip, random.integers(0, length - span + 1), span, frames)
+def feeder_spatial(x: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Pose augmentation or joint jittering of one view [C, T, V, M], in numpy's double precision."""
     if random.random() < 0.5:
-        joints = random.choice(clip.shape[2], round(0.6 * clip.shape[2]), replace=False)
+        joints = random.choice(x.shape[2], round(0.6 * x.shape[2]), replace=False)
+        x = x.copy()
         if random.random() < 0.5:
             x[:, :, joints] = 0
-            return x
-        matrix = random.uniform(-1, 1, (3, 3)).astype(np.float32)
-        x[:, :, joints] = np.dot(x[:, :, joints].transpose(1, 2, 3, 0), matrix.T).transpose(3, 0, 1, 2)
+        else:
+            matrix = random.uniform(-1, 1, (3, 3))
+            x[:, :, joints] = np.dot(x[:, :, joints].transpose(1, 2, 3, 0), matrix.T).transpose(3, 0, 1, 2)
         return x
-    shear = random.uniform(-1, 1, (3, 3)).astype(np.float32)
+    shear = random.uniform(-1, 1, (3, 3))
     np.fill_diagonal(shear, 1)
     return np.dot(x.transpose(1, 2, 3, 0), shear.T).transpose(3, 0, 1, 2)

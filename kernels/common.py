@@ -10,10 +10,10 @@ import triton
 from torch import Tensor
 
 INTERPRET: bool = triton.knobs.runtime.interpret
-"""Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1 before the first import)."""
+"""Whether kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1 before the first import."""
 
-Precision = Literal["tf32", "tf32x3", "ieee"]
-"""How float32 operands are multiplied: 10-bit mantissas, three such products, or full float32."""
+Precision = Literal["tf32", "ieee"]
+"""How float32 operands are multiplied: on tensor cores with 10-bit mantissas, or in full float32."""
 
 MAX_DIM = 256
 FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -74,7 +74,10 @@ def check_problem(
     given = {label: feature for label, feature in features.items() if feature is not None}
     label, like = next(iter(given.items()))
     require(
-        like.ndim == 2 and bank.ndim == 2 and like.shape[1] == bank.shape[1] and min(*like.shape, len(bank)) > 0,
+        like.ndim == 2
+        and bank.ndim == 2
+        and like.shape[1] == bank.shape[1]
+        and min(*like.shape, len(bank)) > 0,
         f"{name}: expected {label} [N, D] and bank [K, D], got {list(like.shape)} and {list(bank.shape)}",
     )
     require(bank.shape[1] <= MAX_DIM, f"{name}: D must be <= {MAX_DIM}, got {bank.shape[1]}")
@@ -100,7 +103,4 @@ def check_problem(
         )
     require(temperature > 0, f"{name}: temperature must be > 0, got {temperature}")
     require(all(0 < share < 1 for share in mix), f"{name}: mix must lie in (0, 1), got {tuple(mix)}")
-    require(
-        precision in ("tf32", "tf32x3", "ieee"),
-        f"{name}: precision must be tf32, tf32x3 or ieee, got {precision!r}",
-    )
+    require(precision in ("tf32", "ieee"), f"{name}: precision must be tf32 or ieee, got {precision!r}")

@@ -20,6 +20,9 @@ Legend: N batch · K bank rows · D feature dim · S slabs · J jobs · T terms 
 basic.
 """
 
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# (the language of the kernels has no annotations that mypy could check)
+
 from __future__ import annotations
 
 import math
@@ -40,28 +43,34 @@ LN2 = tl.constexpr(math.log(2))
 PLANES = tl.constexpr(4)  # top, a, sum of e, sum of w: what a slab keeps of each row, beside w @ bank
 
 
-class _Tile(NamedTuple):
-    """Sizes of the pass for one width of D."""
+class Tile(NamedTuple):
+    """Sizes of one kernel for one width of D."""
 
-    rows: int  # queries per program
-    bank: int  # bank rows per iteration
+    rows: int  # clips per program, or per iteration where a program owns bank rows
+    bank: int  # bank rows per iteration, or per program
+    depth: int  # columns of a product of full float32, which would not fit in registers at once
     warps: int
     stages: int
 
 
-# four warps hold [64, D] sums in registers; two programs fit on a multiprocessor up to D = 128
+# with tf32, four warps hold [64, 128] sums in registers and two programs fit on a multiprocessor
 _TILES = {
-    16: _Tile(64, 64, 4, 3),
-    32: _Tile(64, 64, 4, 3),
-    64: _Tile(64, 64, 4, 3),
-    128: _Tile(64, 64, 4, 2),
-    256: _Tile(64, 32, 8, 2),
+    ("tf32", 16): Tile(64, 64, 16, 4, 3),
+    ("tf32", 32): Tile(64, 64, 32, 4, 3),
+    ("tf32", 64): Tile(64, 64, 64, 4, 3),
+    ("tf32", 128): Tile(64, 64, 128, 4, 2),
+    ("tf32", 256): Tile(32, 32, 256, 4, 2),
+    ("ieee", 16): Tile(32, 32, 16, 8, 1),
+    ("ieee", 32): Tile(32, 32, 32, 8, 1),
+    ("ieee", 64): Tile(32, 32, 32, 8, 1),
+    ("ieee", 128): Tile(32, 32, 32, 8, 1),
+    ("ieee", 256): Tile(64, 32, 16, 8, 1),
 }
 
 
 @triton.jit
 def level(top, a, LARGEST: tl.constexpr):
-    """Largest logit of all banks, times τ, where the largest similarity is `top`: linear in λ, so at an end."""
+    """Largest logit of all banks, times τ, if the largest similarity is `top`: linear in λ, so at an end."""
     return top + tl.maximum(LARGEST * (a - top), 0.0)
 
 
@@ -88,6 +97,21 @@ def inverse_norm(rows):
 
 
 @triton.jit
+def product(left_ptr, left_in, right_ptr, right_in, D: tl.constexpr, DEPTH: tl.constexpr):
+    """Full float32 inner products of rows that start at left_ptr [M] and right_ptr [P] -> [M, P].
+
+    Goes over the columns in steps, because without tensor cores each thread holds whole operand rows.
+    """
+    out = tl.zeros((left_in.shape[0], right_in.shape[0]), tl.float32)
+    for begin in range(0, D, DEPTH):
+        d = begin + tl.arange(0, DEPTH)
+        left = tl.load(left_ptr[:, None] + d[None, :], mask=left_in[:, None] & (d[None, :] < D), other=0.0)
+        right = tl.load(right_ptr[:, None] + d[None, :], mask=right_in[:, None] & (d[None, :] < D), other=0.0)
+        out = tl.dot(left.to(tl.float32), tl.trans(right.to(tl.float32)), out, input_precision="ieee")
+    return out
+
+
+@triton.jit
 def bank_pass_kernel(
     weak_ptr,
     strong_ptr,
@@ -110,6 +134,7 @@ def bank_pass_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):
     job = tl.program_id(0)
     query_ptr, partner_ptr = basic_ptr, basic_ptr
@@ -138,12 +163,14 @@ def bank_pass_kernel(
     start = tl.program_id(2).to(tl.int64) * slab
     count = tl.minimum(K - start, slab).to(tl.int32)
     k = tl.arange(0, BLOCK_K)
-    rows_ptr = bank_ptr + start * D + k[:, None] * D + d[None, :]
+    rows_ptr = bank_ptr + start * D + k * D
     for first in range(0, count, BLOCK_K):
         valid = k < count - first
-        rows = tl.load(rows_ptr, mask=valid[:, None] & (d[None, :] < D), other=0.0)
-        rows_ptr += BLOCK_K * D
-        s = tl.dot(query, tl.trans(rows), input_precision=PRECISION)
+        rows = tl.load(rows_ptr[:, None] + d[None, :], mask=valid[:, None] & (d[None, :] < D), other=0.0)
+        if PRECISION == "ieee":
+            s = product(query_ptr + n * D, n < N, rows_ptr, valid, D, DEPTH)
+        else:
+            s = tl.dot(query, tl.trans(rows), input_precision=PRECISION)
         if NORMALIZE:
             inverse = inverse_norm(rows)
             s *= inverse[None, :]
@@ -160,6 +187,7 @@ def bank_pass_kernel(
                 w *= inverse[None, :]
             sums = tl.dot(w, rows, sums * keep[:, None], input_precision=PRECISION)
         top = higher
+        rows_ptr += BLOCK_K * D
 
     place = tl.program_id(2).to(tl.int64) * len(QUERY) + job
     stats_ptr += place * PLANES * N + n
@@ -177,11 +205,12 @@ def merged_stats(
 ):
     """One row's softmax over its positive and all slabs -> (top, a, reach, high, first, z).
 
-    In units of 2^(scale * reach + high), `first` is the positive's exponential and z the partition.
+    n is int64. In units of 2^(scale * reach + high), `first` is the positive's exponential and z the
+    partition.
     """
     s = tl.arange(0, BLOCK_S)
     at = stats_ptr + (s.to(tl.int64) * JOBS + job) * PLANES * N + n
-    a = tl.load(stats_ptr + (job * PLANES + 1).to(tl.int64) * N + n)
+    a = tl.load(stats_ptr + (n + job * PLANES * N + N))
     tops = tl.load(at, mask=s < S, other=LOW)
     top = tl.max(tops, 0)
     reach = level(top, a, LARGEST)
@@ -257,13 +286,13 @@ def combine_kernel(
             anchor_ptr = weak_ptr if TERMS[term] == 0 else strong_ptr if TERMS[term] == 1 else basic_ptr
             anchor = tl.load(anchor_ptr + at, mask=d < D, other=0.0).to(tl.float32)
             lse, reach, positive, a, first, share, row = _distribution(
-                anchor, key, stats_ptr, sums_ptr, n, tl.program_id(0), N, S, scale,
+                anchor, key, stats_ptr, sums_ptr, n, term, N, S, scale,
                 D, JOBS, LARGEST, BLOCK_S, BLOCK_D, CHUNK,
             )  # fmt: skip
             if DISTILL and TERMS[term] == 1:
                 teacher = tl.load(basic_ptr + at, mask=d < D, other=0.0).to(tl.float32)
                 _, _, _, _, first_t, share_t, row_t = _distribution(
-                    teacher, key, stats_ptr, sums_ptr, n, tl.program_id(0) * 0 + len(TERMS), N, S, scale,
+                    teacher, key, stats_ptr, sums_ptr, n, len(TERMS), N, S, scale,
                     D, JOBS, LARGEST, BLOCK_S, BLOCK_D, CHUNK,
                 )  # fmt: skip
                 mean = first_t * positive + share_t * a + tl.sum(row_t * anchor, 0)
@@ -273,8 +302,8 @@ def combine_kernel(
                 gradient = (first - 1.0) * key + row + 2.0 * share * anchor
             # the mean logit of the target, or the positive, is what the log-partition is compared with
             loss = (lse + (reach - mean) * scale) * LN2
-            tl.store(losses_ptr + term * N + n, loss)
-            out = gradients_ptr + (term * N).to(tl.int64) * D + at
+            tl.store(losses_ptr + (n + term * N), loss)
+            out = gradients_ptr + (n + term * N) * D + d
             tl.store(out, gradient * (scale * LN2), mask=d < D)
 
 
@@ -307,7 +336,7 @@ def plan_pass(
     distill = distill and STRONG in terms
     like = next(feature for feature in features if feature is not None)
     (n, d), k = like.shape, len(bank)
-    tile = _TILES[width(d)]
+    tile = _TILES[precision, width(d)]
     jobs, blocks = len(terms) + distill, triton.cdiv(n, tile.rows)
     splits = max(1, resident_programs(bank.device) // (jobs * blocks))
     slab = triton.cdiv(triton.cdiv(k, splits), tile.bank) * tile.bank
@@ -334,6 +363,7 @@ def plan_pass(
         "BLOCK_N": tile.rows,
         "BLOCK_K": tile.bank,
         "BLOCK_D": width(d),
+        "DEPTH": tile.depth,
     }
     call = Call(bank_pass_kernel, (jobs, blocks, splits), arguments, tile.warps, tile.stages)
     return BankPass(call, stats, sums, terms, distill)
@@ -403,16 +433,6 @@ def _(
     return bank.new_empty(terms, basic.shape[0]), bank.new_empty(terms, *basic.shape)
 
 
-class _Saved:
-    """Stands in for autograd's context when a reference forward is asked for its gradient alone."""
-
-    needs_input_grad = (True, False, False, False, False, False)
-    gradient: Tensor
-
-    def save_for_backward(self, gradient: Tensor, *_: Tensor | None) -> None:
-        self.gradient = gradient
-
-
 def _on_cpu(
     key: Tensor,
     basic: Tensor,
@@ -427,18 +447,21 @@ def _on_cpu(
 ) -> tuple[Tensor, Tensor]:
     """The operation in plain torch, without kernels."""
     rows = torch.nn.functional.normalize(bank, dim=1) if normalize else bank
-    losses, gradients = [], []
-    for anchor in (weak, strong, basic):
-        if anchor is None:
+    losses: list[Tensor] = []
+    gradients: list[Tensor] = []
+    for term, feature in enumerate((weak, strong, basic)):
+        if feature is None:
             continue
-        context = _Saved()
-        fixed = (key.float(), rows, tuple(mix), 1 / temperature)
-        if anchor is strong and distill:
-            loss = reference._Distill.forward(context, anchor.float(), basic.float(), *fixed)
-        else:
-            loss = reference._Contrast.forward(context, anchor.float(), *fixed)
-        losses.append(loss)
-        gradients.append(context.gradient)
+        anchor = feature.detach().float().requires_grad_()
+        with torch.enable_grad():
+            loss = (
+                reference.distill(anchor, basic.float(), key.float(), rows, mix, temperature)
+                if term == STRONG and distill
+                else reference.contrast(anchor, key.float(), rows, mix, temperature)
+            )
+        # no operation after the loss: below the dispatcher only autograd functions are recorded
+        gradients += torch.autograd.grad(loss, anchor, torch.ones_like(loss))
+        losses.append(loss.detach())
     return torch.stack(losses), torch.stack(gradients)
 
 
@@ -483,7 +506,7 @@ def mixing_contrast(
     normalize: bool = False,
     precision: Precision = "tf32",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """L1, L2 and L3 per clip: features [N, D], bank [K, D] float32 -> (weak, strong, basic), each [N] float32.
+    """L1, L2, L3 per clip: features [N, D], bank [K, D] float32 -> (weak, strong, basic), each [N] float32.
 
     Differentiable in basic, weak and strong, not in key and bank: the bank's ascent is `bank_ascent`. A term
     whose feature is None is zero. `distill` False makes L2 a contrast like L1; `normalize` contrasts the unit

@@ -42,14 +42,15 @@ def frame_by_frame(gru: nn.GRU, norm: nn.BatchNorm1d, x: Tensor) -> Tensor:
     return output[:, -1]
 
 
+@pytest.mark.parametrize("hidden", [12, 75, 150])  # widths that could be taken for the input's
 @pytest.mark.parametrize("prefix", ["encoder_q.", "module.encoder_q."])
-def test_released_weights_give_the_reference_features(prefix: str) -> None:
-    gru, norm, state = reference_state(12, 3, 150, prefix)
+def test_released_weights_give_the_reference_features(prefix: str, hidden: int) -> None:
+    gru, norm, state = reference_state(hidden, 3, 150, prefix)
     state |= {k.replace("encoder_q", "encoder_k"): v + 1 for k, v in state.items() if "encoder_q" in k}
     state |= {
         k.replace("encoder_q.", "encoder_q_motion."): v + 1 for k, v in state.items() if "encoder_q." in k
     }
-    encoder = BiGRU(NTU25, hidden=12, layers=3)
+    encoder = BiGRU(NTU25, hidden=hidden, layers=3)
     encoder.load_reference(state)
     x = torch.randn(4, 3, 16, 25, 2)
     torch.testing.assert_close(encoder.eval()(x), frame_by_frame(gru, norm.eval(), x))

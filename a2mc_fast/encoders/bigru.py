@@ -34,7 +34,8 @@ class BiGRU(Encoder):
         input_norm: bool = True,
     ) -> None:
         super().__init__()
-        self.input_dim = skeleton.num_joints * 3 * persons
+        self.persons = persons
+        self.input_dim = 3 * skeleton.num_joints * persons
         self.feature_dim = 2 * hidden
         self.time_mode = time_mode
         self.input_norm = nn.BatchNorm1d(self.input_dim) if input_norm else None
@@ -49,7 +50,9 @@ class BiGRU(Encoder):
 
     def forward(self, x: Tensor, views: int = 1) -> Tensor:
         """x [N, C, T, V, M], or several views one after another, each normalised by its own statistics."""
-        sequence = x.permute(0, 2, 3, 1, 4).flatten(2)  # [N, T, V*C*M], the reference's order
+        sequence = x.transpose(1, 2).flatten(
+            2
+        )  # [N, T, C*V*M]: no copy for views, which are stored like this
         if self.input_norm is not None:
             sequence = norm_per_view(self.input_norm, sequence.flatten(0, 1), views).view(sequence.shape)
         if self.time_mode == "forward_pair":
@@ -80,16 +83,19 @@ class BiGRU(Encoder):
             len(prefixes) == 1, f"expected one query encoder with {marker}* tensors, found {len(prefixes)}"
         )
         prefix = prefixes.pop()
+        joints = self.input_dim // (3 * self.persons)
+        order = torch.arange(self.input_dim).view(joints, 3, self.persons).transpose(0, 1).flatten()
         mapped: dict[str, Tensor] = {}
         for name in self.state_dict():
+            source = prefix + name
+            reads_input = name.startswith("input_norm.") and name != "input_norm.num_batches_tracked"
             if name.startswith("directions."):
                 _, layer, direction, weight = name.split(".")
                 kind = weight.removesuffix("_l0")
                 source = f"{prefix}{marker}{kind}_l{layer}" + ("_reverse" if direction == "1" else "")
-            else:
-                source = prefix + name
+                reads_input = layer == "0" and kind == "weight_ih"
             require(source in state, f"the reference state dict has no {source}")
-            mapped[name] = state[source]
+            mapped[name] = state[source][..., order] if reads_input else state[source]
         self.load_state_dict(mapped)
 
 

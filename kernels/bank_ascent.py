@@ -1,0 +1,467 @@
+"""One ascent step of the bank on the whole loss or on InfoNCE (A²MC Eq. 7), without storing its gradient.
+
+Three small launches and one large one. `bank_pass_kernel` and `row_softmax_kernel` find, per clip and term,
+what normalises the softmax over the positive and all K rows. Then each program of `ascent_kernel` owns a
+block of bank rows W: with unit rows m = W / |W|,
+
+    g = dL/dm = 1/(N τ) sum_n [w1_n f1_n + (w2_n - wT_n) f2_n + w3_n f3_n]   w: (1-λ)-weighted probabilities
+    v <- momentum v - (g - m (m·g)) / |W| + decay W,    W <- W - lr v        (AdCo's descent on -L)
+
+(wT is L2's target, f3's distribution over the banks mixed with f2: a constant.) Rows and velocity are read
+and written once, in place. `summary_kernel` averages what the log shows, in a fixed order, on the device.
+Legend: N batch · K bank rows · D feature dim · J jobs, as in `mixing_contrast` · B blocks of bank rows.
+"""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# (the language of the kernels has no annotations that mypy could check)
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import reference
+from .common import INTERPRET, Call, Precision, check_problem, launch_all, require, width
+from .mixing_contrast import (
+    BASIC,
+    PLANES,
+    STRONG,
+    WEAK,
+    Tile,
+    inverse_norm,
+    merged_stats,
+    mixed_exponentials,
+    plan_pass,
+    product,
+)
+
+_TILES = {
+    ("tf32", 16): Tile(64, 64, 16, 4, 1),
+    ("tf32", 32): Tile(64, 64, 32, 4, 1),
+    ("tf32", 64): Tile(64, 64, 64, 4, 1),
+    ("tf32", 128): Tile(32, 64, 128, 4, 1),
+    ("tf32", 256): Tile(32, 32, 256, 4, 1),
+    ("ieee", 16): Tile(32, 32, 16, 8, 1),
+    ("ieee", 32): Tile(32, 32, 32, 8, 1),
+    ("ieee", 64): Tile(32, 32, 32, 8, 1),
+    ("ieee", 128): Tile(32, 32, 32, 8, 1),
+    ("ieee", 256): Tile(32, 32, 16, 8, 1),
+}
+
+
+@triton.jit
+def row_softmax_kernel(
+    weak_ptr,
+    strong_ptr,
+    basic_ptr,
+    key_ptr,
+    stats_ptr,  # [S, J, PLANES, N]
+    softmax_ptr,  # [J, PLANES, N]: top, a, offset that normalises the exponentials, positive's probability
+    N,
+    S,
+    scale,
+    D: tl.constexpr,
+    QUERY: tl.constexpr,
+    LARGEST: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    job, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    query_ptr = basic_ptr
+    for j in tl.static_range(len(QUERY)):
+        if job == j:
+            if QUERY[j] == 0:
+                query_ptr = weak_ptr
+            elif QUERY[j] == 1:
+                query_ptr = strong_ptr
+    d = tl.arange(0, BLOCK_D)
+    query = tl.load(query_ptr + n * D + d, mask=d < D, other=0.0).to(tl.float32)
+    key = tl.load(key_ptr + n * D + d, mask=d < D, other=0.0).to(tl.float32)
+    top, a, reach, high, first, z = merged_stats(
+        stats_ptr, n, job, tl.sum(query * key, 0), N, S, scale, len(QUERY), LARGEST, BLOCK_S
+    )
+    out = softmax_ptr + job * PLANES * N + n
+    tl.store(out, top)
+    tl.store(out + N, a)
+    tl.store(out + 2 * N, (reach - top) * scale + high + tl.log2(z))
+    tl.store(out + 3 * N, first / z)
+
+
+@triton.jit
+def row_weights(s, softmax_ptr, job, n, N, scale, MIX: tl.constexpr):
+    """(1-λ)-weighted probabilities of bank rows [K] for clips n [N], from their similarities s [K, N]."""
+    at = softmax_ptr + job * PLANES * N + n
+    top = tl.load(at, mask=n < N, other=0.0)
+    a = tl.load(at + N, mask=n < N, other=0.0)
+    offset = tl.load(at + 2 * N, mask=n < N, other=0.0)
+    _, w = mixed_exponentials(s, top[None, :], a[None, :], offset[None, :], scale, MIX)
+    return w
+
+
+@triton.jit
+def block_similarity(
+    rows, rows_ptr, rows_in, inverse, feature, feature_ptr, n, N,
+    D: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Inner products of the unit rows with one tile of features -> [K, N]."""
+    if PRECISION == "ieee":
+        s = product(rows_ptr, rows_in, feature_ptr + n.to(tl.int64) * D, n < N, D, DEPTH)
+    else:
+        s = tl.dot(rows, tl.trans(feature), input_precision=PRECISION)
+    return s * inverse[:, None]
+
+
+@triton.jit
+def ascent_kernel(
+    weak_ptr,
+    strong_ptr,
+    basic_ptr,
+    rows_ptr,
+    velocity_ptr,
+    softmax_ptr,  # [J, PLANES, N]
+    partial_ptr,  # [2, B]: sums of row norms and of movements
+    N,
+    K,
+    scale,
+    gain,  # weight of the sum over clips and terms in the objective, over τ
+    lr,
+    momentum,
+    weight_decay,
+    D: tl.constexpr,
+    HAS_WEAK: tl.constexpr,
+    HAS_STRONG: tl.constexpr,
+    HAS_BASIC: tl.constexpr,
+    DISTILL: tl.constexpr,
+    MIX: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    block = tl.program_id(0)
+    k = block.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    d = tl.arange(0, BLOCK_D)
+    own = k < K
+    inside = own[:, None] & (d[None, :] < D)
+    at = k[:, None] * D + d[None, :]
+    rows = tl.load(rows_ptr + at, mask=inside, other=0.0)
+    inverse = inverse_norm(rows)
+    gradient = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+    for begin in range(0, N, BLOCK_N):
+        n = begin + tl.arange(0, BLOCK_N)
+        tile = n.to(tl.int64)[:, None] * D + d[None, :]
+        here = (n[:, None] < N) & (d[None, :] < D)
+        # clips beyond N have zero features, so their weights do not matter
+        if HAS_BASIC:
+            basic = tl.load(basic_ptr + tile, mask=here, other=0.0).to(tl.float32)
+            s = block_similarity(
+                rows, rows_ptr + k * D, own, inverse, basic, basic_ptr, n, N, D, DEPTH, PRECISION
+            )
+            w = row_weights(s, softmax_ptr, HAS_WEAK + HAS_STRONG, n, N, scale, MIX)
+            gradient = tl.dot(w, basic, gradient, input_precision=PRECISION)
+        if HAS_STRONG:
+            strong = tl.load(strong_ptr + tile, mask=here, other=0.0).to(tl.float32)
+            if DISTILL:
+                target = row_weights(s, softmax_ptr, HAS_WEAK + 2, n, N, scale, MIX)
+            s = block_similarity(
+                rows, rows_ptr + k * D, own, inverse, strong, strong_ptr, n, N, D, DEPTH, PRECISION
+            )
+            w = row_weights(s, softmax_ptr, HAS_WEAK, n, N, scale, MIX)
+            if DISTILL:
+                w -= target
+            gradient = tl.dot(w, strong, gradient, input_precision=PRECISION)
+        if HAS_WEAK:
+            weak = tl.load(weak_ptr + tile, mask=here, other=0.0).to(tl.float32)
+            s = block_similarity(
+                rows, rows_ptr + k * D, own, inverse, weak, weak_ptr, n, N, D, DEPTH, PRECISION
+            )
+            w = row_weights(s, softmax_ptr, 0, n, N, scale, MIX)
+            gradient = tl.dot(w, weak, gradient, input_precision=PRECISION)
+
+    # read again: cheaper than registers held through the products
+    rows = tl.load(rows_ptr + at, mask=inside, other=0.0)
+    inverse = inverse_norm(rows)
+    unit = rows * inverse[:, None]
+    gradient *= gain
+    tangent = (gradient - unit * tl.sum(unit * gradient, 1)[:, None]) * inverse[:, None]
+    velocity = tl.load(velocity_ptr + at, mask=inside, other=0.0) * momentum - tangent + rows * weight_decay
+    moved = rows - velocity * lr
+    tl.store(velocity_ptr + at, velocity, mask=inside)
+    tl.store(rows_ptr + at, moved, mask=inside)
+
+    change = moved * inverse_norm(moved)[:, None] - unit
+    distance = tl.sqrt(tl.sum(change * change, 1))
+    norm = tl.sqrt(tl.sum(rows * rows, 1))
+    tl.store(partial_ptr + block, tl.sum(norm, 0))
+    tl.store(partial_ptr + tl.num_programs(0) + block, tl.sum(distance, 0))
+
+
+@triton.jit
+def summary_kernel(
+    partial_ptr,  # [2, B]
+    positive_ptr,  # [N] probability of the positive
+    summary_ptr,  # [3]: mean row norm, mean movement, mean probability of the negatives
+    N,
+    K,
+    B,
+    BLOCK: tl.constexpr,
+):
+    at = tl.arange(0, BLOCK)
+    norm, distance = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for begin in range(0, B, BLOCK):
+        b = begin + at
+        norm += tl.load(partial_ptr + b, mask=b < B, other=0.0)
+        distance += tl.load(partial_ptr + B + b, mask=b < B, other=0.0)
+    negative = tl.zeros((BLOCK,), tl.float32)
+    for begin in range(0, N, BLOCK):
+        n = begin + at
+        negative += 1.0 - tl.load(positive_ptr + n, mask=n < N, other=1.0)
+    tl.store(summary_ptr, tl.sum(norm, 0) / K)
+    tl.store(summary_ptr + 1, tl.sum(distance, 0) / K)
+    tl.store(summary_ptr + 2, tl.sum(negative, 0) / N)
+
+
+def plan(
+    rows: Tensor,
+    velocity: Tensor,
+    key: Tensor,
+    basic: Tensor | None,
+    weak: Tensor | None,
+    strong: Tensor | None,
+    mix: Sequence[float],
+    temperature: float,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    weight: float,
+    distill: bool,
+    precision: str,
+) -> tuple[list[Call], Tensor]:
+    """The launches for contiguous inputs, and the summary [3] that they fill."""
+    first = plan_pass(
+        weak, strong, basic, rows, mix, temperature,
+        distill=distill, normalize=True, with_sums=False, precision=precision,
+    )  # fmt: skip
+    known = first.call.arguments
+    (n, d), k = key.shape, len(rows)
+    tile = _TILES[precision, width(d)]
+    jobs, blocks = len(known["QUERY"]), triton.cdiv(k, tile.bank)
+    softmax = rows.new_empty(jobs, PLANES.value, n)
+    partial, summary = rows.new_empty(2, blocks), rows.new_empty(3)
+    features = {name: known[name] for name in ("weak_ptr", "strong_ptr", "basic_ptr")}
+    normalise = Call(
+        row_softmax_kernel,
+        (jobs, n),
+        {
+            **features,
+            "key_ptr": key,
+            "stats_ptr": first.stats,
+            "softmax_ptr": softmax,
+            "N": n,
+            "S": len(first.stats),
+            "scale": known["scale"],
+            "D": d,
+            "QUERY": known["QUERY"],
+            "LARGEST": known["LARGEST"],
+            "BLOCK_S": triton.next_power_of_2(len(first.stats)),
+            "BLOCK_D": width(d),
+        },
+        num_warps=1,
+    )
+    ascend = Call(
+        ascent_kernel,
+        (blocks,),
+        {
+            **features,
+            "rows_ptr": rows,
+            "velocity_ptr": velocity,
+            "softmax_ptr": softmax,
+            "partial_ptr": partial,
+            "N": n,
+            "K": k,
+            "scale": known["scale"],
+            "gain": weight / (n * temperature),
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "D": d,
+            "HAS_WEAK": WEAK in first.terms,
+            "HAS_STRONG": STRONG in first.terms,
+            "HAS_BASIC": BASIC in first.terms,
+            "DISTILL": first.distill,
+            "MIX": known["MIX"],
+            "PRECISION": precision,
+            "BLOCK_N": tile.rows,
+            "BLOCK_K": tile.bank,
+            "BLOCK_D": width(d),
+            "DEPTH": tile.depth,
+        },
+        tile.warps,
+        tile.stages,
+    )
+    summarise = Call(
+        summary_kernel,
+        (1,),
+        {
+            "partial_ptr": partial,
+            # the basic feature's share, or that of the last one given
+            "positive_ptr": softmax[len(first.terms) - 1, 3],
+            "summary_ptr": summary,
+            "N": n,
+            "K": k,
+            "B": blocks,
+            "BLOCK": 256,
+        },
+    )
+    return [first.call, normalise, ascend, summarise], summary
+
+
+@torch.library.custom_op("a2mc::bank_ascent", mutates_args=("rows", "velocity"))
+def _op(
+    rows: Tensor,
+    velocity: Tensor,
+    key: Tensor,
+    basic: Tensor | None,
+    weak: Tensor | None,
+    strong: Tensor | None,
+    mix: Sequence[float],
+    temperature: float,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    weight: float,
+    distill: bool,
+    precision: str,
+) -> Tensor:
+    """Steps rows and velocity in place -> [3]: mean row norm, mean movement, negatives' share."""
+    calls, summary = plan(
+        rows, velocity, key, basic, weak, strong, mix, temperature,
+        lr, momentum, weight_decay, weight, distill, precision,
+    )  # fmt: skip
+    launch_all(calls, rows.device)
+    return summary
+
+
+@_op.register_fake
+def _(rows: Tensor, *_: Any) -> Tensor:
+    return rows.new_empty(3)
+
+
+def _on_cpu(
+    rows: Tensor,
+    velocity: Tensor,
+    key: Tensor,
+    basic: Tensor | None,
+    weak: Tensor | None,
+    strong: Tensor | None,
+    mix: Sequence[float],
+    temperature: float,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    weight: float,
+    distill: bool,
+    precision: str,
+) -> Tensor:
+    """The operation in plain torch, without kernels."""
+    unit = torch.nn.functional.normalize(rows, dim=1)
+    gradient = torch.zeros_like(rows)
+    for anchor in (weak, strong, basic):
+        if anchor is None:
+            continue
+        leaf = unit.detach().requires_grad_()
+        with torch.enable_grad():
+            loss = (
+                reference.distill(anchor.float(), basic.float(), key.float(), leaf, mix, temperature)
+                if anchor is strong and distill and basic is not None
+                else reference.contrast(anchor.float(), key.float(), leaf, mix, temperature)
+            )
+        # no operation after the loss: below the dispatcher only autograd functions are recorded
+        (part,) = torch.autograd.grad(loss, leaf, torch.full_like(loss, weight / len(loss)))
+        gradient += part
+        negatives = 1 - torch.exp(-loss.detach()).mean()
+    norm, movement = reference.bank_step(
+        rows, velocity, gradient, lr=lr, momentum=momentum, weight_decay=weight_decay
+    )
+    # the last term is the basic one, if it is given
+    return torch.stack((norm, movement, negatives))
+
+
+if not INTERPRET:  # interpreted, CPU tensors go through the kernels
+    _op.register_kernel("cpu")(_on_cpu)
+
+
+class Ascent(NamedTuple):
+    """What one ascent did, as float32 scalars on the device."""
+
+    row_norm: Tensor  # mean norm of the rows before the step
+    movement: Tensor  # mean distance that a unit row moved
+    negatives: Tensor  # softmax share of the negatives, mean over the clips of basic (else strong, else weak)
+
+
+@torch.no_grad()
+def bank_ascent(
+    rows: Tensor,
+    velocity: Tensor,
+    key: Tensor,
+    basic: Tensor | None,
+    weak: Tensor | None,
+    strong: Tensor | None,
+    mix: Sequence[float],
+    temperature: float,
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    objective: Literal["total", "infonce"] = "total",
+    reduction: Literal["mean", "sum"] = "mean",
+    distill: bool = True,
+    precision: Precision = "tf32",
+) -> Ascent:
+    """Step raw rows and velocity [K, D] float32 in place, up the batch mean of the objective.
+
+    Features [N, D]; None takes no part. "total" is L1 + L2 + L3 on the mixed banks (L2 a contrast like L1 if
+    not `distill`); "infonce" is the mean or sum of the InfoNCE of the features given, on the plain bank.
+    """
+    given = {"key": key, "basic": basic, "weak": weak, "strong": strong}
+    check_problem("bank_ascent", given, rows, mix, temperature, precision)
+    require(
+        velocity.shape == rows.shape and velocity.dtype == rows.dtype and velocity.device == rows.device,
+        f"bank_ascent: velocity must be like the rows {list(rows.shape)}, got {list(velocity.shape)} "
+        f"{velocity.dtype} on {velocity.device}",
+    )
+    require(
+        rows.is_contiguous() and velocity.is_contiguous(),
+        "bank_ascent: rows and velocity are stepped in place and must be contiguous",
+    )
+    require(objective in ("total", "infonce"), f"bank_ascent: unknown objective {objective!r}")
+    require(reduction in ("mean", "sum"), f"bank_ascent: unknown reduction {reduction!r}")
+    require(
+        basic is not None or (objective == "infonce" and not (weak is None and strong is None)),
+        "bank_ascent: objective total needs basic, and infonce needs at least one feature",
+    )
+    plain = objective == "infonce"
+    terms = sum(feature is not None for feature in (basic, weak, strong))
+    summary = _op(
+        rows,
+        velocity,
+        key.contiguous(),
+        None if basic is None else basic.contiguous(),
+        None if weak is None else weak.contiguous(),
+        None if strong is None else strong.contiguous(),
+        [] if plain else list(mix),
+        temperature,
+        lr,
+        momentum,
+        weight_decay,
+        1 / terms if plain and reduction == "mean" else 1.0,
+        distill and not plain,
+        precision,
+    )
+    return Ascent(*summary.unbind())
