@@ -238,6 +238,8 @@ class RunConfig:
     """Run folder; empty = runs/PRESET."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = the GPU if there is one."""
+    threads: int = 0
+    """CPU threads; 0 = torch's choice. One is as fast for a narrow encoder."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of views, attack step and loss (never the recurrent layer); auto = on a GPU only."""
     log_every: int = 10
@@ -252,6 +254,7 @@ class RunConfig:
     """Show the progress bar."""
 
     def __post_init__(self) -> None:
+        require(self.threads >= 0, f"run.threads must be >= 0, got {self.threads}")
         require(self.log_every >= 1, f"run.log_every must be >= 1, got {self.log_every}")
         require(self.eval_every >= 0, f"run.eval_every must be >= 0, got {self.eval_every}")
         require(self.checkpoint_every >= 1, f"run.checkpoint_every must be >= 1, got {self.checkpoint_every}")
@@ -351,6 +354,7 @@ def demo() -> Config:
         encoder=EncoderConfig(hidden=64, layers=1),
         bank=BankConfig(size=512, lr=12.0, warmup_steps=1500),
         optim=OptimConfig(lr=0.3, epochs=25, milestones=(0, 18), gamma=0.3, ema=0.99),
+        run=RunConfig(threads=1),
     )
 
 

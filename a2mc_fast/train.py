@@ -100,9 +100,11 @@ def summary(result: dict[str, Any], folder: Path) -> str:
 
 
 def pick_device(config: Config) -> torch.device:
-    """The GPU if there is one and the run allows it. Sets the arithmetic of float32 products."""
+    """The GPU if there is one and the run allows it. Sets threads and the arithmetic of float32 products."""
     import torch
 
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
     available = torch.cuda.is_available()
     if config.run.device == "cuda" and not available:
         raise InputError(
