@@ -242,6 +242,9 @@ class RunConfig:
     """CPU threads; 0 = torch's choice. One is as fast for a narrow encoder."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of views, attack step and loss (never the recurrent layer); auto = on a GPU only."""
+    backend: Literal["auto", "triton", "torch"] = "auto"
+    """Loss and bank by the fused Triton kernels or in plain torch; auto is torch until the kernels have been
+    measured on a GPU."""
     log_every: int = 10
     """Steps between log lines."""
     eval_every: int = 10
@@ -308,6 +311,12 @@ class Config:
         require(
             self.bank.objective != "infonce" or not unused,
             f"bank.queries names {', '.join(sorted(unused))}, which loss switches off",
+        )
+        own = self.loss.mixing == "own" and not (self.loss.renormalize or self.loss.live_target)
+        require(
+            own or self.run.backend != "triton",
+            "run.backend triton knows own mixing alone: use --run.backend torch with --loss.mixing tiled, "
+            "--loss.renormalize or --loss.live-target",
         )
         require(0 <= self.seed < 2**63, f"seed must be in 0 .. 2^63 - 1, got {self.seed}")
 

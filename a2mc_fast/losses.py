@@ -23,6 +23,10 @@ from a2mc_fast.kernels import reference
 PAPER_MIX = (0.4, 0.3, 0.2, 0.1)
 
 
+Backend = Literal["auto", "triton", "torch"]
+"""The fused Triton kernels, or plain torch; auto is torch until the kernels have been measured on a GPU."""
+
+
 class Losses(NamedTuple):
     """Scalars, or [N] per clip; a term that is off is zero."""
 
@@ -46,19 +50,25 @@ def mixing_contrast(
     renormalize: bool = False,
     live_target: bool = False,
     reduction: Literal["mean", "none"] = "mean",
-    backend: Literal["auto", "torch"] = "auto",
+    backend: Backend = "auto",
 ) -> Losses:
     """The loss and its parts. Features [N, D] and bank [K, D], unit rows.
 
     Differentiable in basic, weak, strong and bank; key is a constant. Without `weak` or `strong` their terms
     are off. `strong_target` one_hot makes L2 a contrast like L1. The other readings of the mixer (`mixing`,
-    `renormalize`, `live_target`) are exact but slower. Raises `ValueError` for shapes and values.
+    `renormalize`, `live_target`) are exact but slower, and plain torch only. The Triton kernels give no
+    gradient to the bank. Raises `ValueError` for shapes and values.
     """
     _check(key, basic, weak, strong, bank, mix, temperature)
-    require(
-        backend in ("auto", "torch"), f"mixing_contrast: unknown backend {backend!r}, use 'auto' or 'torch'"
-    )
+    require(backend in ("auto", "triton", "torch"), f"mixing_contrast: unknown backend {backend!r}")
     general = mixing == "tiled" or renormalize
+    if backend == "triton":
+        plain = not (general or live_target)
+        require(plain, "mixing_contrast: backend triton knows own mixing, as it is, alone")
+        from a2mc_fast.kernels.mixing_contrast import mixing_contrast as fused
+
+        soft = strong_target == "distribution"
+        return _reduced(fused(key, basic, weak, strong, bank, mix, temperature, distill=soft), reduction)
 
     def contrast(anchor: Tensor) -> Tensor:
         if general and mix:
@@ -85,15 +95,21 @@ def mixing_contrast(
     off = basic.new_zeros(len(basic))
     first = off if weak is None else contrast(weak)
     second = off if strong is None else (distill if strong_target == "distribution" else contrast)(strong)
-    third = contrast(basic)
-    losses = Losses(first + second + third, first, second, third)
+    return _reduced((first, second, contrast(basic)), reduction)
+
+
+def _reduced(parts: tuple[Tensor, Tensor, Tensor], reduction: Literal["mean", "none"]) -> Losses:
+    """L1, L2 and L3 with their sum, per clip or as batch means."""
+    losses = Losses(sum(parts[1:], parts[0]), *parts)
     return losses if reduction == "none" else Losses(*(part.mean() for part in losses))
 
 
-def info_nce(query: Tensor, key: Tensor, bank: Tensor, *, temperature: float = 0.07) -> Tensor:
+def info_nce(
+    query: Tensor, key: Tensor, bank: Tensor, *, temperature: float = 0.07, backend: Backend = "auto"
+) -> Tensor:
     """InfoNCE of the query against its key and the bank (Eq. 1), per clip. [N, D], [N, D], [K, D] -> [N]"""
     return mixing_contrast(
-        key, query, None, None, bank, mix=(), temperature=temperature, reduction="none"
+        key, query, None, None, bank, mix=(), temperature=temperature, reduction="none", backend=backend
     ).basic
 
 

@@ -175,7 +175,8 @@ class A2MC(nn.Module):
 
     def warmup_losses(self, f: Features) -> Losses:
         """MoCo on the bank as it fills: InfoNCE of f3 (Eq. 1)."""
-        basic = info_nce(f.basic, f.key, self.bank.unit(), temperature=self.config.loss.temperature).mean()
+        tau, backend = self.config.loss.temperature, self.config.run.backend
+        basic = info_nce(f.basic, f.key, self.bank.unit(), temperature=tau, backend=backend).mean()
         return Losses(basic, torch.zeros_like(basic), torch.zeros_like(basic), basic)
 
     def losses(self, f: Features) -> Losses:
@@ -200,6 +201,7 @@ class A2MC(nn.Module):
             renormalize=loss.renormalize,
             live_target=loss.live_target,
             reduction="none",
+            backend="torch" if bank.requires_grad else self.config.run.backend,
         )
 
     # what follows the optimiser step
@@ -227,6 +229,12 @@ class A2MC(nn.Module):
         if not isinstance(self.bank, MemoryBank):
             self.bank.write(f.key)
             return {}
+        step = self._fused_ascent if self.config.run.backend == "triton" else self._plain_ascent
+        norm, movement, negatives = step(self.bank, f)
+        return {"bank_norm": norm, "bank_movement": movement, "bank_negatives": negatives}
+
+    def _plain_ascent(self, rows: MemoryBank, f: Features) -> tuple[Tensor, Tensor, Tensor]:
+        """The ascent by autograd. -> (row norm, movement, share of negatives)"""
         bank = self.config.bank
         negatives = f.basic.new_zeros(())
 
@@ -236,20 +244,39 @@ class A2MC(nn.Module):
                 terms = self._terms(f, unit, bank.temperature)
                 negatives = 1 - torch.exp(-terms.basic.detach()).mean()
                 return terms.total.mean()
-            losses = {
-                name: info_nce(getattr(f, name), f.key, unit, temperature=bank.temperature)
-                for name in bank.queries
-            }
-            value = torch.stack([loss.mean() for loss in losses.values()])
-            negatives = 1 - torch.exp(-next(reversed(losses.values())).detach()).mean()
+            losses = [
+                info_nce(getattr(f, name), f.key, unit, temperature=bank.temperature) for name in bank.queries
+            ]
+            shown = next(name for name in ("basic", "strong", "weak") if name in bank.queries)
+            negatives = 1 - torch.exp(-losses[bank.queries.index(shown)].detach()).mean()
+            value = torch.stack([loss.mean() for loss in losses])
             return value.mean() if bank.reduction == "mean" else value.sum()
 
-        ascent = self.bank.ascend(objective)
-        return {
-            "bank_norm": ascent.row_norm,
-            "bank_movement": ascent.movement,
-            "bank_negatives": negatives,
+        return (*rows.ascend(objective), negatives)
+
+    def _fused_ascent(self, rows: MemoryBank, f: Features) -> tuple[Tensor, Tensor, Tensor]:
+        """The same step in one pass over rows and velocity."""
+        from a2mc_fast.kernels.bank_ascent import bank_ascent
+
+        bank, loss = self.config.bank, self.config.loss
+        total = bank.objective == "total"
+        chosen = {
+            n: getattr(f, n) if total or n in bank.queries else None for n in ("basic", "weak", "strong")
         }
+        return bank_ascent(
+            rows.rows,
+            rows.velocity,
+            f.key,
+            **chosen,
+            mix=loss.mix,
+            temperature=bank.temperature,
+            lr=rows.lr,
+            momentum=rows.momentum,
+            weight_decay=rows.weight_decay,
+            objective=bank.objective,
+            reduction=bank.reduction,
+            distill=loss.strong == "distill",
+        )
 
     # other class layers of the attack
 

@@ -207,6 +207,28 @@ def test_compiled_parts_give_the_same_losses(data: Path, tmp_path: Path) -> None
     assert losses("on") == pytest.approx(losses("off"), rel=1e-4)
 
 
+@pytest.mark.parametrize("objective", ["total", "infonce"])
+def test_both_backends_take_the_same_steps(data: Path, tmp_path: Path, objective: str) -> None:
+    """The Triton kernels (interpreted where there is no GPU) and plain torch: losses, bank and its
+    statistics."""
+
+    def run(backend: str) -> tuple[Trainer, list[dict[str, float]]]:
+        config = tiny(data, tmp_path / backend)
+        config = replace(
+            config,
+            bank=replace(config.bank, objective=objective),  # type: ignore[arg-type]
+            run=replace(config.run, backend=backend),  # type: ignore[arg-type]
+        )
+        trainer = Trainer(config, Clips.load(data))
+        return trainer, [{k: v.item() for k, v in trainer.step(step).items()} for step in range(6)]
+
+    (plain, expected), (fused, got) = run("torch"), run("triton")
+    for a, b in zip(got, expected):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
+    torch.testing.assert_close(fused.model.bank.rows, plain.model.bank.rows, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(plain.model.bank.velocity, torch.zeros_like(plain.model.bank.velocity))
+
+
 def test_knn_by_hand() -> None:
     gallery = torch.tensor([[1.0, 0], [0, 2], [3, 0.1], [-1, 0]])
     labels = torch.tensor([0, 1, 2, 1])
