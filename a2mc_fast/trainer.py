@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from a2mc_fast import checkpoint, rng
 from a2mc_fast.augment import Views
@@ -58,7 +59,10 @@ class Trainer:
         self._make_view, self._losses = wrap(self.views.make), wrap(self.model.losses)
 
     def step(self, step: int) -> dict[str, Tensor]:
-        """Step number `step` (A²MC, Fig. 2). Returns what to log, on the device."""
+        """Step number `step` (A²MC, Fig. 2). Returns what to log, on the device.
+
+        The named phases show in a profile; `bench/bench_step.py` sums them.
+        """
         model, config = self.model, self.config
         warmup = step < config.warmup_steps
         if step == config.warmup_steps:
@@ -68,31 +72,41 @@ class Trainer:
         draw0, draw3, draw1, draw2 = self.views.draw(time, len(index))
 
         # f0 from the key encoder, f3, f1 and f2 from the query encoder
-        model.update_key()
-        x0, x3 = self._make_view(index.repeat(2), "weak", draw0 + draw3, time).chunk(2)
-        if warmup:
-            features = model.features(x0, x3)
-            losses = model.warmup_losses(features)
-        else:
-            rho = model.attack(self.views.whole(index)) if config.attack.enabled else None
-            x1 = self._make_view(index, config.views.weak, draw1, time, rho) if model.uses_weak else None
-            x2 = self._make_view(index, config.views.strong, draw2, time, rho) if model.uses_strong else None
+        with record_function("key update"):
+            model.update_key()
+        with record_function("views"):
+            x0, x3 = self._make_view(index.repeat(2), "weak", draw0 + draw3, time).chunk(2)
+            x1 = x2 = rho = None
+        if not warmup:
+            if config.attack.enabled:
+                with record_function("attack"):
+                    rho = model.attack(self.views.whole(index))
+            with record_function("views"):
+                if model.uses_weak:
+                    x1 = self._make_view(index, config.views.weak, draw1, time, rho)
+                if model.uses_strong:
+                    x2 = self._make_view(index, config.views.strong, draw2, time, rho)
+        with record_function("features"):
             features = model.features(x0, x3, x1, x2)
-            losses = self._losses(features)
+        with record_function("loss"):
+            losses = model.warmup_losses(features) if warmup else self._losses(features)
 
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(losses.total).backward()
-        self.optimizer.param_groups[0]["lr"] = self.learning_rate(step)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        with record_function("backward"):
+            self.optimizer.zero_grad(set_to_none=True)
+            self.scaler.scale(losses.total).backward()
+        with record_function("optimizer"):
+            self.optimizer.param_groups[0]["lr"] = self.learning_rate(step)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
 
         # the bank moves with the features, and from the rows, that the loss has seen
         bank: dict[str, Tensor] = {}
-        if warmup:
-            model.bank.write(features.key)
-        else:
-            bank = model.update_bank(features)
-            model.fit_classifier(x3, features.basic)
+        with record_function("bank"):
+            if warmup:
+                model.bank.write(features.key)
+            else:
+                bank = model.update_bank(features)
+                model.fit_classifier(x3, features.basic)
         return {
             "loss": losses.total,
             "loss_weak": losses.weak,

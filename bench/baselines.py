@@ -51,7 +51,9 @@ def literal_mixing_contrast(
         return literal_mixed_bank(feature, bank, mix, tiled=tiled, renormalize=renormalize)
 
     def contrast(anchor: Tensor) -> Tensor:
-        return F.cross_entropy(logits(anchor, mixed(anchor)), torch.zeros(len(anchor), dtype=torch.int64))
+        return F.cross_entropy(
+            logits(anchor, mixed(anchor)), torch.zeros(len(anchor), dtype=torch.int64, device=anchor.device)
+        )
 
     columns = mixed(strong)
     target = logits(basic, columns).softmax(1)
@@ -80,7 +82,9 @@ def whole_logits_mixing_contrast(
         return torch.cat(((query * key).sum(1, keepdim=True), *banks), 1) / temperature
 
     def contrast(anchor: Tensor) -> Tensor:
-        return F.cross_entropy(logits(anchor, anchor), torch.zeros(len(anchor), dtype=torch.int64))
+        return F.cross_entropy(
+            logits(anchor, anchor), torch.zeros(len(anchor), dtype=torch.int64, device=anchor.device)
+        )
 
     target = logits(basic, strong).softmax(1).detach()
     distill = -(target * logits(strong, strong).log_softmax(1)).sum(1).mean()

@@ -28,10 +28,8 @@ from torch import Tensor
 from . import reference
 from .common import INTERPRET, Call, Precision, check_problem, launch_all, require, width
 from .mixing_contrast import (
-    BASIC,
     PLANES,
     STRONG,
-    WEAK,
     Tile,
     inverse_norm,
     merged_stats,
@@ -40,17 +38,18 @@ from .mixing_contrast import (
     product,
 )
 
+# the step itself holds rows, velocity and gradient in registers, which is what limits the blocks
 _TILES = {
     ("tf32", 16): Tile(64, 64, 16, 4, 1),
-    ("tf32", 32): Tile(64, 64, 32, 4, 1),
-    ("tf32", 64): Tile(64, 64, 64, 4, 1),
-    ("tf32", 128): Tile(32, 64, 128, 4, 1),
-    ("tf32", 256): Tile(32, 32, 256, 4, 1),
-    ("ieee", 16): Tile(32, 32, 16, 8, 1),
-    ("ieee", 32): Tile(32, 32, 32, 8, 1),
-    ("ieee", 64): Tile(32, 32, 32, 8, 1),
-    ("ieee", 128): Tile(32, 32, 32, 8, 1),
-    ("ieee", 256): Tile(32, 32, 16, 8, 1),
+    ("tf32", 32): Tile(64, 64, 32, 8, 1),
+    ("tf32", 64): Tile(32, 64, 64, 4, 1),
+    ("tf32", 128): Tile(32, 64, 128, 8, 1),
+    ("tf32", 256): Tile(32, 32, 256, 8, 1),
+    ("ieee", 16): Tile(32, 32, 16, 8, 1, 255),
+    ("ieee", 32): Tile(32, 32, 32, 8, 1, 255),
+    ("ieee", 64): Tile(32, 32, 32, 8, 1, 255),
+    ("ieee", 128): Tile(32, 32, 32, 8, 1, 255),
+    ("ieee", 256): Tile(16, 16, 16, 8, 1, 255),
 }
 
 
@@ -104,19 +103,6 @@ def row_weights(s, softmax_ptr, job, n, N, scale, MIX: tl.constexpr):
 
 
 @triton.jit
-def block_similarity(
-    rows, rows_ptr, rows_in, inverse, feature, feature_ptr, n, N,
-    D: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Inner products of the unit rows with one tile of features -> [K, N]."""
-    if PRECISION == "ieee":
-        s = product(rows_ptr, rows_in, feature_ptr + n.to(tl.int64) * D, n < N, D, DEPTH)
-    else:
-        s = tl.dot(rows, tl.trans(feature), input_precision=PRECISION)
-    return s * inverse[:, None]
-
-
-@triton.jit
 def ascent_kernel(
     weak_ptr,
     strong_ptr,
@@ -133,9 +119,8 @@ def ascent_kernel(
     momentum,
     weight_decay,
     D: tl.constexpr,
-    HAS_WEAK: tl.constexpr,
-    HAS_STRONG: tl.constexpr,
-    HAS_BASIC: tl.constexpr,
+    QUERY: tl.constexpr,  # which feature each job's similarities are with
+    PARTNER: tl.constexpr,  # and which one they pull the rows to
     DISTILL: tl.constexpr,
     MIX: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -145,59 +130,69 @@ def ascent_kernel(
     DEPTH: tl.constexpr,
 ):
     block = tl.program_id(0)
-    k = block.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    start = block.to(tl.int64) * BLOCK_K
+    k = tl.arange(0, BLOCK_K)
     d = tl.arange(0, BLOCK_D)
-    own = k < K
+    own = k < K - start
     inside = own[:, None] & (d[None, :] < D)
+    # from here on offsets are 32-bit: addresses take registers
+    rows_ptr += start * D
+    velocity_ptr += start * D
     at = k[:, None] * D + d[None, :]
     rows = tl.load(rows_ptr + at, mask=inside, other=0.0)
     inverse = inverse_norm(rows)
     gradient = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
-    for begin in range(0, N, BLOCK_N):
-        n = begin + tl.arange(0, BLOCK_N)
-        tile = n.to(tl.int64)[:, None] * D + d[None, :]
-        here = (n[:, None] < N) & (d[None, :] < D)
-        # clips beyond N have zero features, so their weights do not matter
-        if HAS_BASIC:
-            basic = tl.load(basic_ptr + tile, mask=here, other=0.0).to(tl.float32)
-            s = block_similarity(
-                rows, rows_ptr + k * D, own, inverse, basic, basic_ptr, n, N, D, DEPTH, PRECISION
-            )
-            w = row_weights(s, softmax_ptr, HAS_WEAK + HAS_STRONG, n, N, scale, MIX)
-            gradient = tl.dot(w, basic, gradient, input_precision=PRECISION)
-        if HAS_STRONG:
-            strong = tl.load(strong_ptr + tile, mask=here, other=0.0).to(tl.float32)
-            if DISTILL:
-                target = row_weights(s, softmax_ptr, HAS_WEAK + 2, n, N, scale, MIX)
-            s = block_similarity(
-                rows, rows_ptr + k * D, own, inverse, strong, strong_ptr, n, N, D, DEPTH, PRECISION
-            )
-            w = row_weights(s, softmax_ptr, HAS_WEAK, n, N, scale, MIX)
-            if DISTILL:
-                w -= target
-            gradient = tl.dot(w, strong, gradient, input_precision=PRECISION)
-        if HAS_WEAK:
-            weak = tl.load(weak_ptr + tile, mask=here, other=0.0).to(tl.float32)
-            s = block_similarity(
-                rows, rows_ptr + k * D, own, inverse, weak, weak_ptr, n, N, D, DEPTH, PRECISION
-            )
-            w = row_weights(s, softmax_ptr, 0, n, N, scale, MIX)
-            gradient = tl.dot(w, weak, gradient, input_precision=PRECISION)
+    # a loop at run time, because the registers of all jobs at once would spill
+    for job in range(len(QUERY)):
+        query_ptr, partner_ptr = basic_ptr, basic_ptr
+        for j in tl.static_range(len(QUERY)):
+            if job == j:
+                if QUERY[j] == 0:
+                    query_ptr = weak_ptr
+                elif QUERY[j] == 1:
+                    query_ptr = strong_ptr
+                if PARTNER[j] == 0:
+                    partner_ptr = weak_ptr
+                elif PARTNER[j] == 1:
+                    partner_ptr = strong_ptr
+        for begin in range(0, N, BLOCK_N):
+            n = begin + tl.arange(0, BLOCK_N)
+            tile = n[:, None] * D + d[None, :]
+            here = (n[:, None] < N) & (d[None, :] < D)
+            if PRECISION == "ieee":
+                s = product(rows_ptr + k * D, own, query_ptr + n * D, n < N, D, DEPTH)
+            else:
+                query = tl.load(query_ptr + tile, mask=here, other=0.0).to(tl.float32)
+                s = tl.dot(rows, tl.trans(query), input_precision=PRECISION)
+            w = row_weights(s * inverse[:, None], softmax_ptr, job, n, N, scale, MIX)
+            if DISTILL and job == len(QUERY) - 1:
+                w = -w
+            # clips beyond N have zero features, so their weights do not matter
+            partner = tl.load(partner_ptr + tile, mask=here, other=0.0).to(tl.float32)
+            gradient = tl.dot(w, partner, gradient, input_precision=PRECISION)
 
     # read again: cheaper than registers held through the products
     rows = tl.load(rows_ptr + at, mask=inside, other=0.0)
-    inverse = inverse_norm(rows)
-    unit = rows * inverse[:, None]
-    gradient *= gain
-    tangent = (gradient - unit * tl.sum(unit * gradient, 1)[:, None]) * inverse[:, None]
-    velocity = tl.load(velocity_ptr + at, mask=inside, other=0.0) * momentum - tangent + rows * weight_decay
-    moved = rows - velocity * lr
+    # rows beyond K have a gradient too, because their similarities are zero like any other's
+    inverse = tl.where(own, inverse_norm(rows), 0.0)
+    along = tl.sum(rows * gradient, 1) * inverse
+    # minus the tangent, decay and momentum, with one factor per row for each of their vectors
+    pull = gain * inverse
+    velocity = rows * (weight_decay + pull * along * inverse)[:, None] - gradient * pull[:, None]
+    velocity += tl.load(velocity_ptr + at, mask=inside, other=0.0) * momentum
     tl.store(velocity_ptr + at, velocity, mask=inside)
-    tl.store(rows_ptr + at, moved, mask=inside)
+    tl.store(rows_ptr + at, rows - velocity * lr, mask=inside)
 
-    change = moved * inverse_norm(moved)[:, None] - unit
-    distance = tl.sqrt(tl.sum(change * change, 1))
+    # distance between the unit rows from the parts of the step along and across the row: differences of
+    # nearly equal unit rows would need another tile of registers
     norm = tl.sqrt(tl.sum(rows * rows, 1))
+    radial = tl.sum(rows * velocity, 1) * inverse
+    across = tl.maximum(tl.sum(velocity * velocity, 1) - radial * radial, 0.0) * lr * lr
+    ahead = norm - lr * radial
+    squared = tl.maximum(across + ahead * ahead, 1e-24)
+    cosine = ahead / tl.sqrt(squared)
+    distance = tl.sqrt(2.0 * tl.where(cosine > 0, across / squared / (1.0 + cosine), 1.0 - cosine))
+    distance = tl.where(own, distance, 0.0)
     tl.store(partial_ptr + block, tl.sum(norm, 0))
     tl.store(partial_ptr + tl.num_programs(0) + block, tl.sum(distance, 0))
 
@@ -291,9 +286,8 @@ def plan(
             "momentum": momentum,
             "weight_decay": weight_decay,
             "D": d,
-            "HAS_WEAK": WEAK in first.terms,
-            "HAS_STRONG": STRONG in first.terms,
-            "HAS_BASIC": BASIC in first.terms,
+            "QUERY": known["QUERY"],
+            "PARTNER": known["PARTNER"],
             "DISTILL": first.distill,
             "MIX": known["MIX"],
             "PRECISION": precision,
@@ -302,8 +296,7 @@ def plan(
             "BLOCK_D": width(d),
             "DEPTH": tile.depth,
         },
-        tile.warps,
-        tile.stages,
+        *tile[3:],
     )
     summarise = Call(
         summary_kernel,
@@ -372,14 +365,14 @@ def _on_cpu(
     """The operation in plain torch, without kernels."""
     unit = torch.nn.functional.normalize(rows, dim=1)
     gradient = torch.zeros_like(rows)
-    for anchor in (weak, strong, basic):
+    for term, anchor in enumerate((weak, strong, basic)):
         if anchor is None:
             continue
         leaf = unit.detach().requires_grad_()
         with torch.enable_grad():
             loss = (
                 reference.distill(anchor.float(), basic.float(), key.float(), leaf, mix, temperature)
-                if anchor is strong and distill and basic is not None
+                if term == STRONG and distill and basic is not None
                 else reference.contrast(anchor.float(), key.float(), leaf, mix, temperature)
             )
         # no operation after the loss: below the dispatcher only autograd functions are recorded

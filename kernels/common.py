@@ -27,9 +27,17 @@ class Call(NamedTuple):
     arguments: dict[str, Any]  # by name: tensors, numbers and constants
     num_warps: int = 4
     num_stages: int = 2
+    maxnreg: int | None = (
+        None  # registers per thread; without it the assembler may spill to fit more programs
+    )
+
+    @property
+    def options(self) -> dict[str, int | None]:
+        """What the compiler is told beside the arguments."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.maxnreg}
 
     def launch(self) -> None:
-        self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
+        self.kernel[self.grid](**self.arguments, **self.options)
 
 
 def launch_all(calls: Sequence[Call], device: torch.device) -> None:

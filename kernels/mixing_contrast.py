@@ -7,8 +7,8 @@ algebra). So the pass knows only rows (u, a), up to four per clip, called jobs h
     weak    u = f1, a = f1·f1        strong  u = f2, a = f2·f2        basic   u = f3, a = f3·f3
     target  u = f3, a = f3·f2        the distribution that L2 pulls f2 to
 
-and is laid out like flash attention: a program owns 64 rows of one job and a slab of bank rows, keeps a
-running maximum `top` of s, and sums the exponentials e, their (1-λ)-weighted sum w, and w @ bank. A second,
+and is laid out like flash attention: a program owns a tile of rows of one job and a slab of bank rows, keeps
+a running maximum `top` of s, and sums the exponentials e, their (1-λ)-weighted sum w, and w @ bank. A second,
 small kernel adds the slabs in a fixed order and forms losses and gradients. With w come the probabilities of
 the mixed features, because sum(λ e) = e - w, and the mean of f2's similarity under the target, because
 sum_k w_k (m_k·f2) = (w @ bank)·f2. Nothing of size [N, K] leaves the registers, and no float is added
@@ -51,20 +51,21 @@ class Tile(NamedTuple):
     depth: int  # columns of a product of full float32, which would not fit in registers at once
     warps: int
     stages: int
+    registers: int | None = None  # see Call.maxnreg
 
 
-# with tf32, four warps hold [64, 128] sums in registers and two programs fit on a multiprocessor
+# with tf32, two programs of the pass fit on a multiprocessor at any width
 _TILES = {
     ("tf32", 16): Tile(64, 64, 16, 4, 3),
     ("tf32", 32): Tile(64, 64, 32, 4, 3),
     ("tf32", 64): Tile(64, 64, 64, 4, 3),
-    ("tf32", 128): Tile(64, 64, 128, 4, 2),
+    ("tf32", 128): Tile(64, 32, 128, 4, 2),
     ("tf32", 256): Tile(32, 32, 256, 4, 2),
-    ("ieee", 16): Tile(32, 32, 16, 8, 1),
-    ("ieee", 32): Tile(32, 32, 32, 8, 1),
-    ("ieee", 64): Tile(32, 32, 32, 8, 1),
-    ("ieee", 128): Tile(32, 32, 32, 8, 1),
-    ("ieee", 256): Tile(64, 32, 16, 8, 1),
+    ("ieee", 16): Tile(32, 32, 16, 8, 1, 255),
+    ("ieee", 32): Tile(32, 32, 32, 8, 1, 255),
+    ("ieee", 64): Tile(32, 32, 32, 8, 1, 255),
+    ("ieee", 128): Tile(32, 32, 32, 8, 1, 255),
+    ("ieee", 256): Tile(32, 32, 16, 8, 1, 255),
 }
 
 
@@ -92,8 +93,8 @@ def mixed_exponentials(s, top, a, offset, scale, MIX: tl.constexpr):
 
 @triton.jit
 def inverse_norm(rows):
-    """1 / |row| of rows [K, D]; zero rows stay zero."""
-    return 1.0 / tl.maximum(tl.sqrt(tl.sum(rows * rows, 1)), 1.1754944e-38)
+    """1 / |row| of rows [K, D]. Lengths below 1e-12 count as that, as in torch's normalize."""
+    return 1.0 / tl.maximum(tl.sqrt(tl.sum(rows * rows, 1)), 1e-12)
 
 
 @triton.jit
@@ -296,7 +297,7 @@ def combine_kernel(
                     D, JOBS, LARGEST, BLOCK_S, BLOCK_D, CHUNK,
                 )  # fmt: skip
                 mean = first_t * positive + share_t * a + tl.sum(row_t * anchor, 0)
-                gradient = (first - first_t) * key + (row - row_t) + 2.0 * (share - share_t) * anchor
+                gradient = (first - first_t) * key + (row - row_t) + 2.0 * share * anchor
             else:
                 mean = positive
                 gradient = (first - 1.0) * key + row + 2.0 * share * anchor
@@ -365,7 +366,7 @@ def plan_pass(
         "BLOCK_D": width(d),
         "DEPTH": tile.depth,
     }
-    call = Call(bank_pass_kernel, (jobs, blocks, splits), arguments, tile.warps, tile.stages)
+    call = Call(bank_pass_kernel, (jobs, blocks, splits), arguments, *tile[3:])
     return BankPass(call, stats, sums, terms, distill)
 
 

@@ -1,0 +1,168 @@
+"""Every kernel, in the launch configurations used, compiled for real chips without one: no spills, and shared
+memory within the chip's limit.
+
+The compiler must not be in interpreter mode, so all is compiled in one subprocess, which runs this file and
+prints what the machine code uses as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+# bytes of shared memory that one program may use
+LIMITS = {80: 163 * 1024, 90: 227 * 1024}
+ROOT = Path(__file__).parent.parent
+PAPER_MIX = (0.4, 0.3, 0.2, 0.1)
+
+
+class Problem(NamedTuple):
+    """What is trained: it decides the launches."""
+
+    n: int = 64
+    k: int = 16384
+    d: int = 128
+    mix: tuple[float, ...] = PAPER_MIX
+    dtype: str = "float32"
+    precision: str = "tf32"
+    views: bool = True  # whether the weak and strong features are given
+
+
+PROBLEMS = [
+    *(Problem(d=d) for d in (64, 128, 256)),
+    Problem(precision="ieee"),
+    Problem(d=256, precision="ieee"),
+    Problem(dtype="bfloat16"),
+    Problem(mix=()),
+    Problem(n=1, k=1, d=3),
+]
+
+
+def signature(call: Any) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
+    """Types, constants and alignments of a planned launch, specialised as Triton's launcher does."""
+    import torch
+
+    types = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+    names: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    for position, parameter in enumerate(call.kernel.params):
+        value = call.arguments[parameter.name]
+        aligned = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            names[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            names[parameter.name] = types[value.dtype]
+        else:
+            names[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+        if aligned:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    return names, constants, attributes
+
+
+def launches(problem: Problem) -> list[Any]:
+    """All launches of both operations, planned on tensors without memory."""
+    import torch
+    from a2mc_fast.kernels import bank_ascent, mixing_contrast
+
+    p = problem
+    dtype = getattr(torch, p.dtype)
+    key, basic, weak, strong = (torch.empty(p.n, p.d, dtype=dtype, device="meta") for _ in range(4))
+    views = (weak, strong) if p.views else (None, None)
+    rows = torch.empty(p.k, p.d, device="meta")
+    contrast = [
+        call
+        for normalize in ((False, True) if p.k == 16384 else (False,))
+        for call in mixing_contrast.plan(
+            key, basic, *views, rows, p.mix, 0.07, bool(p.mix), normalize, p.precision
+        )[0]
+    ]
+    step = (3.0, 0.9, 1e-4, 1.0)
+    ascent = bank_ascent.plan(rows, rows, key, basic, *views, p.mix, 0.03, *step, bool(p.mix), p.precision)[0]
+    return [*contrast, *ascent]
+
+
+def usage(call: Any, chip: int) -> dict[str, int]:
+    """Registers, stack, local and shared memory of one launch, from its machine code."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    source = ASTSource(call.kernel, *signature(call))
+    compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=call.options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
+    found = {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    # the kernels' shared memory is allotted at launch, so the machine code does not state it
+    return {**found, "shared": compiled.metadata.shared, "threads": 32 * call.num_warps}
+
+
+def compile_all() -> dict[str, list[dict[str, Any]]]:
+    """Usage per chip of all distinct launches."""
+    results: dict[str, list[dict[str, Any]]] = {}
+    for chip in LIMITS:
+        seen = set()
+        results[str(chip)] = rows = []
+        for problem in PROBLEMS:
+            for call in launches(problem):
+                form = (call.kernel.__name__, repr(signature(call)), repr(call.options))
+                if form not in seen:
+                    seen.add(form)
+                    rows.append(
+                        {"kernel": call.kernel.__name__, "problem": str(problem), **usage(call, chip)}
+                    )
+    return results
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, list[dict[str, Any]]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, __file__], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", LIMITS, ids=lambda chip: f"sm_{chip}")
+def test_no_spills_and_shared_memory_fits(compiled: dict[str, list[dict[str, Any]]], chip: int) -> None:
+    rows = compiled[str(chip)]
+    assert {row["kernel"] for row in rows} == {
+        "bank_pass_kernel",
+        "combine_kernel",
+        "row_softmax_kernel",
+        "ascent_kernel",
+        "summary_kernel",
+    }
+    for row in rows:
+        assert row["stack"] == row["local"] == 0, f"spills: {row}"
+        assert row["shared"] <= LIMITS[chip], f"shared memory: {row}"
+        assert row["reg"] * row["threads"] <= 65536, f"registers: {row}"
+
+
+@pytest.mark.slow
+def test_two_programs_of_the_loss_fit_on_a_multiprocessor(
+    compiled: dict[str, list[dict[str, Any]]],
+) -> None:
+    """Which is what the number of splits counts on, at the paper's size."""
+    for row in compiled["90"]:
+        if row["problem"] == str(Problem()) and row["kernel"] == "bank_pass_kernel":
+            assert 2 * row["reg"] * row["threads"] <= 65536
+            assert 2 * (row["shared"] + 1024) <= 228 * 1024
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_all()))

@@ -1,0 +1,484 @@
+"""The Triton kernels against float64 truth: in Triton's interpreter, or on a GPU where there is one.
+
+A kernel may err as much as plain float32 torch does on the same numbers, plus a slack for another order of
+summation. Shapes straddle the tiles; memory that the kernels allocate starts as NaN, so that a lane left
+unwritten shows.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernel modules are first imported
+
+pytest.importorskip("triton")
+
+from a2mc_fast.kernels import bank_ascent as ascent_module  # noqa: E402
+from a2mc_fast.kernels import common, reference  # noqa: E402
+from a2mc_fast.kernels import mixing_contrast as contrast_module  # noqa: E402
+from a2mc_fast.kernels.bank_ascent import bank_ascent  # noqa: E402
+from a2mc_fast.kernels.mixing_contrast import mixing_contrast  # noqa: E402
+
+assert DEVICE == "cuda" or common.INTERPRET, "the kernels were imported before TRITON_INTERPRET was set"
+
+PAPER_MIX = (0.4, 0.3, 0.2, 0.1)
+MIXES = [PAPER_MIX, (), (0.25,), (0.37, 0.11)]
+# beyond a tile of clips, beyond a tile of bank rows, several tiles per program, and one of each
+SHAPES = [(66, 70, 24), (5, 33, 100), (3, 65, 128), (2, 40, 256), (3, 700, 12), (1, 1, 3)]
+# relative to the largest value; tensor cores keep 10 bits of each operand, and the logits are up to 1/τ
+SLACK = {"ieee": 4e-6, "tf32": 4e-6 if DEVICE == "cpu" else 3e-2}
+STEP = {"lr": 3.0, "momentum": 0.9, "weight_decay": 1e-4}
+
+Loss = Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+@pytest.fixture(autouse=True)
+def _memory_starts_as_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out = new_empty(self, *args, **kwargs)
+        module = sys._getframe(1).f_globals.get("__name__", "")
+        return out.fill_(math.nan) if module.startswith("a2mc_fast.kernels") else out
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
+def unit(*shape: int) -> Tensor:
+    return F.normalize(torch.randn(*shape, device=DEVICE), dim=1)
+
+
+def problem(n: int, k: int, d: int, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Tensor]:
+    """(key, basic, weak, strong), bank: unit rows; a bank row equals a query, whose softmax is peaked."""
+    features, bank = [unit(n, d).to(dtype) for _ in range(4)], unit(k, d)
+    bank[0] = features[1][0].float()
+    return features, bank
+
+
+def with_gradients(loss: Loss, features: Sequence[Tensor], *args: Any, **options: Any) -> list[Tensor]:
+    """The three losses and the gradients of their weighted sum with respect to basic, weak and strong."""
+    key, *anchors = features
+    anchors = [x.detach().requires_grad_() for x in anchors]
+    losses = loss(key, *anchors, *args, **options)
+    weights = torch.arange(1, len(key) + 1, device=key.device, dtype=losses[0].dtype)
+    total = sum(((i + 1) * (weights * x).sum() for i, x in enumerate(losses)), start=losses[0].new_zeros(()))
+    return [*(x.detach() for x in losses), *torch.autograd.grad(total, anchors)]
+
+
+def assert_no_worse(
+    got: Sequence[Tensor], eager: Sequence[Tensor], truth: Sequence[Tensor], slack: float
+) -> None:
+    """Each result may err as much as eager's, plus the slack times the largest true value."""
+    for i, (g, e, t) in enumerate(zip(got, eager, truth, strict=True)):
+        assert torch.isfinite(g).all(), f"result {i} is not finite"
+        excess = (g.double() - t).abs().max() - (e.double() - t).abs().max()
+        allowed = slack * max(1.0, t.abs().max().item())
+        assert excess <= allowed, f"result {i}: error exceeds eager's by {excess.item():.1e} > {allowed:.1e}"
+
+
+def check_contrast(
+    features: Sequence[Tensor],
+    bank: Tensor,
+    mix: Sequence[float] = PAPER_MIX,
+    temperature: float = 0.07,
+    precision: str = "ieee",
+    slack: float | None = None,
+) -> None:
+    got = with_gradients(mixing_contrast, features, bank, mix, temperature, precision=precision)
+    low = [x.float() for x in features]
+    eager = with_gradients(reference.mixing_contrast, low, bank, mix, temperature)
+    high = [x.double() for x in features]
+    truth = with_gradients(reference.mixing_contrast, high, bank.double(), mix, temperature)
+    assert_no_worse(got, eager, truth, SLACK[precision] if slack is None else slack)
+
+
+@pytest.mark.parametrize("precision", SLACK)
+@pytest.mark.parametrize("n,k,d", SHAPES)
+def test_losses_and_gradients(n: int, k: int, d: int, precision: str) -> None:
+    check_contrast(*problem(n, k, d), precision=precision)
+
+
+@pytest.mark.parametrize("mix", MIXES[1:], ids=str)
+@pytest.mark.parametrize("n,k,d", [(3, 150, 24), (2, 33, 128)])
+def test_any_shares(n: int, k: int, d: int, mix: tuple[float, ...]) -> None:
+    check_contrast(*problem(n, k, d), mix, precision="tf32")
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.03, 0.01, 0.005, 1e-3])
+def test_any_temperature(temperature: float) -> None:
+    """The running maximum leaves no logit to overflow, nor all of them to underflow."""
+    check_contrast(
+        *problem(4, 200, 16), temperature=temperature, slack=SLACK["ieee"] * max(1, 0.07 / temperature)
+    )
+
+
+def test_rows_of_any_length() -> None:
+    features, bank = problem(5, 90, 24)
+    scales = torch.logspace(-1.5, 0.7, 90, device=DEVICE).unsqueeze(1)
+    check_contrast([x * (1 + i) for i, x in enumerate(features)], bank * scales, slack=5e-5)
+
+
+def test_orthogonal_and_opposite_rows() -> None:
+    """With every bank row opposite to the query, only the mixed banks and the positive have mass."""
+    query = unit(2, 16)
+    features = [unit(2, 16), query, query, query]
+    check_contrast(features, (-query[:1]).expand(50, -1), temperature=0.02, slack=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n,k,d", [(5, 70, 24), (2, 33, 128)])
+def test_low_precision_features(n: int, k: int, d: int, dtype: torch.dtype) -> None:
+    """Losses are float32; a gradient is rounded to the type of its feature, once."""
+    features, bank = problem(n, k, d, dtype)
+    got = with_gradients(mixing_contrast, features, bank, PAPER_MIX, 0.07, precision="ieee")
+    high = [x.double() for x in features]
+    truth = with_gradients(reference.mixing_contrast, high, bank.double(), PAPER_MIX, 0.07)
+    assert [x.dtype for x in got] == [torch.float32] * 3 + [dtype] * 3
+    assert_no_worse(got[:3], truth[:3], truth[:3], 1e-5)
+    for g, t in zip(got[3:], truth[3:]):
+        torch.testing.assert_close(g.double(), t, rtol=torch.finfo(dtype).eps, atol=2e-4)
+
+
+def test_equal_similarities_give_the_logarithm_of_the_count() -> None:
+    row = unit(1, 16)
+    loss = mixing_contrast(row, row, None, None, row.expand(50, -1), (), 0.07, precision="ieee")[2]
+    assert loss.item() == pytest.approx(math.log(51), abs=1e-6)
+
+
+@pytest.mark.parametrize("mix", [PAPER_MIX, ()], ids=str)
+@pytest.mark.parametrize("given", [(0, 0), (1, 0), (0, 1)], ids=str)
+def test_terms_that_are_off(given: tuple[int, int], mix: tuple[float, ...]) -> None:
+    (key, basic, *views), bank = problem(3, 40, 16)
+    weak, strong = (x if flag else None for x, flag in zip(views, given))
+    basic.requires_grad_()
+    got = mixing_contrast(key, basic, weak, strong, bank, mix, 0.07, precision="ieee")
+    whole = reference.mixing_contrast(key, basic, *views, bank, mix, 0.07)
+    for loss, want, flag in zip(got, whole, (*given, 1)):
+        torch.testing.assert_close(loss, want * flag, rtol=1e-5, atol=1e-5)
+    (gradient,) = torch.autograd.grad(got[2].sum(), basic)
+    torch.testing.assert_close(gradient, torch.autograd.grad(whole[2].sum(), basic)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_strong_term_as_a_contrast() -> None:
+    features, bank = problem(3, 40, 16)
+    got = with_gradients(mixing_contrast, features, bank, PAPER_MIX, 0.07, distill=False, precision="ieee")
+
+    def plain(key: Tensor, *anchors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        basic, weak, strong = (reference.contrast(x, key, bank, PAPER_MIX, 0.07) for x in anchors)
+        return weak, strong, basic
+
+    for g, want in zip(got, with_gradients(plain, features)):
+        torch.testing.assert_close(g, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", SLACK)
+def test_raw_rows(precision: str) -> None:
+    """`normalize` contrasts the unit rows; a row of zeros stays zero."""
+    features, bank = problem(5, 70, 24)
+    raw = bank * torch.rand(70, 1, device=DEVICE) * 5
+    raw[3] = 0
+    options = {"normalize": True, "precision": precision}
+    got = with_gradients(mixing_contrast, features, raw, PAPER_MIX, 0.07, **options)
+    rows = F.normalize(raw, dim=1)
+    eager = with_gradients(reference.mixing_contrast, features, rows, PAPER_MIX, 0.07)
+    high = [x.double() for x in features]
+    truth = with_gradients(reference.mixing_contrast, high, F.normalize(raw.double(), dim=1), PAPER_MIX, 0.07)
+    assert_no_worse(got, eager, truth, max(SLACK[precision], 1e-5))
+
+
+@pytest.mark.parametrize("needed", list(product((0, 1), repeat=3)), ids=str)
+def test_each_subset_of_gradients(needed: tuple[int, ...]) -> None:
+    (key, *anchors), bank = problem(2, 20, 16)
+    anchors = [x.requires_grad_(bool(flag)) for x, flag in zip(anchors, needed)]
+    leaves = [x for x in anchors if x.requires_grad]
+    losses = mixing_contrast(key, *anchors, bank, PAPER_MIX, 0.07)
+    assert losses[0].requires_grad == any(needed)
+    if leaves:
+        got = torch.autograd.grad(sum(x.sum() for x in losses), leaves)
+        whole = reference.mixing_contrast(key, *anchors, bank, PAPER_MIX, 0.07)
+        for a, b in zip(got, torch.autograd.grad(sum(x.sum() for x in whole), leaves)):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=max(SLACK["tf32"], 1e-4))
+
+
+def test_views_of_larger_tensors() -> None:
+    """Transposed and offset inputs give the bits of contiguous ones."""
+    features, bank = problem(5, 33, 24)
+    want = with_gradients(mixing_contrast, features, bank, PAPER_MIX, 0.07)
+    odd = [F.pad(x, (1, 2))[:, 1:-2] for x in features]
+    got = with_gradients(mixing_contrast, odd, bank.T.contiguous().T, PAPER_MIX, 0.07)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_two_runs_are_equal_to_the_bit() -> None:
+    features, bank = problem(5, 300, 24)
+    first, second = (with_gradients(mixing_contrast, features, bank, PAPER_MIX, 0.07) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_contrast_is_a_proper_operation() -> None:
+    (key, *anchors), bank = problem(2, 20, 16)
+    arguments = (
+        key,
+        *(x.requires_grad_() for x in anchors),
+        bank,
+        list(PAPER_MIX),
+        0.07,
+        True,
+        False,
+        "ieee",
+    )
+    torch.library.opcheck(contrast_module._op, arguments)
+    torch.library.opcheck(contrast_module._op, (key, anchors[0], None, *arguments[3:]))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_contrast_compiles_without_a_graph_break(backend: str) -> None:
+    features, bank = problem(3, 20, 16)
+
+    def loss(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return mixing_contrast(*args, PAPER_MIX, 0.07)
+
+    compiled = torch.compile(loss, fullgraph=True, backend=backend)
+    for a, b in zip(with_gradients(compiled, features, bank), with_gradients(loss, features, bank)):
+        assert torch.equal(a, b)
+
+
+# bank ascent
+
+
+def terms(
+    features: dict[str, Tensor | None],
+    unit_rows: Tensor,
+    mix: Sequence[float],
+    temperature: float,
+    distill: bool,
+) -> dict[str, Tensor]:
+    """Per-clip losses by name, in plain torch."""
+    key, basic = features["key"], features["basic"]
+    assert key is not None
+    losses = {}
+    for name in ("weak", "strong", "basic"):
+        anchor = features[name]
+        if anchor is None:
+            continue
+        if name == "strong" and distill:
+            assert basic is not None
+            losses[name] = reference.distill(anchor, basic, key, unit_rows, mix, temperature)
+        else:
+            losses[name] = reference.contrast(anchor, key, unit_rows, mix, temperature)
+    return losses
+
+
+def plain_ascent(
+    rows: Tensor,
+    velocity: Tensor,
+    features: dict[str, Tensor | None],
+    mix: Sequence[float],
+    temperature: float,
+    *,
+    objective: str = "total",
+    reduction: str = "mean",
+    distill: bool = True,
+) -> list[Tensor]:
+    """Autograd's gradient and the reference's step, in the dtype of rows: rows, velocity and the summary."""
+    rows, velocity = rows.clone(), velocity.clone()
+    features = {name: None if x is None else x.to(rows.dtype) for name, x in features.items()}
+    unit_rows = F.normalize(rows, dim=1).requires_grad_()
+    plain = objective == "infonce"
+    losses = terms(features, unit_rows, () if plain else mix, temperature, distill and not plain)
+    value = torch.stack([loss.mean() for loss in losses.values()])
+    value = value.mean() if plain and reduction == "mean" else value.sum()
+    (gradient,) = torch.autograd.grad(value, unit_rows)
+    norm, movement = reference.bank_step(rows, velocity, gradient, **STEP)
+    last = next(reversed(losses.values())).detach()
+    return [rows, velocity, torch.stack((norm, movement, 1 - torch.exp(-last).mean()))]
+
+
+def check_ascent(
+    features: dict[str, Tensor | None],
+    rows: Tensor,
+    mix: Sequence[float] = PAPER_MIX,
+    temperature: float = 0.03,
+    precision: str = "ieee",
+    **options: Any,
+) -> None:
+    velocity = torch.randn_like(rows) / 10
+    eager = plain_ascent(rows, velocity, features, mix, temperature, **options)
+    truth = plain_ascent(rows.double(), velocity.double(), features, mix, temperature, **options)
+    rows, velocity = rows.clone(), velocity.clone()
+    summary = bank_ascent(
+        rows, velocity, **features, mix=mix, temperature=temperature, precision=precision, **STEP, **options
+    )
+    assert_no_worse([rows, velocity, torch.stack(list(summary))], eager, truth, SLACK[precision])
+
+
+def named(
+    n: int, d: int, present: str = "basic weak strong", dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor | None]:
+    """Features by name; those not `present` are None."""
+    everything = {name: unit(n, d).to(dtype) for name in ("key", "basic", "weak", "strong")}
+    return {name: x if name == "key" or name in present else None for name, x in everything.items()}
+
+
+@pytest.mark.parametrize("precision", SLACK)
+@pytest.mark.parametrize("n,k,d", SHAPES)
+def test_ascent_of_the_whole_loss(n: int, k: int, d: int, precision: str) -> None:
+    features, rows = named(n, d), torch.randn(k, d, device=DEVICE)
+    basic = features["basic"]
+    assert basic is not None
+    rows[0] = 2 * basic[0]  # a peaked softmax
+    check_ascent(features, rows, precision=precision)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("present", ["weak basic", "weak", "strong", "weak strong basic"])
+def test_ascent_of_infonce(present: str, reduction: str) -> None:
+    rows = torch.randn(70, 24, device=DEVICE)
+    check_ascent(named(3, 24, present), rows, objective="infonce", reduction=reduction)
+
+
+@pytest.mark.parametrize(
+    "present,mix,distill",
+    [("basic", PAPER_MIX, True), ("basic weak", (), True), ("basic strong", (0.3,), True),
+     ("basic weak strong", (0.37, 0.11), False)],
+)  # fmt: skip
+def test_ascent_with_terms_off(present: str, mix: tuple[float, ...], distill: bool) -> None:
+    check_ascent(named(3, 24, present), torch.randn(70, 24, device=DEVICE), mix, distill=distill)
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.005])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_ascent_at_any_temperature_and_type(temperature: float, dtype: torch.dtype) -> None:
+    rows = 3 * torch.randn(40, 16, device=DEVICE)
+    # a gradient of 1/τ, through products of float32
+    features = named(4, 16, dtype=dtype)
+    velocity = torch.zeros_like(rows)
+    truth = plain_ascent(rows.double(), velocity.double(), features, PAPER_MIX, temperature)
+    eager = plain_ascent(rows, velocity, features, PAPER_MIX, temperature)
+    summary = bank_ascent(
+        rows, velocity, **features, mix=PAPER_MIX, temperature=temperature, precision="ieee", **STEP
+    )
+    assert_no_worse([rows, velocity, torch.stack(list(summary))], eager, truth, 1e-6 / temperature)
+
+
+def test_equal_rows_stay_equal() -> None:
+    features, rows = named(5, 16), torch.randn(1, 16, device=DEVICE).expand(100, -1).clone()
+    velocity = torch.zeros_like(rows)
+    bank_ascent(rows, velocity, **features, mix=PAPER_MIX, temperature=0.03, **STEP)
+    torch.testing.assert_close(rows, rows[:1].expand_as(rows), rtol=1e-6, atol=1e-7)
+
+
+def test_two_ascents_are_equal_to_the_bit() -> None:
+    features, start = named(5, 24), torch.randn(150, 24, device=DEVICE)
+    runs = []
+    for _ in range(2):
+        rows, velocity = start.clone(), torch.zeros_like(start)
+        summary = bank_ascent(rows, velocity, **features, mix=PAPER_MIX, temperature=0.03, **STEP)
+        runs.append([rows, velocity, *summary])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_ascent_is_a_proper_operation() -> None:
+    features, rows = named(2, 16), torch.randn(20, 16, device=DEVICE)
+    numbers = (0.03, *STEP.values(), 1.0)
+    arguments = (rows, torch.zeros_like(rows), *features.values(), list(PAPER_MIX), *numbers, True, "ieee")
+    torch.library.opcheck(ascent_module._op, arguments)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_ascent_compiles_without_a_graph_break(backend: str) -> None:
+    features, start = named(3, 16), torch.randn(20, 16, device=DEVICE)
+
+    def ascend(rows: Tensor, velocity: Tensor) -> tuple[Tensor, ...]:
+        return bank_ascent(rows, velocity, **features, mix=PAPER_MIX, temperature=0.03, **STEP)
+
+    results = []
+    for function in (ascend, torch.compile(ascend, fullgraph=True, backend=backend)):
+        rows, velocity = start.clone(), torch.zeros_like(start)
+        results.append([*function(rows, velocity), rows, velocity])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+# arguments
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        ({"weak": torch.zeros(3, 8)}, ValueError, "weak is [3, 8], key is [4, 8]"),
+        (
+            {"bank": torch.zeros(6, 7)},
+            ValueError,
+            "expected key [N, D] and bank [K, D], got [4, 8] and [6, 7]",
+        ),
+        ({"bank": torch.zeros(0, 8)}, ValueError, "expected key [N, D] and bank [K, D]"),
+        ({"temperature": 0.0}, ValueError, "temperature must be > 0, got 0.0"),
+        ({"mix": (0.5, 1.0)}, ValueError, "mix must lie in (0, 1), got (0.5, 1.0)"),
+        ({"precision": "fp8"}, ValueError, "precision must be tf32 or ieee, got 'fp8'"),
+        ({"bank": torch.zeros(6, 8).double()}, TypeError, "bank must be float32, got torch.float64"),
+        ({"basic": torch.zeros(4, 8).half()}, TypeError, "basic is torch.float16, key is torch.float32"),
+        ({"key": torch.zeros(4, 8).int()}, TypeError, "key must be float32, bfloat16 or float16"),
+        ({"bank": torch.zeros(6, 8, requires_grad=True)}, ValueError, "bank requires grad"),
+        ({"bank": torch.zeros(6, 8, device="meta")}, ValueError, "key is on cpu, bank on meta"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_of_the_contrast(change: dict[str, Any], error: type[Exception], words: str) -> None:
+    features = {name: torch.zeros(4, 8) for name in ("key", "basic", "weak", "strong")}
+    arguments = {**features, "bank": torch.zeros(6, 8), "mix": PAPER_MIX, "temperature": 0.07, **change}
+    with pytest.raises(error) as raised:
+        mixing_contrast(**arguments)
+    assert words in str(raised.value)
+
+
+def test_too_wide_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match="D must be <= 256, got 257"):
+        mixing_contrast(*[torch.zeros(2, 257)] * 4, torch.zeros(3, 257), (), 0.07)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"velocity": torch.zeros(5, 8)}, "velocity must be like the rows [6, 8], got [5, 8]"),
+        ({"rows": torch.zeros(8, 6).T}, "must be contiguous"),
+        ({"objective": "both"}, "unknown objective 'both'"),
+        ({"reduction": "none"}, "unknown reduction 'none'"),
+        ({"basic": None}, "objective total needs basic"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_of_the_ascent(change: dict[str, Any], words: str) -> None:
+    features = {name: torch.zeros(4, 8) for name in ("key", "basic", "weak", "strong")}
+    state = {"rows": torch.zeros(6, 8), "velocity": torch.zeros(6, 8)}
+    arguments = {**state, **features, "mix": PAPER_MIX, "temperature": 0.03, **STEP, **change}
+    with pytest.raises(ValueError) as raised:
+        bank_ascent(**arguments)
+    assert words in str(raised.value)
+
+
+def test_plain_torch_form_of_both_operations() -> None:
+    """What a CPU without the interpreter runs gives the kernels' results."""
+    features, rows = named(3, 16), torch.randn(30, 16, device=DEVICE)
+    tensors = list(features.values())
+    loss = (rows, list(PAPER_MIX), 0.07, True, True, "ieee")
+    for a, b in zip(contrast_module._on_cpu(*tensors, *loss), contrast_module._op(*tensors, *loss)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    step = (list(PAPER_MIX), 0.03, *STEP.values(), 1.0, True, "ieee")
+    results = []
+    for function in (ascent_module._on_cpu, ascent_module._op):
+        state = [rows.clone(), torch.zeros_like(rows)]
+        results.append([function(*state, *tensors, *step), *state])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
