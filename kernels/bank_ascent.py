@@ -1,14 +1,14 @@
 """One ascent step of the bank on the whole loss or on InfoNCE (A²MC Eq. 7), without storing its gradient.
 
-Three small launches and one large one. `bank_pass_kernel` and `row_softmax_kernel` find, per clip and term,
-what normalises the softmax over the positive and all K rows. Then each program of `ascent_kernel` owns a
-block of bank rows W: with unit rows m = W / |W|,
+`bank_pass_kernel` (a first reading of the rows) and `row_softmax_kernel` find, per clip and term, what
+normalises the softmax over the positive and all K rows. Then each program of `ascent_kernel` owns a block of
+bank rows W: with unit rows m = W / |W|,
 
     g = dL/dm = 1/(N τ) sum_n [w1_n f1_n + (w2_n - wT_n) f2_n + w3_n f3_n]   w: (1-λ)-weighted probabilities
     v <- momentum v - (g - m (m·g)) / |W| + decay W,    W <- W - lr v        (AdCo's descent on -L)
 
-(wT is L2's target, f3's distribution over the banks mixed with f2: a constant.) Rows and velocity are read
-and written once, in place. `summary_kernel` averages what the log shows, in a fixed order, on the device.
+(wT is L2's target, f3's distribution over the banks mixed with f2: a constant.) Rows and velocity are
+stepped in place. `summary_kernel` averages what the log shows, in a fixed order, on the device.
 Legend: N batch · K bank rows · D feature dim · J jobs, as in `mixing_contrast` · B blocks of bank rows.
 """
 

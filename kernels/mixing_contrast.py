@@ -297,7 +297,7 @@ def combine_kernel(
                     D, JOBS, LARGEST, BLOCK_S, BLOCK_D, CHUNK,
                 )  # fmt: skip
                 mean = first_t * positive + share_t * a + tl.sum(row_t * anchor, 0)
-                gradient = (first - first_t) * key + (row - row_t) + 2.0 * share * anchor
+                gradient = (first - first_t) * key + (row - row_t) + 2.0 * (share - share_t) * anchor
             else:
                 mean = positive
                 gradient = (first - 1.0) * key + row + 2.0 * share * anchor
