@@ -125,7 +125,7 @@ class RunLog:
 
     @property
     def seconds(self) -> float:
-        """Training time so far, in all sessions of the run."""
+        """Training time so far, that before a resume included."""
         return self._before + time.perf_counter() - self._started
 
     @contextmanager
