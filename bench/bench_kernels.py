@@ -1,0 +1,170 @@
+"""Loss with gradients, and the bank's ascent: the Triton kernels against compiled, eager and literal torch.
+
+`pytest bench/bench_kernels.py -s` sweeps K, N and the number of mixing shares around the paper's size, all
+forms in one run after a check that they agree. On a GPU the times come from CUDA events with the second-level
+cache flushed (median, 20 and 80 %), with the memory a call allocates beyond its inputs; on a CPU, where the
+kernels do not run, the torch forms are timed at the smaller sizes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from a2mc_fast.kernels import reference
+from a2mc_fast.kernels.bank_ascent import bank_ascent
+from a2mc_fast.kernels.mixing_contrast import mixing_contrast
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
+from bench.baselines import literal_mixing_contrast, whole_logits_mixing_contrast
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+D, PAPER_MIX = 128, (0.4, 0.3, 0.2, 0.1)
+LITERAL_LIMIT = 30e9  # bytes of mixed banks beyond which the literal form is left out
+STEP = {"lr": 3.0, "momentum": 0.9, "weight_decay": 1e-4}
+
+
+@dataclass(frozen=True)
+class Size:
+    """One measured problem."""
+
+    n: int = 64
+    k: int = 16384
+    mix: tuple[float, ...] = PAPER_MIX
+
+    def __str__(self) -> str:
+        return f"N{self.n}-K{self.k}-mix{len(self.mix)}"
+
+
+SWEEP = [
+    *(Size(k=k) for k in ((4096, 16384, 65536, 262144, 1048576) if CUDA else (4096, 16384))),
+    *(Size(n=n) for n in ((32, 256, 1024) if CUDA else (32,))),
+    *(Size(mix=mix) for mix in ((), (0.25,))),
+]
+
+
+class Problem:
+    """Unit features [N, D] and raw bank rows [K, D] of one size, and every way to the same result."""
+
+    def __init__(self, size: Size) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def unit(rows: int) -> Tensor:
+            return F.normalize(torch.randn(rows, D, generator=generator), dim=1).to(DEVICE)
+
+        self.size, self.key = size, unit(size.n)
+        self.anchors = [unit(size.n).requires_grad_() for _ in range(3)]  # basic, weak, strong
+        self.bank, self.rows = unit(size.k), 2 * unit(size.k)
+        self.velocity = torch.zeros_like(self.rows)
+        self.compiled = torch.compile(self.whole_logits, dynamic=False)
+
+    def gradients(self, form: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
+        """Gradients of L with respect to the anchors."""
+        weak, strong, basic = form(self.key, *self.anchors, self.bank, self.size.mix, 0.07)
+        return list(torch.autograd.grad(weak.mean() + strong.mean() + basic.mean(), self.anchors))
+
+    @staticmethod
+    def whole_logits(*args: object) -> tuple[Tensor, Tensor, Tensor]:
+        """The plain form that a compiler can fuse."""
+        return whole_logits_mixing_contrast(*args)  # type: ignore[arg-type]
+
+    def losses(self) -> dict[str, Callable[[], list[Tensor]]]:
+        """Loss with feature gradients, by form."""
+        forms: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = (
+            {"triton": mixing_contrast} if CUDA else {}
+        )
+        forms |= {"compiled": self.compiled, "eager": reference.mixing_contrast}
+        if 4 * self.size.n * self.size.k * D * (1 + len(self.size.mix)) * 3 < (
+            LITERAL_LIMIT if CUDA else 3e9
+        ):
+            forms["literal"] = literal_mixing_contrast
+        return {name: lambda form=form: self.gradients(form) for name, form in forms.items()}  # type: ignore[misc]
+
+    def ascents(self) -> dict[str, Callable[[], object]]:
+        """One step of the bank up the whole loss at 0.03, by form."""
+        key, mix = self.key, self.size.mix
+        basic, weak, strong = (a.detach() for a in self.anchors)
+
+        def eager() -> object:
+            unit = F.normalize(self.rows, dim=1).requires_grad_()
+            parts = reference.mixing_contrast(key, basic, weak, strong, unit, mix, 0.03)
+            (gradient,) = torch.autograd.grad(sum(part.mean() for part in parts), unit)
+            return reference.bank_step(self.rows, self.velocity, gradient, **STEP)
+
+        def triton() -> object:
+            return bank_ascent(self.rows, self.velocity, key, basic, weak, strong, mix, 0.03, **STEP)
+
+        return ({"triton": triton} if CUDA else {}) | {"eager": eager}
+
+
+def milliseconds(function: Callable[[], object]) -> tuple[float, float, float]:
+    """Median, 20 and 80 % of repeated calls."""
+    if CUDA:
+        from triton.testing import do_bench
+
+        return tuple(do_bench(function, quantiles=[0.5, 0.2, 0.8]))
+    function()
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        function()
+        times.append(1e3 * (time.perf_counter() - start))
+    return sorted(times)[2], min(times), max(times)
+
+
+def allocated(function: Callable[[], object]) -> int:
+    """Bytes that a call allocates at its peak, results included; 0 on a CPU."""
+    if not CUDA:
+        return 0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def report(benchmark: BenchmarkFixture, title: str, forms: dict[str, Callable[[], object]]) -> None:
+    """Measure every form, print a table, and keep the numbers with the record."""
+    rows = {name: (*milliseconds(form), allocated(form) / 2**20) for name, form in forms.items()}
+    best = next(iter(rows.values()))[0]
+    print(f"\n{title}\n{'':10}{'median ms':>12}{'20 %':>10}{'80 %':>10}{'MiB':>10}{'ratio':>8}")
+    for name, (median, low, high, memory) in rows.items():
+        print(f"{name:10}{median:12.4f}{low:10.4f}{high:10.4f}{memory:10.1f}{median / best:8.1f}")
+    benchmark.extra_info.update(
+        {name: dict(zip(("ms", "p20", "p80", "MiB"), row)) for name, row in rows.items()}
+    )
+    benchmark.pedantic(next(iter(forms.values())), rounds=3, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("size", SWEEP, ids=str)
+def test_loss_and_gradients(benchmark: BenchmarkFixture, size: Size) -> None:
+    forms = Problem(size).losses()
+    results = {name: form() for name, form in forms.items()}
+    for name, got in results.items():
+        for a, b in zip(got, results["eager"], strict=True):
+            # tf32 products carry ten bits
+            worst = ((a - b).norm() / b.norm()).item()
+            assert worst < (5e-3 if name == "triton" else 1e-3), (
+                f"{name} differs by {worst:.1e}: no speed for it"
+            )
+    report(benchmark, f"loss with gradients, {size}", forms)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", SWEEP, ids=str)
+def test_ascent(benchmark: BenchmarkFixture, size: Size) -> None:
+    stepped = {}
+    for name in Problem(size).ascents():
+        problem = Problem(size)
+        problem.ascents()[name]()
+        stepped[name] = problem.velocity
+    for name, velocity in stepped.items():
+        worst = ((velocity - stepped["eager"]).norm() / stepped["eager"].norm()).item()
+        assert worst < 5e-3, f"{name} differs by {worst:.1e}: no speed for it"
+    report(benchmark, f"ascent, {size}", Problem(size).ascents())
