@@ -119,7 +119,7 @@ class RunLog:
             initial=self.step,
             unit="step",
             dynamic_ncols=True,
-            bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",  # leave room
+            bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
             disable=None if config.run.progress else True,  # None: off where there is no terminal
         )
         self._started = self._last_console = time.perf_counter()
