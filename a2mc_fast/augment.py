@@ -84,12 +84,6 @@ def resize_positions(start: Tensor, span: Tensor, frames: int) -> Tensor:
     return start.unsqueeze(1) + offset.clamp_min(0).minimum((span - 1).unsqueeze(1))
 
 
-def whole_clip(clips: Clips, index: Tensor, frames: int) -> Tensor:
-    """Whole clips resized to `frames`, as the attack sees them. -> [N, C, T, V, M]"""
-    lengths = clips.lengths[index]
-    return clips.read(index, resize_positions(torch.zeros_like(lengths), lengths, frames))
-
-
 def _resample(rho: Tensor, position: Tensor, lengths: Tensor) -> Tensor:
     """A perturbation of the resized whole clip, read at positions of the native clip.
 
@@ -194,8 +188,7 @@ def spatial(
 
 
 def present(x: Tensor) -> Tensor:
-    """Where a person stands in a frame: any coordinate not zero. x [N, C, T, V, M] -> [N, 1, T, 1, M]
-    bool."""
+    """Whether a person has any coordinate that is not zero. x [N, C, T, V, M] -> bool [N, 1, T, 1, M]"""
     return (x != 0).any(3, keepdim=True).any(1, keepdim=True)
 
 
@@ -212,8 +205,10 @@ class Views:
         return draw(self.seed, step, views, clips, joints, self.clips.device)
 
     def whole(self, index: Tensor) -> Tensor:
-        """Whole clips resized to T frames, without any augmentation. index [N] -> [N, C, T, V, M]"""
-        return whole_clip(self.clips, index, self.config.frames)
+        """Whole clips resized to T frames, as the attack sees them. index [N] -> [N, C, T, V, M]"""
+        lengths = self.clips.lengths[index]
+        position = resize_positions(torch.zeros_like(lengths), lengths, self.config.frames)
+        return self.clips.read(index, position)
 
     def cropped(self, index: Tensor, draws: Draws) -> Tensor:
         """A random temporal crop-resize and nothing else. index [N] -> [N, C, T, V, M]"""

@@ -66,8 +66,10 @@ class ViewConfig:
 class EncoderConfig:
     """The backbone and its projection head."""
 
-    name: Literal["bigru"] = "bigru"
-    """Backbone."""
+    name: Literal["bigru", "stgcn", "dsta", "scd"] = "bigru"
+    """Backbone: BiGRU, ST-GCN, DSTA-Net (Transformer), or SCD-Net's GCN & Transformer."""
+    projection: int = 128
+    """Width D of the contrasted features."""
     hidden: int = 1024
     """BiGRU: hidden units per direction."""
     layers: int = 3
@@ -76,12 +78,39 @@ class EncoderConfig:
     """BiGRU: two passes forward in time, as in the reference code, or true time reversal."""
     input_norm: bool = True
     """BiGRU: BatchNorm over the input coordinates (CMD, PCM3 yes; ISC no)."""
-    projection: int = 128
-    """Width D of the contrasted features."""
+    channels: int = 16
+    """ST-GCN: channels of its first blocks."""
+    partition: Literal["hop_clipped", "tree"] = "hop_clipped"
+    """ST-GCN: neighbours by distance to the centre as public code clips it, or by true tree distance."""
+    size: Literal["full", "small"] = "full"
+    """DSTA-Net: the public NTU configuration, or HiCLR's small one."""
+    temporal_attention: bool = False
+    """DSTA-Net: attention over time instead of the temporal convolution."""
+    width: int = 2048
+    """SCD-Net: token width of its transformers."""
+    heads: int = 8
+    """SCD-Net: attention heads."""
 
     def __post_init__(self) -> None:
-        for name in ("hidden", "layers", "projection"):
+        for name in ("hidden", "layers", "projection", "channels", "width", "heads"):
             require(getattr(self, name) >= 1, f"encoder.{name} must be >= 1, got {getattr(self, name)}")
+        require(
+            self.width % self.heads == 0,
+            f"encoder.width {self.width} must be a multiple of encoder.heads {self.heads}",
+        )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the chosen backbone reads of these fields, as its class takes it."""
+        return {name: getattr(self, name) for name in _ENCODER_OPTIONS[self.name]}
+
+
+_ENCODER_OPTIONS = {
+    "bigru": ("hidden", "layers", "time_mode", "input_norm"),
+    "stgcn": ("channels", "partition"),
+    "dsta": ("size", "temporal_attention"),
+    "scd": ("width", "heads"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,7 @@ from a2mc_fast.attack import semantic_attack
 from a2mc_fast.bank import MemoryBank, Queue
 from a2mc_fast.config import Config
 from a2mc_fast.encoders import build_encoder
-from a2mc_fast.encoders.common import norms_in_eval, projection_head
+from a2mc_fast.encoders.common import frozen, projection_head
 from a2mc_fast.errors import require
 from a2mc_fast.losses import Losses, info_nce, mixing_contrast
 from a2mc_fast.skeleton import Skeleton, bone_stream, motion_stream
@@ -55,13 +55,7 @@ class Branch(nn.Module):
         self.register_buffer("parents", torch.tensor(skeleton.parents), persistent=False)
         e = config.encoder
         self.encoder = build_encoder(
-            e.name,
-            skeleton,
-            persons=persons,
-            hidden=e.hidden,
-            layers=e.layers,
-            time_mode=e.time_mode,
-            input_norm=e.input_norm,
+            e.name, skeleton, persons=persons, frames=config.views.frames, **e.options
         )
         self.head = projection_head(self.encoder.feature_dim, e.projection)
 
@@ -83,16 +77,15 @@ class Branch(nn.Module):
 
 
 class A2MC(nn.Module):
-    """The whole method; `train.py` calls its parts in the order of the paper."""
+    """The whole method; `Trainer.step` calls its parts in the order of the paper."""
 
     centers: Tensor  # [classes, D] k-means of the bank, unless the class layer is random
 
     def __init__(self, config: Config, skeleton: Skeleton, persons: int, classes: int) -> None:
         super().__init__()
         self.config = config
-        torch.manual_seed(
-            config.seed
-        )  # for the weights only; all that is random in training draws from `rng`
+        # for the weights only; all that is random in training draws from `rng`
+        torch.manual_seed(config.seed)
         self.query = Branch(config, skeleton, persons)
         self.key = copy.deepcopy(self.query).requires_grad_(False)
         width = self.query.encoder.feature_dim
@@ -117,9 +110,7 @@ class A2MC(nn.Module):
             config.attack.classifier == "random" or classes <= bank.size,
             f"attack.classes {classes} exceeds bank.size {bank.size}: too few rows for that many centres",
         )
-        self.register_buffer(
-            "centers", torch.zeros(classes, dim)
-        )  # of the bank; unused by a random class layer
+        self.register_buffer("centers", torch.zeros(classes, dim))
 
     @property
     def uses_weak(self) -> bool:
@@ -136,7 +127,7 @@ class A2MC(nn.Module):
     def attack(self, x: Tensor) -> Tensor:
         """The perturbation of whole clips that flattens their class distribution. -> like x"""
         a = self.config.attack
-        with norms_in_eval(self.query if a.norm_mode == "eval" else nn.Module()):
+        with frozen(self.query, inference=a.norm_mode == "eval"):
             return semantic_attack(
                 self.classify,
                 x,
@@ -208,8 +199,7 @@ class A2MC(nn.Module):
 
     @torch.no_grad()
     def update_key(self) -> None:
-        """Moving average of the parameters (Eq. 4); the key's BatchNorm statistics come from its own
-        passes."""
+        """Moving average of the parameters (Eq. 4); BatchNorm statistics come from the key's own passes."""
         torch._foreach_lerp_(
             list(self.key.parameters()), list(self.query.parameters()), 1 - self.config.optim.ema
         )
@@ -299,7 +289,7 @@ class A2MC(nn.Module):
         """
         if self.config.attack.classifier != "pseudo_labels":
             return
-        with norms_in_eval(self.query):
+        with frozen(self.query):
             feature = self._attacked_feature(x)
         label = (basic.detach() @ self.centers.T).argmax(1)
         error = self.classifier(feature).softmax(1) - F.one_hot(label, len(self.centers))

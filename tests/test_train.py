@@ -196,6 +196,10 @@ def test_batches_are_permutations_of_the_training_clips(data: Path, tmp_path: Pa
         assert len(set(epoch.tolist())) == 32 and set(epoch.tolist()) <= set(trainer.train_index.tolist())
     assert not torch.equal(*epochs)
     assert [trainer.learning_rate(step) for step in (0, 2, 3, 10, 11)] == pytest.approx([0.05] * 4 + [0.005])
+    # a milestone at 0 means the end of the warm-up, not its beginning
+    optim = replace(trainer.config.optim, milestones=(0,))
+    trainer.config = replace(trainer.config, optim=optim)
+    assert [trainer.learning_rate(step) for step in (0, 2, 3)] == pytest.approx([0.05, 0.05, 0.005])
 
 
 def test_compiled_parts_give_the_same_losses(data: Path, tmp_path: Path) -> None:

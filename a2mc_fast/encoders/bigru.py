@@ -21,13 +21,16 @@ from a2mc_fast.skeleton import Skeleton
 
 
 class BiGRU(Encoder):
-    """x [N, C, T, V, M] -> [N, 2 hidden]."""
+    """x [N, C, T, V, M] -> [N, 2 hidden], for any number of frames."""
+
+    recurrent = True
 
     def __init__(
         self,
         skeleton: Skeleton,
         *,
         persons: int = 2,
+        frames: int = 64,
         hidden: int = 1024,
         layers: int = 3,
         time_mode: Literal["forward_pair", "bidirectional"] = "forward_pair",

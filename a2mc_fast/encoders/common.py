@@ -1,13 +1,13 @@
-"""What the encoders share: batch statistics per view, inference mode for normalisation alone, the head."""
+"""What the encoders share: their interface, batch statistics per view, a frozen state, the head."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class Encoder(nn.Module):
@@ -17,6 +17,14 @@ class Encoder(nn.Module):
     """
 
     feature_dim: int
+    levels: Mapping[str, slice] = MappingProxyType({"feature": slice(None)})
+    """Parts of the feature that are contrasted, each with a projection head and a bank of its own."""
+    pairs: tuple[tuple[str, str], ...] = (("feature", "feature"),)
+    """(query level, key level): the loss is summed over them, each against the key level's bank."""
+    head_hidden: int | None = None
+    """Hidden units of each level's head; None = as wide as the level."""
+    recurrent: bool = False
+    """Whether torch.compile must leave the encoder alone: cuDNN's recurrent layers break its graph."""
 
     def forward(self, x: Tensor, views: int = 1) -> Tensor:
         raise NotImplementedError
@@ -31,22 +39,28 @@ def norm_per_view(norm: nn.Module, x: Tensor, views: int) -> Tensor:
 
 
 @contextmanager
-def norms_in_eval(module: nn.Module) -> Iterator[None]:
-    """BatchNorm and dropout in inference mode, everything else as it is.
+def frozen(module: nn.Module, inference: bool = True) -> Iterator[None]:
+    """No parameter gets a gradient; all but recurrent layers are in inference mode, if `inference`.
 
     cuDNN has no backward pass for recurrent layers in inference mode, so a GRU must stay in training mode
     while its input is attacked; it has no dropout, so its result is the same.
     """
-    changed = [m for m in module.modules() if m.training and isinstance(m, _BatchNorm | nn.Dropout)]
-    for m in changed:
+    weights = [p for p in module.parameters() if p.requires_grad]
+    layers = [m for m in module.modules() if m.training and inference and not isinstance(m, nn.RNNBase)]
+    for p in weights:
+        p.requires_grad_(False)
+    for m in layers:
         m.training = False
     try:
         yield
     finally:
-        for m in changed:
+        for p in weights:
+            p.requires_grad_(True)
+        for m in layers:
             m.training = True
 
 
-def projection_head(feature_dim: int, dim: int) -> nn.Sequential:
-    """MoCo-v2's MLP head: [N, feature_dim] -> [N, dim], no normalisation."""
-    return nn.Sequential(nn.Linear(feature_dim, feature_dim), nn.ReLU(), nn.Linear(feature_dim, dim))
+def projection_head(feature_dim: int, dim: int, hidden: int | None = None) -> nn.Sequential:
+    """MoCo-v2's MLP head: [N, feature_dim] -> [N, dim], no normalisation; `hidden` as wide as the input."""
+    hidden = hidden or feature_dim
+    return nn.Sequential(nn.Linear(feature_dim, hidden), nn.ReLU(), nn.Linear(hidden, dim))
