@@ -12,9 +12,11 @@ never formed: with s = u·m every mixed logit is (λ u·f + (1-λ) s) / τ.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from a2mc_fast.errors import require
@@ -24,7 +26,7 @@ PAPER_MIX = (0.4, 0.3, 0.2, 0.1)
 
 
 Backend = Literal["auto", "triton", "torch"]
-"""The fused Triton kernels, or plain torch; auto is torch until the kernels have been measured on a GPU."""
+"""The fused Triton kernels, or plain torch; auto is Triton for tensors on a GPU, where the kernels can do it."""
 
 
 class Losses(NamedTuple):
@@ -49,53 +51,61 @@ def mixing_contrast(
     mixing: Literal["own", "tiled"] = "own",
     renormalize: bool = False,
     live_target: bool = False,
+    normalize: bool = False,
     reduction: Literal["mean", "none"] = "mean",
     backend: Backend = "auto",
 ) -> Losses:
-    """The loss and its parts. Features [N, D] and bank [K, D], unit rows.
+    """The loss and its parts. Features [N, D] and bank [K, D], unit rows; raw bank rows with `normalize`.
 
     Differentiable in basic, weak, strong and bank; key is a constant. Without `weak` or `strong` their terms
-    are off. `strong_target` one_hot makes L2 a contrast like L1. The other readings of the mixer (`mixing`,
-    `renormalize`, `live_target`) are exact but slower, and plain torch only. The Triton kernels give no
-    gradient to the bank. Raises `ValueError` for shapes and values.
+    are off. `strong_target` one_hot makes L2 a contrast like L1. The other readings of the mixer (`mixing`
+    tiled, `renormalize`) are exact but slower, and plain torch only. The Triton kernels give no gradient to
+    the bank. Raises `ValueError` for shapes and values.
     """
     _check(key, basic, weak, strong, bank, mix, temperature)
     require(backend in ("auto", "triton", "torch"), f"mixing_contrast: unknown backend {backend!r}")
-    general = mixing == "tiled" or renormalize
+    soft = strong_target == "distribution"
+    if mixing == "tiled" or renormalize:
+        require(
+            backend != "triton",
+            "mixing_contrast: backend triton knows own mixing without renormalisation alone",
+        )
+        rows = F.normalize(bank, dim=1) if normalize else bank
+        general = partial(
+            reference.mixing_contrast_general,
+            key=key,
+            bank=rows,
+            mix=mix,
+            temperature=temperature,
+            tiled=mixing == "tiled",
+            renormalize=renormalize,
+        )
+        off = basic.new_zeros(len(basic))
+        first = off if weak is None else general(weak, None)
+        second = off
+        if strong is not None:
+            second = general(strong, basic if soft else None, live_target=live_target)
+        return _reduced((first, second, general(basic, None)), reduction)
+
+    if backend == "auto":
+        fused = bank.is_cuda and not bank.requires_grad and bank.shape[1] <= 256
+        backend = "triton" if fused else "torch"
+    terms = reference.mixing_contrast
     if backend == "triton":
-        plain = not (general or live_target)
-        require(plain, "mixing_contrast: backend triton knows own mixing, as it is, alone")
-        from a2mc_fast.kernels.mixing_contrast import mixing_contrast as fused
-
-        soft = strong_target == "distribution"
-        return _reduced(fused(key, basic, weak, strong, bank, mix, temperature, distill=soft), reduction)
-
-    def contrast(anchor: Tensor) -> Tensor:
-        if general and mix:
-            return reference.mixing_contrast_general(
-                anchor, None, key, bank, mix, temperature, tiled=mixing == "tiled", renormalize=renormalize
-            )
-        return reference.contrast(anchor, key, bank, mix, temperature)
-
-    def distill(anchor: Tensor) -> Tensor:
-        if general or live_target:
-            return reference.mixing_contrast_general(
-                anchor,
-                basic,
-                key,
-                bank,
-                mix,
-                temperature,
-                tiled=mixing == "tiled",
-                renormalize=renormalize,
-                live_target=live_target,
-            )
-        return reference.distill(anchor, basic, key, bank, mix, temperature)
-
-    off = basic.new_zeros(len(basic))
-    first = off if weak is None else contrast(weak)
-    second = off if strong is None else (distill if strong_target == "distribution" else contrast)(strong)
-    return _reduced((first, second, contrast(basic)), reduction)
+        from a2mc_fast.kernels.mixing_contrast import mixing_contrast as terms
+    parts = terms(
+        key,
+        basic,
+        weak,
+        strong,
+        bank,
+        mix,
+        temperature,
+        distill=soft,
+        live_target=live_target,
+        normalize=normalize,
+    )
+    return _reduced(parts, reduction)
 
 
 def _reduced(parts: tuple[Tensor, Tensor, Tensor], reduction: Literal["mean", "none"]) -> Losses:
@@ -105,11 +115,26 @@ def _reduced(parts: tuple[Tensor, Tensor, Tensor], reduction: Literal["mean", "n
 
 
 def info_nce(
-    query: Tensor, key: Tensor, bank: Tensor, *, temperature: float = 0.07, backend: Backend = "auto"
+    query: Tensor,
+    key: Tensor,
+    bank: Tensor,
+    *,
+    temperature: float = 0.07,
+    normalize: bool = False,
+    backend: Backend = "auto",
 ) -> Tensor:
     """InfoNCE of the query against its key and the bank (Eq. 1), per clip. [N, D], [N, D], [K, D] -> [N]"""
     return mixing_contrast(
-        key, query, None, None, bank, mix=(), temperature=temperature, reduction="none", backend=backend
+        key,
+        query,
+        None,
+        None,
+        bank,
+        mix=(),
+        temperature=temperature,
+        normalize=normalize,
+        reduction="none",
+        backend=backend,
     ).basic
 
 

@@ -1,4 +1,4 @@
-"""A²MC: query and key encoder, the frozen class layer of the attack, the memory bank, and the loss they meet
+"""A²MC: query and key encoder, the frozen class layer of the attack, the memory banks, and the loss they meet
 in.
 
     x0 basic view ─► key encoder   ─► f0 ┐
@@ -7,12 +7,14 @@ in.
     x2 strong view ► query encoder ─► f2 ┘
 
 x1 and x2 are views of the attacked clip. Features are [N, D] float32 unit rows; clips are [N, C, T, V, M].
+An encoder contrasts one or more levels of its feature, each with a head and a bank of its own, in pairs (query
+level, key level). The loss is summed over the pairs; those that share a bank are stacked along N, P pairs deep.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +27,7 @@ from a2mc_fast.config import Config
 from a2mc_fast.encoders import build_encoder
 from a2mc_fast.encoders.common import frozen, projection_head
 from a2mc_fast.errors import require
-from a2mc_fast.losses import Losses, info_nce, mixing_contrast
+from a2mc_fast.losses import Backend, Losses, info_nce, mixing_contrast
 from a2mc_fast.skeleton import Skeleton, bone_stream, motion_stream
 
 _KMEANS_ROUNDS = 10
@@ -33,7 +35,7 @@ _PSEUDO_LABEL_LR = 0.1
 
 
 class Features(NamedTuple):
-    """Unit rows [N, D] of one batch; weak and strong are absent where the loss does not use them."""
+    """Unit rows [P N, D] of one batch that meet at one bank; weak and strong are absent where not used."""
 
     key: Tensor  # f0
     basic: Tensor  # f3
@@ -45,7 +47,7 @@ class Features(NamedTuple):
 
 
 class Branch(nn.Module):
-    """An encoder and its projection head."""
+    """An encoder and the projection head of each of its levels."""
 
     parents: Tensor  # [V]
 
@@ -57,7 +59,13 @@ class Branch(nn.Module):
         self.encoder = build_encoder(
             e.name, skeleton, persons=persons, frames=config.views.frames, **e.options
         )
-        self.head = projection_head(self.encoder.feature_dim, e.projection)
+        columns, hidden = range(self.encoder.feature_dim), self.encoder.head_hidden
+        self.heads = nn.ModuleDict(
+            {
+                name: projection_head(len(columns[part]), e.projection, hidden)
+                for name, part in self.encoder.levels.items()
+            }
+        )
 
     def feature(self, x: Tensor, views: int = 1) -> Tensor:
         """The encoder's feature, used downstream. x [views N, C, T, V, M] joints -> [views N, feature_dim]"""
@@ -68,18 +76,22 @@ class Branch(nn.Module):
         with autocast(self.config, x.device):
             return self.encoder(x, views)
 
-    def forward(self, x: Tensor, views: int = 1) -> Tensor:
-        """The contrasted feature. x [views N, C, T, V, M] -> float32 unit rows [views N, D]"""
-        feature = self.feature(x, views)
-        with autocast(self.config, x.device):
-            projected = self.head(feature)
+    def project(self, feature: Tensor, level: str) -> Tensor:
+        """The contrasted feature of a level. feature [N, feature_dim] -> float32 unit rows [N, D]"""
+        with autocast(self.config, feature.device):
+            projected = self.heads[level](feature[:, self.encoder.levels[level]])
         return F.normalize(projected.float(), dim=1)
+
+    def forward(self, x: Tensor, views: int = 1) -> dict[str, Tensor]:
+        """The contrasted features by level. x [views N, C, T, V, M] -> float32 unit rows [views N, D] each"""
+        feature = self.feature(x, views)
+        return {level: self.project(feature, level) for level in self.heads}
 
 
 class A2MC(nn.Module):
-    """The whole method; `Trainer.step` calls its parts in the order of the paper."""
+    """The whole method; `Trainer` calls its parts in the order of the paper."""
 
-    centers: Tensor  # [classes, D] k-means of the bank, unless the class layer is random
+    centers: Tensor  # [classes, D] k-means of the main bank, unless the class layer is random
 
     def __init__(self, config: Config, skeleton: Skeleton, persons: int, classes: int) -> None:
         super().__init__()
@@ -88,29 +100,36 @@ class A2MC(nn.Module):
         torch.manual_seed(config.seed)
         self.query = Branch(config, skeleton, persons)
         self.key = copy.deepcopy(self.query).requires_grad_(False)
-        width = self.query.encoder.feature_dim
-        dim = config.encoder.projection
-        bank = config.bank
-        self.bank: Queue = (
-            Queue(bank.size, dim, seed=config.seed)
-            if bank.kind == "fifo"
-            else MemoryBank(
+        encoder, bank, dim = self.query.encoder, config.bank, config.encoder.projection
+        self.pairs = encoder.pairs
+        # the whole feature's level comes last
+        self.main = list(encoder.levels)[-1]
+
+        def new_bank(seed: int) -> Queue:
+            if bank.kind == "fifo":
+                return Queue(bank.size, dim, seed=seed)
+            return MemoryBank(
                 bank.size,
                 dim,
                 lr=config.bank_lr,
                 momentum=bank.momentum,
                 weight_decay=bank.weight_decay,
-                seed=config.seed,
+                seed=seed,
             )
-        )
+
+        key_levels = dict.fromkeys(level for _, level in self.pairs)
+        self.banks = nn.ModuleDict({level: new_bank(config.seed + i) for i, level in enumerate(key_levels)})
         # the attack's class layer: frozen, so that its directions mean the same throughout training
-        self.classifier = nn.Linear(width if config.attack.feature == "encoder" else dim, classes)
+        width = encoder.feature_dim if config.attack.feature == "encoder" else dim
+        self.classifier = nn.Linear(width, classes)
         self.classifier.requires_grad_(False)
         require(
             config.attack.classifier == "random" or classes <= bank.size,
             f"attack.classes {classes} exceeds bank.size {bank.size}: too few rows for that many centres",
         )
         self.register_buffer("centers", torch.zeros(classes, dim))
+        # the Triton kernels, or plain torch; the trainer chooses once the model is on its device
+        self.backend: Literal["triton", "torch"] = "triton" if config.run.backend == "triton" else "torch"
 
     @property
     def uses_weak(self) -> bool:
@@ -148,36 +167,78 @@ class A2MC(nn.Module):
 
     def _attacked_feature(self, x: Tensor) -> Tensor:
         """What the class layer reads, float32."""
-        return self.query.feature(x).float() if self.config.attack.feature == "encoder" else self.query(x)
+        feature = self.query.feature(x)
+        if self.config.attack.feature == "encoder":
+            return feature.float()
+        return self.query.project(feature, self.main)
 
     # features, losses (sec. III-C, III-D)
 
     def features(
         self, x0: Tensor, x3: Tensor, x1: Tensor | None = None, x2: Tensor | None = None
-    ) -> Features:
-        """f0 of the key encoder; f3, f1, f2 of the query encoder in one pass over all its views."""
+    ) -> dict[str, Features]:
+        """f0 of the key encoder; f3, f1, f2 of the query encoder in one pass over all its views: by bank."""
         with torch.no_grad():
-            key = self.key(x0)
+            keys = self.key(x0)
         views = [x for x in (x3, x1, x2) if x is not None]
         # joined in the order in which views are stored
         together = torch.cat([x.transpose(1, 2) for x in views]).transpose(1, 2)
-        encoded = iter(self.query(together, views=len(views)).chunk(len(views)))
-        return Features(key, *(None if x is None else next(encoded) for x in (x3, x1, x2)))  # type: ignore[arg-type]
+        queries = {k: f.chunk(len(views)) for k, f in self.query(together, views=len(views)).items()}
+        places = iter(range(len(views)))
+        at = [None if x is None else next(places) for x in (x3, x1, x2)]
 
-    def warmup_losses(self, f: Features) -> Losses:
+        def stacked(bank: str, view: int) -> Tensor:
+            return _stack([queries[query][view] for query, key in self.pairs if key == bank])
+
+        return {
+            bank: Features(
+                _stack([keys[key] for _, key in self.pairs if key == bank]),
+                *(None if view is None else stacked(bank, view) for view in at),  # type: ignore[arg-type]
+            )
+            for bank in self.banks
+        }
+
+    def warmup_losses(self, features: dict[str, Features]) -> Losses:
         """MoCo on the bank as it fills: InfoNCE of f3 (Eq. 1)."""
-        tau, backend = self.config.loss.temperature, self.config.run.backend
-        basic = info_nce(f.basic, f.key, self.bank.unit(), temperature=tau, backend=backend).mean()
+        parts = []
+        for name, f in features.items():
+            loss = info_nce(
+                f.basic,
+                f.key,
+                self._bank(name).rows,
+                temperature=self.config.loss.temperature,
+                normalize=True,
+                backend=self.backend,
+            )
+            parts.append(self._depth(name) * loss.mean())
+        basic = torch.stack(parts).sum()
         return Losses(basic, torch.zeros_like(basic), torch.zeros_like(basic), basic)
 
-    def losses(self, f: Features) -> Losses:
-        """L1, L2, L3 and their sum (Eq. 9), batch means."""
-        return Losses(
-            *(part.mean() for part in self._terms(f, self.bank.unit(), self.config.loss.temperature))
-        )
+    def losses(self, features: dict[str, Features]) -> Losses:
+        """L1, L2, L3 and their sum (Eq. 9), batch means, summed over the pairs of levels."""
+        tau = self.config.loss.temperature
+        per_bank = [
+            [
+                self._depth(name) * part.mean()
+                for part in self._terms(f, self._bank(name).rows, tau, normalize=True, backend=self.backend)
+            ]
+            for name, f in features.items()
+        ]
+        return Losses(*(torch.stack(parts).sum() for parts in zip(*per_bank, strict=True)))
 
-    def _terms(self, f: Features, bank: Tensor, temperature: float) -> Losses:
-        """The loss per clip, against unit rows `bank`."""
+    def _bank(self, name: str) -> Queue:
+        bank = self.banks[name]
+        assert isinstance(bank, Queue)
+        return bank
+
+    def _depth(self, bank: str) -> int:
+        """Pairs of levels that meet at a bank, P."""
+        return sum(key == bank for _, key in self.pairs)
+
+    def _terms(
+        self, f: Features, bank: Tensor, temperature: float, *, normalize: bool, backend: Backend
+    ) -> Losses:
+        """The loss per clip, against unit rows, or those of raw rows with `normalize`."""
         loss = self.config.loss
         return mixing_contrast(
             f.key,
@@ -191,8 +252,9 @@ class A2MC(nn.Module):
             mixing=loss.mixing,
             renormalize=loss.renormalize,
             live_target=loss.live_target,
+            normalize=normalize,
             reduction="none",
-            backend="torch" if bank.requires_grad else self.config.run.backend,
+            backend=backend,
         )
 
     # what follows the optimiser step
@@ -209,45 +271,54 @@ class A2MC(nn.Module):
         """Query parameters into the key encoder, when the bank has been filled."""
         torch._foreach_copy_(list(self.key.parameters()), list(self.query.parameters()))
 
-    def update_bank(self, f: Features) -> dict[str, Tensor]:
+    def write_keys(self, features: dict[str, Features]) -> None:
+        """The keys into the next rows of their banks."""
+        for name, f in features.items():
+            # stacked pairs share their keys
+            self._bank(name).write(f.key[: len(f.key) // self._depth(name)])
+
+    def update_banks(self, features: dict[str, Features]) -> dict[str, Tensor]:
         """Ascend the loss (Eq. 7), or queue the keys, with the features from before the optimiser step.
 
-        Returns, on the device, what shows a bank that runs away or sleeps: the mean row norm, how far unit
-        rows moved, and the share of f3's softmax that lies on negatives at the ascent's temperature.
+        Returns, on the device and averaged over banks, what shows a bank that runs away or sleeps: the mean
+        row norm, how far unit rows moved, and the share of f3's softmax that lies on negatives at the ascent's
+        temperature.
         """
-        f = f.detach()
-        if not isinstance(self.bank, MemoryBank):
-            self.bank.write(f.key)
+        if self.config.bank.kind == "fifo":
+            self.write_keys(features)
             return {}
-        step = self._fused_ascent if self.config.run.backend == "triton" else self._plain_ascent
-        norm, movement, negatives = step(self.bank, f)
+        step = self._fused_ascent if self.backend == "triton" else self._plain_ascent
+        stats = [step(self._bank(name), f.detach(), self._depth(name)) for name, f in features.items()]
+        norm, movement, negatives = (torch.stack(values).mean() for values in zip(*stats, strict=True))
         return {"bank_norm": norm, "bank_movement": movement, "bank_negatives": negatives}
 
-    def _plain_ascent(self, rows: MemoryBank, f: Features) -> tuple[Tensor, Tensor, Tensor]:
+    def _plain_ascent(self, rows: Queue, f: Features, depth: int) -> tuple[Tensor, Tensor, Tensor]:
         """The ascent by autograd. -> (row norm, movement, share of negatives)"""
+        assert isinstance(rows, MemoryBank)
         bank = self.config.bank
         negatives = f.basic.new_zeros(())
 
         def objective(unit: Tensor) -> Tensor:
             nonlocal negatives
             if bank.objective == "total":
-                terms = self._terms(f, unit, bank.temperature)
+                terms = self._terms(f, unit, bank.temperature, normalize=False, backend="torch")
                 negatives = 1 - torch.exp(-terms.basic.detach()).mean()
-                return terms.total.mean()
+                return depth * terms.total.mean()
             losses = [
                 info_nce(getattr(f, name), f.key, unit, temperature=bank.temperature) for name in bank.queries
             ]
             shown = next(name for name in ("basic", "strong", "weak") if name in bank.queries)
             negatives = 1 - torch.exp(-losses[bank.queries.index(shown)].detach()).mean()
             value = torch.stack([loss.mean() for loss in losses])
-            return value.mean() if bank.reduction == "mean" else value.sum()
+            return depth * (value.mean() if bank.reduction == "mean" else value.sum())
 
         return (*rows.ascend(objective), negatives)
 
-    def _fused_ascent(self, rows: MemoryBank, f: Features) -> tuple[Tensor, Tensor, Tensor]:
+    def _fused_ascent(self, rows: Queue, f: Features, depth: int) -> tuple[Tensor, Tensor, Tensor]:
         """The same step in one pass over rows and velocity."""
         from a2mc_fast.kernels.bank_ascent import bank_ascent
 
+        assert isinstance(rows, MemoryBank)
         bank, loss = self.config.bank, self.config.loss
         total = bank.objective == "total"
         chosen = {
@@ -265,6 +336,7 @@ class A2MC(nn.Module):
             weight_decay=rows.weight_decay,
             objective=bank.objective,
             reduction=bank.reduction,
+            weight=depth,
             distill=loss.strong == "distill",
         )
 
@@ -272,7 +344,7 @@ class A2MC(nn.Module):
 
     @torch.no_grad()
     def refresh_classifier(self, epoch: int) -> None:
-        """Once an epoch: new k-means centres of the bank, which are the class layer itself as prototypes."""
+        """Once an epoch: new k-means centres of the main bank, which are the class layer itself as prototypes."""
         kind = self.config.attack.classifier
         if kind == "random":
             return
@@ -282,23 +354,25 @@ class A2MC(nn.Module):
             self.classifier.bias.zero_()
 
     @torch.no_grad()
-    def fit_classifier(self, x: Tensor, basic: Tensor) -> None:
-        """pseudo_labels: one gradient step of the class layer towards each clip's nearest centre.
+    def fit_classifier(self, x: Tensor) -> None:
+        """pseudo_labels: one gradient step of the class layer towards the centre nearest to each clip.
 
-        x [N, C, T, V, M] is the view whose feature `basic` [N, D] is.
+        x [N, C, T, V, M] is a basic view.
         """
         if self.config.attack.classifier != "pseudo_labels":
             return
         with frozen(self.query):
-            feature = self._attacked_feature(x)
-        label = (basic.detach() @ self.centers.T).argmax(1)
-        error = self.classifier(feature).softmax(1) - F.one_hot(label, len(self.centers))
-        self.classifier.weight.sub_(error.T @ feature, alpha=_PSEUDO_LABEL_LR / len(x))
+            feature = self.query.feature(x)
+            contrasted = self.query.project(feature, self.main)
+        read = feature.float() if self.config.attack.feature == "encoder" else contrasted
+        label = (contrasted @ self.centers.T).argmax(1)
+        error = self.classifier(read).softmax(1) - F.one_hot(label, len(self.centers))
+        self.classifier.weight.sub_(error.T @ read, alpha=_PSEUDO_LABEL_LR / len(x))
         self.classifier.bias.sub_(error.mean(0), alpha=_PSEUDO_LABEL_LR)
 
     def _bank_centers(self, epoch: int) -> Tensor:
-        """Spherical k-means centres of the bank, one per class. -> unit rows [classes, D]"""
-        unit = self.bank.unit()
+        """Spherical k-means centres of the main bank, one per class. -> unit rows [classes, D]"""
+        unit = self._bank(self.main).unit()
         start = rng.permutation(self.config.seed, epoch, rng.STREAM_KMEANS, len(unit), unit.device)
         centers = unit[start[: len(self.centers)]]
         for _ in range(_KMEANS_ROUNDS):
@@ -306,6 +380,11 @@ class A2MC(nn.Module):
             # an empty cluster keeps its centre
             centers = torch.where((sums == 0).all(1, keepdim=True), centers, F.normalize(sums, dim=1))
         return centers
+
+
+def _stack(parts: list[Tensor]) -> Tensor:
+    """One after another along N; a single one as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:

@@ -2,7 +2,8 @@
 
 The rooms it calls are `augment` (views), `attack`, `losses`, `bank` and `model`. Every step is a function of
 (seed, step): the batch order and all random choices of the views come from `rng`, so a resumed run needs no
-generator state. Nothing in a step waits for the device.
+generator state. Nothing in a step waits for the device: what changes from step to step lies in tensors, and on
+a GPU the whole step is captured once as a CUDA graph and replayed.
 """
 
 from __future__ import annotations
@@ -44,86 +45,138 @@ class Trainer:
         self.model = A2MC(config, clips.skeleton, clips.num_persons, max(self.classes, 1)).to(self.device)
         self.views = Views(clips, config.views, config.seed)
         cuda = self.device.type == "cuda"
+        cuda = self.device.type == "cuda"
+        # what the step reads: a captured step cannot take arguments
+        self._time = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._lr = torch.tensor(config.optim.lr, device=self.device)
+        self._order = torch.zeros(len(self.train_index), dtype=torch.int64, device=self.device)
+        self._slots = torch.arange(config.optim.batch_size, device=self.device)
+        self._epoch = -1  # whose batch order `_order` holds
+        self.fault = torch.full((1,), -1, device=self.device)
+        """The first step whose loss or gradient was not finite, or -1. From it on no weight moves."""
         self.optimizer = torch.optim.SGD(
             self.model.query.parameters(),
-            lr=config.optim.lr,
+            lr=self._lr,
             momentum=config.optim.momentum,
             weight_decay=config.optim.weight_decay,
-            fused=cuda,
+            fused=True,
         )
         self.scaler = torch.amp.GradScaler("cuda", enabled=cuda and config.precision == "fp16")
-        self._order = (-1, self.train_index)  # epoch, its batch order
+        self.model.backend, self.kernels = choose_backend(config, self.device)
         compiled = config.run.compile == "on" or (config.run.compile == "auto" and cuda)
         wrap: Any = (lambda f: torch.compile(f, dynamic=False)) if compiled else (lambda f: f)
-        # the recurrent layer stays outside: it would break the graph
         self._make_view, self._losses = wrap(self.views.make), wrap(self.model.losses)
+        for branch in (self.model.query, self.model.key):
+            if compiled and not branch.encoder.recurrent:
+                branch.encoder.compile(dynamic=False)
+        graph = cuda and config.run.graph != "off"
+        self._stream = torch.cuda.Stream(self.device) if graph else None
+        self._phase, self._run = "", Captured(dict, None)
 
     def step(self, step: int) -> dict[str, Tensor]:
-        """Step number `step` (A²MC, Fig. 2). Returns what to log, on the device.
-
-        The named phases show in a profile; `bench/bench_step.py` sums them.
-        """
-        model, config = self.model, self.config
-        warmup = step < config.warmup_steps
+        """Step number `step`. Returns what to log, on the device; a later step writes over it."""
+        config = self.config
+        phase = "warmup" if step < config.warmup_steps else "train"
         if step == config.warmup_steps:
-            model.copy_query_to_key()
-        index = self.batch(step)
-        time = torch.tensor(step, device=self.device)
-        draw0, draw3, draw1, draw2 = self.views.draw(time, len(index))
+            self.model.copy_query_to_key()
+        if phase != self._phase:
+            body = self._warmup_step if phase == "warmup" else self._train_step
+            self._phase, self._run = phase, Captured(body, self._stream)
+        self._write_order(step // self.steps_per_epoch)
+        self._time.fill_(step)
+        self._lr.fill_(self.learning_rate(step))
+        # the only other random numbers are those of dropout layers
+        torch.manual_seed(rng.mix(config.seed, step))
+        return self._run()
 
-        # f0 from the key encoder, f3, f1 and f2 from the query encoder
+    def _warmup_step(self) -> dict[str, Tensor]:
+        """MoCo on the bank as it fills: the basic views' contrast alone, keys written into the next rows."""
+        model = self.model
+        index = self._batch()
+        draw0, draw3, _, _ = self.views.draw(self._time, len(index))
         with record_function("key update"):
             model.update_key()
         with record_function("views"):
+            x0, x3 = self._make_view(index.repeat(2), "weak", draw0 + draw3, self._time).chunk(2)
+        with record_function("features"):
+            features = model.features(x0, x3)
+        with record_function("loss"):
+            losses = model.warmup_losses(features)
+        self._optimize(losses.total)
+        with record_function("bank"):
+            model.write_keys(features)
+        return losses_to_log(losses)
+
+    def _train_step(self) -> dict[str, Tensor]:
+        """A²MC, Fig. 2. The named phases show in a profile; `bench/bench_step.py` sums them."""
+        model, config, time = self.model, self.config, self._time
+        index = self._batch()
+        draw0, draw3, draw1, draw2 = self.views.draw(time, len(index))
+        with record_function("key update"):
+            model.update_key()
+
+        # two basic views; a weak and a strong view of the attacked clip
+        with record_function("views"):
             x0, x3 = self._make_view(index.repeat(2), "weak", draw0 + draw3, time).chunk(2)
-            x1 = x2 = rho = None
-        if not warmup:
-            if config.attack.enabled:
-                with record_function("attack"):
-                    rho = model.attack(self.views.whole(index))
-            with record_function("views"):
-                if model.uses_weak:
-                    x1 = self._make_view(index, config.views.weak, draw1, time, rho)
-                if model.uses_strong:
-                    x2 = self._make_view(index, config.views.strong, draw2, time, rho)
+        x1 = x2 = rho = None
+        if config.attack.enabled:
+            with record_function("attack"):
+                rho = model.attack(self.views.whole(index))
+        with record_function("views"):
+            if model.uses_weak:
+                x1 = self._make_view(index, config.views.weak, draw1, time, rho)
+            if model.uses_strong:
+                x2 = self._make_view(index, config.views.strong, draw2, time, rho)
+
+        # f0 from the key encoder, f3, f1 and f2 from the query encoder
         with record_function("features"):
             features = model.features(x0, x3, x1, x2)
         with record_function("loss"):
-            losses = model.warmup_losses(features) if warmup else self._losses(features)
+            losses = self._losses(features)
+        self._optimize(losses.total)
 
+        # the banks move with the features, and from the rows, that the loss has seen
+        with record_function("bank"):
+            bank = model.update_banks(features)
+            model.fit_classifier(x3)
+        return losses_to_log(losses) | bank
+
+    def _optimize(self, loss: Tensor) -> None:
+        """Backward pass and SGD; once a loss or gradient is not finite, the weights stay as they are."""
         with record_function("backward"):
             self.optimizer.zero_grad(set_to_none=True)
-            self.scaler.scale(losses.total).backward()
+            self.scaler.scale(loss).backward()
         with record_function("optimizer"):
-            self.optimizer.param_groups[0]["lr"] = self.learning_rate(step)
+            finite = loss.detach().isfinite()
+            if not self.scaler.is_enabled():  # which skips a step whose scaled gradients overflow
+                gradients = [p.grad for p in self.model.query.parameters() if p.grad is not None]
+                finite = finite & torch.stack(torch._foreach_norm(gradients)).isfinite().all()
+            first = ~finite & (self.fault < 0)
+            self.fault.copy_(torch.where(first, self._time, self.fault))
+            # the fused optimizer reads this flag on the device
+            self.optimizer.found_inf = (self.fault >= 0).float()  # type: ignore[attr-defined]
             self.scaler.step(self.optimizer)
             self.scaler.update()
 
-        # the bank moves with the features, and from the rows, that the loss has seen
-        bank: dict[str, Tensor] = {}
-        with record_function("bank"):
-            if warmup:
-                model.bank.write(features.key)
-            else:
-                bank = model.update_bank(features)
-                model.fit_classifier(x3, features.basic)
-        return {
-            "loss": losses.total,
-            "loss_weak": losses.weak,
-            "loss_strong": losses.strong,
-            "loss_basic": losses.basic,
-            **bank,
-        }
+    def _write_order(self, epoch: int) -> None:
+        """A permutation of the training clips per epoch."""
+        if epoch != self._epoch:
+            order = rng.permutation(
+                self.config.seed, epoch, rng.STREAM_ORDER, len(self.train_index), self.device
+            )
+            self._order.copy_(self.train_index[order])
+            self._epoch = epoch
+
+    def _batch(self) -> Tensor:
+        """Clip numbers of the step that `_time` says; an epoch's remainder is dropped."""
+        first = self._time % self.steps_per_epoch * self.config.optim.batch_size
+        return self._order[first + self._slots]
 
     def batch(self, step: int) -> Tensor:
-        """Clip numbers of a step: a permutation of the training clips per epoch, its remainder dropped."""
-        epoch, number = divmod(step, self.steps_per_epoch)
-        if self._order[0] != epoch:
-            count = len(self.train_index)
-            order = rng.permutation(self.config.seed, epoch, rng.STREAM_ORDER, count, self.device)
-            self._order = (epoch, self.train_index[order])
-        size = self.config.optim.batch_size
-        return self._order[1][number * size : (number + 1) * size]
+        """Clip numbers of a step, [N]."""
+        self._write_order(step // self.steps_per_epoch)
+        self._time.fill_(step)
+        return self._batch()
 
     def epochs_done(self, steps: int) -> tuple[int, bool]:
         """Whole epochs after the warm-up once `steps` steps are done, and whether one ends there exactly."""
@@ -148,7 +201,8 @@ class Trainer:
                 step = -1 - number  # negative, so that no training step draws the same views
                 index = self.batch(number)
                 draws = self.views.draw(step, len(index), views=1)[0]
-                self.model.bank.write(self.model.key(self.views.make(index, "weak", draws, step)))
+                x0 = self.views.make(index, "weak", draws, step)
+                self.model.write_keys(self.model.features(x0, x0))
 
     def knn_accuracy(self) -> float | None:
         """kNN accuracy of the protocol in percent, None where a side of it has no labels."""
@@ -181,3 +235,13 @@ class Trainer:
             classes=max(self.classes, 1),
             progress=progress,
         )
+
+
+def losses_to_log(losses: Losses) -> dict[str, Tensor]:
+    """L and its parts by name."""
+    return {
+        "loss": losses.total.detach(),
+        "loss_weak": losses.weak.detach(),
+        "loss_strong": losses.strong.detach(),
+        "loss_basic": losses.basic.detach(),
+    }

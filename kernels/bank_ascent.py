@@ -371,7 +371,7 @@ def _on_cpu(
         leaf = unit.detach().requires_grad_()
         with torch.enable_grad():
             loss = (
-                reference.distill(anchor.float(), basic.float(), key.float(), leaf, mix, temperature)
+                reference.distillation(anchor.float(), basic.float(), key.float(), leaf, mix, temperature)
                 if term == STRONG and distill and basic is not None
                 else reference.contrast(anchor.float(), key.float(), leaf, mix, temperature)
             )
@@ -414,10 +414,12 @@ def bank_ascent(
     weight_decay: float,
     objective: Literal["total", "infonce"] = "total",
     reduction: Literal["mean", "sum"] = "mean",
+    weight: float = 1.0,
     distill: bool = True,
+    live_target: bool = False,
     precision: Precision = "tf32",
 ) -> Ascent:
-    """Step raw rows and velocity [K, D] float32 in place, up the batch mean of the objective.
+    """Step raw rows and velocity [K, D] float32 in place, up `weight` times the batch mean of the objective.
 
     Features [N, D]; None takes no part. "total" is L1 + L2 + L3 on the mixed banks (L2 a contrast like L1 if
     not `distill`); "infonce" is the mean or sum of the InfoNCE of the features given, on the plain bank.
@@ -453,7 +455,7 @@ def bank_ascent(
         lr,
         momentum,
         weight_decay,
-        1 / terms if plain and reduction == "mean" else 1.0,
+        weight / terms if plain and reduction == "mean" else weight,
         distill and not plain,
         precision,
     )

@@ -456,7 +456,7 @@ def _on_cpu(
         anchor = feature.detach().float().requires_grad_()
         with torch.enable_grad():
             loss = (
-                reference.distill(anchor, basic.float(), key.float(), rows, mix, temperature)
+                reference.distillation(anchor, basic.float(), key.float(), rows, mix, temperature)
                 if term == STRONG and distill
                 else reference.contrast(anchor, key.float(), rows, mix, temperature)
             )
@@ -504,6 +504,7 @@ def mixing_contrast(
     temperature: float,
     *,
     distill: bool = True,
+    live_target: bool = False,
     normalize: bool = False,
     precision: Precision = "tf32",
 ) -> tuple[Tensor, Tensor, Tensor]:

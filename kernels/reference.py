@@ -96,7 +96,7 @@ class _Contrast(torch.autograd.Function):
 
 
 class _Distill(torch.autograd.Function):
-    """`distill` with a detached target; see `_Contrast`."""
+    """`distillation`; see `_Contrast`."""
 
     @staticmethod
     def forward(
@@ -148,7 +148,7 @@ def contrast(anchor: Tensor, key: Tensor, bank: Tensor, mix: Sequence[float], te
     return _Contrast.apply(anchor, key.detach(), bank, tuple(mix), 1.0 / temperature)
 
 
-def distill(
+def distillation(
     anchor: Tensor, teacher: Tensor, key: Tensor, bank: Tensor, mix: Sequence[float], temperature: float
 ) -> Tensor:
     """Cross-entropy of the anchor's similarity distribution under the teacher's (A²MC Eq. 11).
@@ -162,18 +162,36 @@ def distill(
 def mixing_contrast(
     key: Tensor,
     basic: Tensor,
-    weak: Tensor,
-    strong: Tensor,
+    weak: Tensor | None,
+    strong: Tensor | None,
     bank: Tensor,
     mix: Sequence[float],
     temperature: float,
+    *,
+    distill: bool = True,
+    live_target: bool = False,
+    normalize: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """L1, L2 and L3 of A²MC (Eq. 9-11) per clip: features [N, D], bank [K, D] -> (weak, strong, basic), each
-    [N]."""
+    [N].
+
+    A term whose feature is None is zero. `distill` False makes L2 a contrast like L1; `live_target` lets its
+    gradient reach basic and the target's bank; `normalize` contrasts the unit rows of the bank.
+    """
+    rows = torch.nn.functional.normalize(bank, dim=1) if normalize else bank
+    off = basic.new_zeros(len(basic))
+
+    def second(anchor: Tensor) -> Tensor:
+        if not distill:
+            return contrast(anchor, key, rows, mix, temperature)
+        if live_target:
+            return mixing_contrast_general(anchor, basic, key, rows, mix, temperature, live_target=True)
+        return distillation(anchor, basic, key, rows, mix, temperature)
+
     return (
-        contrast(weak, key, bank, mix, temperature),
-        distill(strong, basic, key, bank, mix, temperature),
-        contrast(basic, key, bank, mix, temperature),
+        off if weak is None else contrast(weak, key, rows, mix, temperature),
+        off if strong is None else second(strong),
+        contrast(basic, key, rows, mix, temperature),
     )
 
 
@@ -189,7 +207,7 @@ def mixing_contrast_general(
     renormalize: bool = False,
     live_target: bool = False,
 ) -> Tensor:
-    """`contrast` (no teacher) or `distill` under any reading of the mixer, per clip -> [N].
+    """`contrast` (no teacher) or `distillation` under any reading of the mixer, per clip -> [N].
 
     `tiled` mixes bank row k with feature k mod N instead of each query with its own; `renormalize` brings
     mixed rows back to unit length; `live_target` lets gradients reach the teacher and the target's bank. It

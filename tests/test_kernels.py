@@ -275,7 +275,7 @@ def terms(
             continue
         if name == "strong" and distill:
             assert basic is not None
-            losses[name] = reference.distill(anchor, basic, key, unit_rows, mix, temperature)
+            losses[name] = reference.distillation(anchor, basic, key, unit_rows, mix, temperature)
         else:
             losses[name] = reference.contrast(anchor, key, unit_rows, mix, temperature)
     return losses
