@@ -174,7 +174,8 @@ def spatial(
     flip = (draws[_FLIP] < config.flip_p).view(-1, 1, 1, 1, 1)
     y = torch.where(flip, y[:, :, :, mirror], y)
     if config.flip_mirror_x:
-        y = torch.where(flip, y * x.new_tensor([-1.0, 1.0, 1.0]).view(3, 1, 1, 1), y)
+        is_x = torch.arange(3, device=x.device).view(3, 1, 1, 1) == 0
+        y = torch.where(flip & is_x, -y, y)
     y = mix_axes(y, rotation_matrices(draws, config))
     scale = config.noise_std * (draws[_NOISE] < config.noise_p).view(-1, 1, 1, 1, 1)
     if not config.noise_absent:

@@ -12,7 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_EAGER_RUNS = 3  # while libraries choose algorithms, torch.compile compiles and the optimizer allocates its state
+_EAGER_RUNS = (
+    3  # while libraries choose algorithms, torch.compile compiles and the optimizer allocates its state
+)
 
 
 class Captured:

@@ -270,10 +270,13 @@ class RunConfig:
     threads: int = 0
     """CPU threads; 0 = torch's choice. One is as fast for a narrow encoder."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of views, attack step and loss (never the recurrent layer); auto = on a GPU only."""
+    """torch.compile of views, loss and encoder (not of recurrent layers); auto = on a GPU only."""
+    graph: Literal["auto", "off"] = "auto"
+    """auto = on a GPU the whole step is captured as a CUDA graph and replayed; off = each operation is
+    launched by the host, for debugging."""
     backend: Literal["auto", "triton", "torch"] = "auto"
-    """Loss and bank by the fused Triton kernels or in plain torch; auto is torch until the kernels have been
-    measured on a GPU."""
+    """Loss and banks by the fused Triton kernels or in plain torch; auto = Triton on a GPU, once it has
+    agreed with float64 there."""
     log_every: int = 10
     """Steps between log lines."""
     eval_every: int = 10
@@ -341,13 +344,17 @@ class Config:
             self.bank.objective != "infonce" or not unused,
             f"bank.queries names {', '.join(sorted(unused))}, which loss switches off",
         )
-        own = self.loss.mixing == "own" and not (self.loss.renormalize or self.loss.live_target)
         require(
-            own or self.run.backend != "triton",
-            "run.backend triton knows own mixing alone: use --run.backend torch with --loss.mixing tiled, "
-            "--loss.renormalize or --loss.live-target",
+            self.fits_kernels or self.run.backend != "triton",
+            "run.backend triton knows own mixing and features of at most 256 alone: use --run.backend torch "
+            "with --loss.mixing tiled, --loss.renormalize or a wider --encoder.projection",
         )
         require(0 <= self.seed < 2**63, f"seed must be in 0 .. 2^63 - 1, got {self.seed}")
+
+    @property
+    def fits_kernels(self) -> bool:
+        """Whether the Triton kernels know this reading of the loss."""
+        return self.loss.mixing == "own" and not self.loss.renormalize and self.encoder.projection <= 256
 
     @property
     def bank_lr(self) -> float:

@@ -26,7 +26,7 @@ PAPER_MIX = (0.4, 0.3, 0.2, 0.1)
 
 
 Backend = Literal["auto", "triton", "torch"]
-"""The fused Triton kernels, or plain torch; auto is Triton for tensors on a GPU, where the kernels can do it."""
+"""The fused Triton kernels, or plain torch; auto is Triton on a GPU, for what the kernels can do."""
 
 
 class Losses(NamedTuple):
@@ -90,9 +90,9 @@ def mixing_contrast(
     if backend == "auto":
         fused = bank.is_cuda and not bank.requires_grad and bank.shape[1] <= 256
         backend = "triton" if fused else "torch"
-    terms = reference.mixing_contrast
     if backend == "triton":
-        from a2mc_fast.kernels.mixing_contrast import mixing_contrast as terms
+        from a2mc_fast.kernels.mixing_contrast import mixing_contrast as fused_terms
+    terms = fused_terms if backend == "triton" else reference.mixing_contrast
     parts = terms(
         key,
         basic,

@@ -7,13 +7,15 @@ in.
     x2 strong view ► query encoder ─► f2 ┘
 
 x1 and x2 are views of the attacked clip. Features are [N, D] float32 unit rows; clips are [N, C, T, V, M].
-An encoder contrasts one or more levels of its feature, each with a head and a bank of its own, in pairs (query
-level, key level). The loss is summed over the pairs; those that share a bank are stacked along N, P pairs deep.
+An encoder contrasts one or more levels of its feature, each with a head and a bank of its own, in pairs
+(query level, key level). The loss is summed over the pairs; those that share a bank are stacked along N, P
+pairs deep.
 """
 
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, NamedTuple
 
 import torch
@@ -205,7 +207,7 @@ class A2MC(nn.Module):
             loss = info_nce(
                 f.basic,
                 f.key,
-                self._bank(name).rows,
+                self.bank(name).rows,
                 temperature=self.config.loss.temperature,
                 normalize=True,
                 backend=self.backend,
@@ -220,14 +222,15 @@ class A2MC(nn.Module):
         per_bank = [
             [
                 self._depth(name) * part.mean()
-                for part in self._terms(f, self._bank(name).rows, tau, normalize=True, backend=self.backend)
+                for part in self._terms(f, self.bank(name).rows, tau, normalize=True, backend=self.backend)
             ]
             for name, f in features.items()
         ]
         return Losses(*(torch.stack(parts).sum() for parts in zip(*per_bank, strict=True)))
 
-    def _bank(self, name: str) -> Queue:
-        bank = self.banks[name]
+    def bank(self, level: str | None = None) -> Queue:
+        """The bank of a key level, by default that of the whole feature."""
+        bank = self.banks[level or self.main]
         assert isinstance(bank, Queue)
         return bank
 
@@ -271,24 +274,24 @@ class A2MC(nn.Module):
         """Query parameters into the key encoder, when the bank has been filled."""
         torch._foreach_copy_(list(self.key.parameters()), list(self.query.parameters()))
 
-    def write_keys(self, features: dict[str, Features]) -> None:
-        """The keys into the next rows of their banks."""
-        for name, f in features.items():
-            # stacked pairs share their keys
-            self._bank(name).write(f.key[: len(f.key) // self._depth(name)])
+    def write_keys(self, keys: dict[str, Tensor]) -> None:
+        """The keys of a batch, by level, [N, D] each, into the next rows of their banks."""
+        for name in self.banks:
+            self.bank(name).write(keys[name])
 
     def update_banks(self, features: dict[str, Features]) -> dict[str, Tensor]:
         """Ascend the loss (Eq. 7), or queue the keys, with the features from before the optimiser step.
 
         Returns, on the device and averaged over banks, what shows a bank that runs away or sleeps: the mean
-        row norm, how far unit rows moved, and the share of f3's softmax that lies on negatives at the ascent's
-        temperature.
+        row norm, how far unit rows moved, and the share of f3's softmax that lies on negatives at the
+        ascent's temperature.
         """
         if self.config.bank.kind == "fifo":
-            self.write_keys(features)
+            # stacked pairs share their keys
+            self.write_keys({n: f.key[: len(f.key) // self._depth(n)] for n, f in features.items()})
             return {}
         step = self._fused_ascent if self.backend == "triton" else self._plain_ascent
-        stats = [step(self._bank(name), f.detach(), self._depth(name)) for name, f in features.items()]
+        stats = [step(self.bank(name), f.detach(), self._depth(name)) for name, f in features.items()]
         norm, movement, negatives = (torch.stack(values).mean() for values in zip(*stats, strict=True))
         return {"bank_norm": norm, "bank_movement": movement, "bank_negatives": negatives}
 
@@ -344,7 +347,7 @@ class A2MC(nn.Module):
 
     @torch.no_grad()
     def refresh_classifier(self, epoch: int) -> None:
-        """Once an epoch: new k-means centres of the main bank, which are the class layer itself as prototypes."""
+        """Once an epoch: new k-means centres of the main bank; as prototypes they are the class layer."""
         kind = self.config.attack.classifier
         if kind == "random":
             return
@@ -372,7 +375,7 @@ class A2MC(nn.Module):
 
     def _bank_centers(self, epoch: int) -> Tensor:
         """Spherical k-means centres of the main bank, one per class. -> unit rows [classes, D]"""
-        unit = self._bank(self.main).unit()
+        unit = self.bank().unit()
         start = rng.permutation(self.config.seed, epoch, rng.STREAM_KMEANS, len(unit), unit.device)
         centers = unit[start[: len(self.centers)]]
         for _ in range(_KMEANS_ROUNDS):
@@ -387,8 +390,8 @@ def _stack(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def autocast(config: Config, device: torch.device) -> torch.autocast:
+def autocast(config: Config, device: torch.device) -> AbstractContextManager[None]:
     """The encoder's arithmetic: bf16 or fp16 on a GPU, nothing on a CPU or for fp32 and tf32."""
-    low = device.type == "cuda" and config.precision in ("bf16", "fp16")
-    dtype = torch.float16 if config.precision == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype=dtype, enabled=low)
+    if device.type != "cuda" or config.precision not in ("bf16", "fp16"):
+        return nullcontext()
+    return torch.autocast("cuda", torch.float16 if config.precision == "fp16" else torch.bfloat16)

@@ -16,9 +16,18 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)  # what each round adds to the key
 _ROUNDS = 10
+_MASK64, _WEYL64 = 0xFFFFFFFFFFFFFFFF, 0x9E3779B97F4A7C15
 
 # streams of the training step; evaluation and the attack use their own
 STREAM_ORDER, STREAM_VIEWS, STREAM_NOISE, STREAM_EVALUATE, STREAM_KMEANS = range(5)
+
+
+def combine(seed: int, step: int) -> int:
+    """A 63-bit seed for torch's own generators, from those of a run and a step (SplitMix64's finaliser)."""
+    z = (seed * _WEYL64 + step + 1) * _WEYL64 & _MASK64
+    for shift, multiplier in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z = (z ^ z >> shift) * multiplier & _MASK64
+    return (z ^ z >> 31) >> 1
 
 
 def philox(seed: int, step: Tensor | int, stream: int, count: int, device: torch.device | str) -> Tensor:

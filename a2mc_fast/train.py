@@ -42,6 +42,8 @@ def train(config: Config, *, resume: bool = False) -> Path:
                 f"{config.preset}: {len(trainer.train_index)} training clips, {trainer.total_steps} steps "
                 f"({config.warmup_steps} of warm-up) on {machine()['device']} -> {folder}"
             )
+            if trainer.backend_note:
+                log.say(trainer.backend_note)
             if resumed:
                 untrained = resumed.progress.get("knn_top1_untrained")
                 log.say(f"resumed after step {resumed.step}")

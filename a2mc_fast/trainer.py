@@ -2,13 +2,13 @@
 
 The rooms it calls are `augment` (views), `attack`, `losses`, `bank` and `model`. Every step is a function of
 (seed, step): the batch order and all random choices of the views come from `rng`, so a resumed run needs no
-generator state. Nothing in a step waits for the device: what changes from step to step lies in tensors, and on
-a GPU the whole step is captured once as a CUDA graph and replayed.
+generator state. Nothing in a step waits for the device: what changes from step to step lies in tensors, and
+on a GPU the whole step is captured once as a CUDA graph and replayed.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,9 +16,11 @@ from torch.profiler import record_function
 
 from a2mc_fast import checkpoint, rng
 from a2mc_fast.augment import Views
+from a2mc_fast.capture import Captured
 from a2mc_fast.config import Config
 from a2mc_fast.data import Clips
 from a2mc_fast.errors import InputError, require
+from a2mc_fast.losses import Losses
 from a2mc_fast.model import A2MC
 from a2mc_fast.protocols import knn_accuracy
 
@@ -45,7 +47,6 @@ class Trainer:
         self.model = A2MC(config, clips.skeleton, clips.num_persons, max(self.classes, 1)).to(self.device)
         self.views = Views(clips, config.views, config.seed)
         cuda = self.device.type == "cuda"
-        cuda = self.device.type == "cuda"
         # what the step reads: a captured step cannot take arguments
         self._time = torch.zeros((), dtype=torch.int64, device=self.device)
         self._lr = torch.tensor(config.optim.lr, device=self.device)
@@ -56,13 +57,14 @@ class Trainer:
         """The first step whose loss or gradient was not finite, or -1. From it on no weight moves."""
         self.optimizer = torch.optim.SGD(
             self.model.query.parameters(),
-            lr=self._lr,
+            lr=config.optim.lr,
             momentum=config.optim.momentum,
             weight_decay=config.optim.weight_decay,
             fused=True,
         )
+        self.optimizer.param_groups[0]["lr"] = self._lr
         self.scaler = torch.amp.GradScaler("cuda", enabled=cuda and config.precision == "fp16")
-        self.model.backend, self.kernels = choose_backend(config, self.device)
+        self.model.backend, self.backend_note = choose_backend(config, self.device)
         compiled = config.run.compile == "on" or (config.run.compile == "auto" and cuda)
         wrap: Any = (lambda f: torch.compile(f, dynamic=False)) if compiled else (lambda f: f)
         self._make_view, self._losses = wrap(self.views.make), wrap(self.model.losses)
@@ -86,7 +88,7 @@ class Trainer:
         self._time.fill_(step)
         self._lr.fill_(self.learning_rate(step))
         # the only other random numbers are those of dropout layers
-        torch.manual_seed(rng.mix(config.seed, step))
+        torch.manual_seed(rng.combine(config.seed, step))
         return self._run()
 
     def _warmup_step(self) -> dict[str, Tensor]:
@@ -104,8 +106,8 @@ class Trainer:
             losses = model.warmup_losses(features)
         self._optimize(losses.total)
         with record_function("bank"):
-            model.write_keys(features)
-        return losses_to_log(losses)
+            model.write_keys({bank: f.key[: len(index)] for bank, f in features.items()})
+        return _to_log(losses)
 
     def _train_step(self) -> dict[str, Tensor]:
         """A²MC, Fig. 2. The named phases show in a profile; `bench/bench_step.py` sums them."""
@@ -139,7 +141,7 @@ class Trainer:
         with record_function("bank"):
             bank = model.update_banks(features)
             model.fit_classifier(x3)
-        return losses_to_log(losses) | bank
+        return _to_log(losses) | bank
 
     def _optimize(self, loss: Tensor) -> None:
         """Backward pass and SGD; once a loss or gradient is not finite, the weights stay as they are."""
@@ -201,15 +203,16 @@ class Trainer:
                 step = -1 - number  # negative, so that no training step draws the same views
                 index = self.batch(number)
                 draws = self.views.draw(step, len(index), views=1)[0]
-                x0 = self.views.make(index, "weak", draws, step)
-                self.model.write_keys(self.model.features(x0, x0))
+                self.model.write_keys(self.model.key(self.views.make(index, "weak", draws, step)))
 
     def knn_accuracy(self) -> float | None:
         """kNN accuracy of the protocol in percent, None where a side of it has no labels."""
         labels = self.clips.labels
         if not all(bool((labels[index] >= 0).any()) for index in (self.train_index, self.test_index)):
             return None
-        return knn_accuracy(self.model.query, self.views, self.config.split)
+        # its odd batch sizes are not worth compiling for
+        with torch.compiler.set_stance("force_eager"):
+            return knn_accuracy(self.model.query, self.views, self.config.split)
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
         """Continue from a checkpoint. `InputError` if it was trained on other data."""
@@ -237,11 +240,34 @@ class Trainer:
         )
 
 
-def losses_to_log(losses: Losses) -> dict[str, Tensor]:
+def _to_log(losses: Losses) -> dict[str, Tensor]:
     """L and its parts by name."""
-    return {
-        "loss": losses.total.detach(),
-        "loss_weak": losses.weak.detach(),
-        "loss_strong": losses.strong.detach(),
-        "loss_basic": losses.basic.detach(),
-    }
+    names = ("loss", "loss_weak", "loss_strong", "loss_basic")
+    return {name: value.detach() for name, value in zip(names, losses, strict=True)}
+
+
+def choose_backend(config: Config, device: torch.device) -> tuple[Literal["triton", "torch"], str]:
+    """How losses and banks are computed, and why, as a sentence for the log or "".
+
+    `auto` takes the Triton kernels on a GPU, once they have agreed with float64 there.
+    """
+    if config.run.backend != "auto":
+        return config.run.backend, ""
+    if device.type != "cuda" or not config.fits_kernels:
+        return "torch", ""
+    from a2mc_fast.kernels.verify import mismatch
+
+    reason = mismatch(
+        device,
+        config.encoder.projection,
+        config.loss.mix,
+        (config.loss.temperature, config.bank.temperature),
+        distill=config.loss.strong == "distill",
+        live_target=config.loss.live_target,
+    )
+    if reason:
+        return (
+            "torch",
+            f"loss and bank in plain torch, because the Triton kernels cannot be used here: {reason}",
+        )
+    return "triton", "loss and bank by Triton kernels, which agree with float64 here"

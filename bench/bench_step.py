@@ -139,7 +139,7 @@ class PublicTrainer:
                     half, states[2 * layer + side] = gru(output, states[2 * layer + side])
                     halves.append(half)
                 output = torch.cat(halves, 2)
-        return F.normalize(branch.head(output[:, -1]), dim=1)
+        return F.normalize(branch.heads["feature"](output[:, -1]), dim=1)
 
     def step(self, step: int) -> float:
         """One step; returns the loss, as such code prints it every time."""
@@ -155,16 +155,18 @@ class PublicTrainer:
             key = self.encode(model.key, x0)
         basic, weak, strong = (self.encode(model.query, x) for x in (x3, x1, x2))
         mix, tau = self.trainer.config.loss.mix, self.trainer.config.loss.temperature
-        first, second, third = literal_mixing_contrast(key, basic, weak, strong, model.bank.unit(), mix, tau)
+        first, second, third = literal_mixing_contrast(
+            key, basic, weak, strong, model.bank().unit(), mix, tau
+        )
         loss = first + second + third
         self.trainer.optimizer.zero_grad()
         loss.backward()
         self.trainer.optimizer.step()
-        unit = model.bank.unit().requires_grad_()
+        unit = model.bank().unit().requires_grad_()
         basic, weak, strong = basic.detach(), weak.detach(), strong.detach()
         first, second, third = literal_mixing_contrast(key, basic, weak, strong, unit, mix, 0.03)
         (gradient,) = torch.autograd.grad(first + second + third, unit)
-        model.bank.rows += 1e-3 * gradient
+        model.bank().rows += 1e-3 * gradient
         return loss.item()
 
 

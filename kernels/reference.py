@@ -35,9 +35,15 @@ def _scales(mix: Sequence[float]) -> list[float]:
     return [1.0, *(1.0 - share for share in mix)]
 
 
-def _shares(mix: Sequence[float], like: Tensor) -> Tensor:
-    """λ of each bank, the plain one first. -> [J]"""
-    return like.new_tensor([0.0, *mix])
+def _offsets(own: Tensor, mix: Sequence[float]) -> Tensor:
+    """λ u·f of each bank, the plain one first. own [N] -> [J, N]"""
+    # by scalars: a tensor of shares would have to come from the host, which a CUDA graph cannot hold
+    return torch.stack([share * own for share in (0.0, *mix)])
+
+
+def _mean_share(bank: Tensor, mix: Sequence[float]) -> Tensor:
+    """Mean of λ under the probabilities of the banks. [J, N] -> [N]"""
+    return torch.stack([share * p for share, p in zip((0.0, *mix), bank, strict=True)]).sum(0)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -77,14 +83,13 @@ class _Contrast(torch.autograd.Function):
     def forward(
         ctx: Any, anchor: Tensor, key: Tensor, bank: Tensor, mix: tuple[float, ...], inv_tau: float
     ) -> Tensor:
-        shares = _shares(mix, anchor)
         positive, own = _dot(anchor, key), _dot(anchor, anchor)
-        p = _softmax(anchor @ bank.T, positive, shares.outer(own), mix, inv_tau)
+        p = _softmax(anchor @ bank.T, positive, _offsets(own, mix), mix, inv_tau)
         gradient = None
         if ctx.needs_input_grad[0]:
             # d(λ f·f)/df = 2λ f: the own feature is mixed in, and nothing is detached
             gradient = torch.addmm((p.positive - 1).unsqueeze(1) * key, p.weight, bank)
-            gradient.addcmul_((shares @ p.bank).unsqueeze(1), anchor, value=2).mul_(inv_tau)
+            gradient.addcmul_(_mean_share(p.bank, mix).unsqueeze(1), anchor, value=2).mul_(inv_tau)
         ctx.save_for_backward(gradient, anchor, p.weight if ctx.needs_input_grad[2] else None)
         ctx.inv_tau = inv_tau
         return p.lse - positive * inv_tau
@@ -108,18 +113,19 @@ class _Distill(torch.autograd.Function):
         mix: tuple[float, ...],
         inv_tau: float,
     ) -> Tensor:
-        shares = _shares(mix, anchor)
         positive, own = _dot(anchor, key), _dot(anchor, anchor)
         similarity = anchor @ bank.T
-        p = _softmax(similarity, positive, shares.outer(own), mix, inv_tau)
+        p = _softmax(similarity, positive, _offsets(own, mix), mix, inv_tau)
         # the target is evaluated on the same columns, those mixed with the anchor
-        t = _softmax(teacher @ bank.T, _dot(teacher, key), shares.outer(_dot(teacher, anchor)), mix, inv_tau)
-        mean_logit = t.positive * positive + (shares @ t.bank) * own + _dot(t.weight, similarity)
+        offsets = _offsets(_dot(teacher, anchor), mix)
+        t = _softmax(teacher @ bank.T, _dot(teacher, key), offsets, mix, inv_tau)
+        mean_logit = t.positive * positive + _mean_share(t.bank, mix) * own + _dot(t.weight, similarity)
         difference = p.weight.sub_(t.weight)
         gradient = None
         if ctx.needs_input_grad[0]:
             gradient = torch.addmm((p.positive - t.positive).unsqueeze(1) * key, difference, bank)
-            gradient.addcmul_((shares @ (p.bank - t.bank)).unsqueeze(1), anchor, value=2).mul_(inv_tau)
+            share = _mean_share(p.bank - t.bank, mix)
+            gradient.addcmul_(share.unsqueeze(1), anchor, value=2).mul_(inv_tau)
         ctx.save_for_backward(gradient, anchor, difference if ctx.needs_input_grad[3] else None)
         ctx.inv_tau = inv_tau
         return p.lse - mean_logit * inv_tau

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from a2mc_fast.attack import _SPANS, attack_loss, semantic_attack
 from a2mc_fast.config import AttackConfig, Config, EncoderConfig
+from a2mc_fast.encoders.common import frozen
 from a2mc_fast.model import A2MC
 from a2mc_fast.skeleton import NTU25
 
@@ -136,12 +137,12 @@ def test_prototypes_are_centres_of_the_bank() -> None:
     config = Config(encoder=EncoderConfig(hidden=8, layers=1, projection=4), attack=attack)
     model = A2MC(replace(config, precision="fp32"), NTU25, 2, 3)
     corners = torch.eye(3, 4).repeat_interleave(2000, 0)
-    model.bank.rows[:6000] = corners + 0.01 * torch.randn(6000, 4)
-    model.bank.rows[6000:] = model.bank.rows[torch.randint(0, 6000, (len(model.bank.rows) - 6000,))]
+    model.bank().rows[:6000] = corners + 0.01 * torch.randn(6000, 4)
+    model.bank().rows[6000:] = model.bank().rows[torch.randint(0, 6000, (len(model.bank().rows) - 6000,))]
     model.refresh_classifier(0)
     found = {tuple(row.abs().topk(1).indices.tolist()) for row in model.centers}
     torch.testing.assert_close(model.classifier.weight, model.centers / 0.07)
-    assert (model.centers @ model.bank.unit().T).amax(0).mean() > 0.65 and len(found) >= 2
+    assert (model.centers @ model.bank().unit().T).amax(0).mean() > 0.65 and len(found) >= 2
 
 
 def test_pseudo_labels_are_learned(model: A2MC) -> None:
@@ -150,9 +151,9 @@ def test_pseudo_labels_are_learned(model: A2MC) -> None:
     model = A2MC(config, NTU25, 2, 4)
     model.refresh_classifier(0)
     x = torch.randn(32, 3, 16, 25, 2)
-    basic = model.query(x).detach()
-    label = (basic @ model.centers.T).argmax(1)
+    with torch.no_grad(), frozen(model.query):
+        label = (model.query(x)["feature"] @ model.centers.T).argmax(1)
     before = nn.functional.cross_entropy(model.classify(x), label)
     for _ in range(20):
-        model.fit_classifier(x, basic)
+        model.fit_classifier(x)
     assert nn.functional.cross_entropy(model.classify(x), label) < before

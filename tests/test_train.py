@@ -79,9 +79,9 @@ def test_checkpoint_holds_the_whole_state(trained: Path) -> None:
     for part in ("model.query.encoder", "model.key.encoder", "model.query.head", "optimizer.encoder"):
         assert any(name.startswith(part) for name in names)
     assert {
-        "model.bank.rows",
-        "model.bank.velocity",
-        "model.bank.position",
+        "model.banks.feature.rows",
+        "model.banks.feature.velocity",
+        "model.banks.feature.position",
         "model.classifier.weight",
     } <= names
     saved = checkpoint.load(trained)
@@ -123,7 +123,7 @@ def test_two_runs_of_one_seed_are_equal_and_seeds_differ(data: Path, tmp_path: P
     a, b = (load_file(train(tiny(data, tmp_path / name)) / "checkpoint.safetensors") for name in "ab")
     c = load_file(train(tiny(data, tmp_path / "c", seed=1)) / "checkpoint.safetensors")
     assert all(torch.equal(a[name], b[name]) for name in a)
-    assert not torch.equal(a["model.bank.rows"], c["model.bank.rows"])
+    assert not torch.equal(a["model.banks.feature.rows"], c["model.banks.feature.rows"])
 
 
 @pytest.mark.parametrize("name", ["b1", "b2", "b3", "b4", "a2", "a3"])
@@ -168,11 +168,11 @@ def test_the_bank_climbs_and_the_key_encoder_follows(data: Path, tmp_path: Path)
     model = trainer.model
     for step in range(3):
         trainer.step(step)
-    rows = model.bank.rows.clone()
+    rows = model.bank().rows.clone()
     query = [p.clone() for p in model.query.parameters()]
     trainer.step(3)  # the first step after the warm-up: the key encoder starts as a copy of the query encoder
     assert all(torch.equal(k, q) for k, q in zip(model.key.parameters(), query))
-    assert (model.bank.rows != rows).any(1).all()  # every row moves, not only a batch of them
+    assert (model.bank().rows != rows).any(1).all()  # every row moves, not only a batch of them
     key, query = ([p.clone() for p in m.parameters()] for m in (model.key, model.query))
     model.update_key()
     for now, k, q in zip(model.key.parameters(), key, query):
@@ -186,7 +186,7 @@ def test_warm_up_fills_the_bank_with_unit_keys(data: Path, tmp_path: Path) -> No
     assert config.warmup_steps == 5
     for step in range(5):
         trainer.step(step)
-    torch.testing.assert_close(trainer.model.bank.rows.norm(dim=1), torch.ones(40))
+    torch.testing.assert_close(trainer.model.bank().rows.norm(dim=1), torch.ones(40))
 
 
 def test_batches_are_permutations_of_the_training_clips(data: Path, tmp_path: Path) -> None:
@@ -229,8 +229,8 @@ def test_both_backends_take_the_same_steps(data: Path, tmp_path: Path, objective
     (plain, expected), (fused, got) = run("torch"), run("triton")
     for a, b in zip(got, expected):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
-    torch.testing.assert_close(fused.model.bank.rows, plain.model.bank.rows, rtol=1e-4, atol=1e-5)
-    assert not torch.equal(plain.model.bank.velocity, torch.zeros_like(plain.model.bank.velocity))
+    torch.testing.assert_close(fused.model.bank().rows, plain.model.bank().rows, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(plain.model.bank().velocity, torch.zeros_like(plain.model.bank().velocity))
 
 
 def test_knn_by_hand() -> None:
