@@ -1,0 +1,112 @@
+"""What only a GPU can show: the captured step equals the launched one, runs repeat to the bit, nothing waits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from a2mc_fast.config import Config, EncoderConfig, RunConfig, preset
+from a2mc_fast.data import Clips
+from a2mc_fast.trainer import Trainer
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+MakeClips = Callable[..., Clips]
+WARMUP, STEPS = 6, 14  # enough for both phases to be captured and replayed
+ENCODERS = {
+    "bigru": EncoderConfig(hidden=32, layers=2),
+    "stgcn": EncoderConfig(name="stgcn", channels=4),
+    "dsta": EncoderConfig(name="dsta", size="small"),
+    "scd": EncoderConfig(name="scd", width=64),
+}
+
+
+def trainer(make_clips: MakeClips, encoder: str = "bigru", precision: str = "fp32", **run: str) -> Trainer:
+    config = preset("demo")
+    config = replace(
+        config,
+        precision=precision,  # type: ignore[arg-type]
+        views=replace(config.views, frames=16, min_frames=16),
+        encoder=ENCODERS[encoder],
+        bank=replace(config.bank, size=512, warmup_steps=WARMUP),
+        optim=replace(config.optim, batch_size=16, lr=0.05),
+        attack=replace(config.attack, classes=4),
+        run=RunConfig(**run),  # type: ignore[arg-type]
+    )
+    return Trainer(config, on_gpu(make_clips, config))
+
+
+def on_gpu(make_clips: MakeClips, config: Config) -> Clips:
+    clips = make_clips([20, 30, 40, 25] * 32, classes=4)
+    return Clips.pack(
+        clips.frames.permute(0, 3, 2, 1).contiguous(),
+        clips.lengths.numpy(),
+        clips.labels.numpy(),
+        clips.skeleton,
+        splits={name: mask.numpy() for name, mask in clips.splits.items()},
+        device="cuda",
+    )
+
+
+def losses(run: Trainer) -> list[float]:
+    return [run.step(step)["loss"].item() for step in range(STEPS)]
+
+
+@pytest.mark.parametrize("compile", ["off", "on"])
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_replayed_steps_equal_launched_ones(make_clips: MakeClips, encoder: str, compile: str) -> None:
+    plain = losses(trainer(make_clips, encoder, compile="off", graph="off", backend="torch"))
+    fast = losses(trainer(make_clips, encoder, compile=compile))
+    # rounding grows from step to step
+    assert fast == pytest.approx(plain, rel=2e-2)
+    assert fast[:3] == pytest.approx(plain[:3], rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32"])
+def test_low_precision_follows_full_precision(make_clips: MakeClips, precision: str) -> None:
+    assert losses(trainer(make_clips, precision=precision)) == pytest.approx(
+        losses(trainer(make_clips)), rel=5e-2
+    )
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_two_runs_give_the_same_bits(make_clips: MakeClips, encoder: str) -> None:
+    first, second = (trainer(make_clips, encoder, "bf16") for _ in range(2))
+    assert losses(first) == losses(second)
+    other = second.model.state_dict()
+    for name, tensor in first.model.state_dict().items():
+        assert torch.equal(tensor, other[name]), name
+
+
+@pytest.mark.parametrize("graph", ["auto", "off"])
+def test_no_step_waits_for_the_device(make_clips: MakeClips, graph: str) -> None:
+    run = trainer(make_clips, graph=graph)
+    for step in range(WARMUP + 5):
+        run.step(step)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(WARMUP + 5, STEPS):
+            run.step(step)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_replays_allocate_nothing(make_clips: MakeClips) -> None:
+    run = trainer(make_clips)
+    for step in range(WARMUP + 5):
+        run.step(step)
+    before = torch.cuda.memory_allocated()
+    for step in range(WARMUP + 5, STEPS):
+        run.step(step)
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_the_kernels_are_verified_and_chosen(make_clips: MakeClips) -> None:
+    run = trainer(make_clips)
+    assert run.model.backend == "triton", run.backend_note
