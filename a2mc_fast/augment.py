@@ -30,13 +30,18 @@ class Draws:
     """The random choices of one view of N clips, all uniform in [0, 1)."""
 
     values: Tensor  # [N, _NUM_DRAWS + V]
+    first: int = 0  # place of the first clip in the batch
 
     def __getitem__(self, which: int | slice) -> Tensor:
         return self.values[:, which]
 
     def __add__(self, other: Draws) -> Draws:
         """The choices of two views, one after the other."""
-        return Draws(torch.cat((self.values, other.values)))
+        return Draws(torch.cat((self.values, other.values)), self.first)
+
+    def part(self, places: slice) -> Draws:
+        """Those of some of the batch's clips."""
+        return Draws(self.values[places], self.first + places.start)
 
     @property
     def joints(self) -> Tensor:
@@ -232,8 +237,9 @@ class Views:
             x = x + _resample(rho, position, lengths)
         noise = None
         if kind == "strong":
+            stored = x.transpose(1, 2)
             noise = rng.normal(
-                self.seed, step, rng.STREAM_NOISE, x.transpose(1, 2).shape, x.device
+                self.seed, step, rng.STREAM_NOISE, stored.shape, x.device, draws.first
             ).transpose(1, 2)
         return spatial(x, kind, draws, noise, self.config, self.mirror)
 

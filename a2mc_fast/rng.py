@@ -30,15 +30,17 @@ def combine(seed: int, step: int) -> int:
     return (z ^ z >> 31) >> 1
 
 
-def philox(seed: int, step: Tensor | int, stream: int, count: int, device: torch.device | str) -> Tensor:
-    """`count` blocks of four random 32-bit words, as int64 [4, count].
+def philox(
+    seed: int, step: Tensor | int, stream: int, count: int, device: torch.device | str, first: int = 0
+) -> Tensor:
+    """`count` blocks of four random 32-bit words, beginning with block `first`, as int64 [4, count].
 
     Block i encrypts the counter (i, stream, low and high half of step) with the seed's two halves.
     """
     step = torch.as_tensor(step, dtype=torch.int64, device=device)
     zero = torch.zeros(count, dtype=torch.int64, device=device)
     counter = (
-        torch.arange(count, device=device),
+        torch.arange(first, first + count, device=device),
         zero + stream,
         zero + (step & _MASK),
         zero + (step >> 32 & _MASK),
@@ -72,14 +74,23 @@ def uniform(
 
 
 def normal(
-    seed: int, step: Tensor | int, stream: int, shape: tuple[int, ...], device: torch.device | str
+    seed: int,
+    step: Tensor | int,
+    stream: int,
+    shape: tuple[int, ...],
+    device: torch.device | str,
+    first: int = 0,
 ) -> Tensor:
-    """Standard normal float32 (Box-Muller)."""
-    half = -(-math.prod(shape) // 2)
-    draws = uniform(seed, step, stream, (2, half), device)
+    """Standard normal float32 (Box-Muller). [N, ...], where row n belongs to place `first` + n: the same
+    numbers whichever rows are asked for."""
+    rows, width = shape[0], math.prod(shape[1:])
+    blocks = -(-width // 4)
+    words = philox(seed, step, stream, rows * blocks, device, first * blocks)
+    draws = ((words >> 8).float() * 2.0**-24).view(2, 2, rows, blocks)
     radius = (-2 * torch.log1p(-draws[0])).sqrt_()  # 1 - u is in (0, 1], so the logarithm is finite
     angle = draws[1] * (2 * math.pi)
-    return torch.cat((radius * angle.cos(), radius * angle.sin()))[: math.prod(shape)].view(shape)
+    pairs = torch.cat((radius * angle.cos(), radius * angle.sin()))  # [4, N, blocks]
+    return pairs.transpose(0, 1).flatten(1)[:, :width].reshape(shape)
 
 
 def permutation(seed: int, step: Tensor | int, stream: int, count: int, device: torch.device | str) -> Tensor:
