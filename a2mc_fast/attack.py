@@ -42,6 +42,7 @@ def semantic_attack(
     objective: Objective = "softmax",
     direction: Literal["descend", "ascend"] = "descend",
     reduction: Literal["sum", "mean"] = "sum",
+    ranks: int = 1,
     steps: int = 1,
     mask_absent: bool = True,
 ) -> Tensor:
@@ -49,7 +50,7 @@ def semantic_attack(
 
     `classify` maps clips to class logits [N, C]; its parameters receive no gradient. The norm of rho is at
     most `radius` metres within each `scope`; it is exactly zero where a person is absent and, after one step,
-    where the gradient is exactly zero.
+    where the gradient is exactly zero. `reduction` mean is that over the clips of all `ranks`.
     """
     x = x.detach()
     sign = -1.0 if direction == "descend" else 1.0
@@ -59,7 +60,7 @@ def semantic_attack(
         with torch.enable_grad():
             attacked = (x + rho).requires_grad_()
             loss = attack_loss(classify(attacked), objective)
-            loss = loss.sum() if reduction == "sum" else loss.mean()
+            loss = loss.sum() if reduction == "sum" else loss.mean() / ranks
             (gradient,) = torch.autograd.grad(loss, attacked)  # of the input only: no weight gradients
         gradient = _unit(gradient, grad_norm)
         first.lerp_(gradient, 1 - _ADAM_BETAS[0])

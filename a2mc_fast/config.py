@@ -70,6 +70,9 @@ class EncoderConfig:
     """Backbone: BiGRU, ST-GCN, DSTA-Net (Transformer), or SCD-Net's GCN & Transformer."""
     projection: int = 128
     """Width D of the contrasted features."""
+    batch_norm: Literal["joint", "local"] = "joint"
+    """Several ranks: BatchNorm over the joint batch, which equals one process, or over each rank's own clips,
+    which saves messages; running statistics are averaged then."""
     hidden: int = 1024
     """BiGRU: hidden units per direction."""
     layers: int = 3
@@ -277,6 +280,10 @@ class RunConfig:
     backend: Literal["auto", "triton", "torch"] = "auto"
     """Loss and banks by the fused Triton kernels or in plain torch; auto = Triton on a GPU, once it has
     agreed with float64 there."""
+    shard_bank: bool = False
+    """Several ranks: each holds K / W bank rows instead of all of them, for K in the millions (plain torch)."""
+    timeout: float = 60.0
+    """Seconds after which a rank that does not answer ends the run on all ranks."""
     log_every: int = 10
     """Steps between log lines."""
     eval_every: int = 10
@@ -290,6 +297,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(self.threads >= 0, f"run.threads must be >= 0, got {self.threads}")
+        require(self.timeout > 0, f"run.timeout must be > 0, got {self.timeout}")
         require(self.log_every >= 1, f"run.log_every must be >= 1, got {self.log_every}")
         require(self.eval_every >= 0, f"run.eval_every must be >= 0, got {self.eval_every}")
         require(self.checkpoint_every >= 1, f"run.checkpoint_every must be >= 1, got {self.checkpoint_every}")
@@ -348,6 +356,13 @@ class Config:
             self.fits_kernels or self.run.backend != "triton",
             "run.backend triton knows own mixing and features of at most 256 alone: use --run.backend torch "
             "with --loss.mixing tiled, --loss.renormalize or a wider --encoder.projection",
+        )
+        loss = self.loss
+        require(
+            not self.run.shard_bank
+            or not (loss.mixing == "tiled" or loss.renormalize or loss.live_target or self.run.backend == "triton"),
+            "run.shard_bank is plain torch and knows own mixing alone: leave out --run.backend triton, "
+            "--loss.mixing tiled, --loss.renormalize and --loss.live-target",
         )
         require(0 <= self.seed < 2**63, f"seed must be in 0 .. 2^63 - 1, got {self.seed}")
 

@@ -54,16 +54,22 @@ def mixing_contrast(
     normalize: bool = False,
     reduction: Literal["mean", "none"] = "mean",
     backend: Backend = "auto",
+    ranks: reference.Ranks | None = None,
 ) -> Losses:
     """The loss and its parts. Features [N, D] and bank [K, D], unit rows; raw bank rows with `normalize`.
 
     Differentiable in basic, weak, strong and bank; key is a constant. Without `weak` or `strong` their terms
     are off. `strong_target` one_hot makes L2 a contrast like L1. The other readings of the mixer (`mixing`
     tiled, `renormalize`) are exact but slower, and plain torch only. The Triton kernels give no gradient to
-    the bank. Raises `ValueError` for shapes and values.
+    the bank. With `ranks` the bank is a rank's own rows [K / W, D]: every rank has the same features and gets
+    the same loss, in plain torch. Raises `ValueError` for shapes and values.
     """
     _check(key, basic, weak, strong, bank, mix, temperature)
     require(backend in ("auto", "triton", "torch"), f"mixing_contrast: unknown backend {backend!r}")
+    require(
+        ranks is None or not (backend == "triton" or mixing == "tiled" or renormalize or live_target),
+        "mixing_contrast: a bank shared by ranks is plain torch, with own mixing and a detached target",
+    )
     soft = strong_target == "distribution"
     if mixing == "tiled" or renormalize:
         require(
@@ -88,11 +94,11 @@ def mixing_contrast(
         return _reduced((first, second, general(basic, None)), reduction)
 
     if backend == "auto":
-        fused = bank.is_cuda and not bank.requires_grad and bank.shape[1] <= 256
+        fused = bank.is_cuda and not bank.requires_grad and bank.shape[1] <= 256 and ranks is None
         backend = "triton" if fused else "torch"
     if backend == "triton":
         from a2mc_fast.kernels.mixing_contrast import mixing_contrast as fused_terms
-    terms = fused_terms if backend == "triton" else reference.mixing_contrast
+    terms = fused_terms if backend == "triton" else partial(reference.mixing_contrast, ranks=ranks)
     parts = terms(
         key,
         basic,
@@ -122,6 +128,7 @@ def info_nce(
     temperature: float = 0.07,
     normalize: bool = False,
     backend: Backend = "auto",
+    ranks: reference.Ranks | None = None,
 ) -> Tensor:
     """InfoNCE of the query against its key and the bank (Eq. 1), per clip. [N, D], [N, D], [K, D] -> [N]"""
     return mixing_contrast(
@@ -135,6 +142,7 @@ def info_nce(
         normalize=normalize,
         reduction="none",
         backend=backend,
+        ranks=ranks,
     ).basic
 
 

@@ -26,8 +26,10 @@ from a2mc_fast import rng
 from a2mc_fast.attack import semantic_attack
 from a2mc_fast.bank import MemoryBank, Queue
 from a2mc_fast.config import Config
+from a2mc_fast.distributed import ALONE, World
 from a2mc_fast.encoders import build_encoder
 from a2mc_fast.encoders.common import frozen, projection_head
+from a2mc_fast.encoders.joint_norm import join_batch_norms
 from a2mc_fast.errors import require
 from a2mc_fast.losses import Backend, Losses, info_nce, mixing_contrast
 from a2mc_fast.skeleton import Skeleton, bone_stream, motion_stream
@@ -95,21 +97,26 @@ class A2MC(nn.Module):
 
     centers: Tensor  # [classes, D] k-means of the main bank, unless the class layer is random
 
-    def __init__(self, config: Config, skeleton: Skeleton, persons: int, classes: int) -> None:
+    def __init__(
+        self, config: Config, skeleton: Skeleton, persons: int, classes: int, world: World = ALONE
+    ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.world = config, world
         # for the weights only; all that is random in training draws from `rng`
         torch.manual_seed(config.seed)
         self.query = Branch(config, skeleton, persons)
         self.key = copy.deepcopy(self.query).requires_grad_(False)
+        if config.encoder.batch_norm == "joint":
+            join_batch_norms(self, world)
         encoder, bank, dim = self.query.encoder, config.bank, config.encoder.projection
+        self.shards = world if config.run.shard_bank else ALONE
         self.pairs = encoder.pairs
         # the whole feature's level comes last
         self.main = list(encoder.levels)[-1]
 
         def new_bank(seed: int) -> Queue:
             if bank.kind == "fifo":
-                return Queue(bank.size, dim, seed=seed)
+                return Queue(bank.size, dim, seed=seed, shards=self.shards)
             return MemoryBank(
                 bank.size,
                 dim,
@@ -117,6 +124,7 @@ class A2MC(nn.Module):
                 momentum=bank.momentum,
                 weight_decay=bank.weight_decay,
                 seed=seed,
+                shards=self.shards,
             )
 
         key_levels = dict.fromkeys(level for _, level in self.pairs)
@@ -159,6 +167,7 @@ class A2MC(nn.Module):
                 objective=a.objective,
                 direction=a.direction,
                 reduction=a.reduction,
+                ranks=self.world.size,
                 steps=a.steps,
                 mask_absent=a.mask_absent,
             )
@@ -200,6 +209,23 @@ class A2MC(nn.Module):
             for bank in self.banks
         }
 
+    def gathered(self, features: dict[str, Features]) -> dict[str, Features]:
+        """The features of all ranks, as of the joint batch, in one message."""
+        if self.world.alone:
+            return features
+        given = [f for of_bank in features.values() for f in of_bank if f is not None]
+        ranks = self.world.gather(torch.cat(given).unsqueeze(0))  # [W, all rows, D]
+        parts = iter(ranks.split([len(f) for f in given], 1))
+
+        def joint(bank: str) -> Tensor:
+            """Pair by pair, and each in the joint batch's order."""
+            return next(parts).unflatten(1, (self._depth(bank), -1)).transpose(0, 1).flatten(0, 2)
+
+        return {
+            bank: Features(*(None if f is None else joint(bank) for f in of_bank))  # type: ignore[arg-type]
+            for bank, of_bank in features.items()
+        }
+
     def warmup_losses(self, features: dict[str, Features]) -> Losses:
         """MoCo on the bank as it fills: InfoNCE of f3 (Eq. 1)."""
         parts = []
@@ -211,6 +237,7 @@ class A2MC(nn.Module):
                 temperature=self.config.loss.temperature,
                 normalize=True,
                 backend=self.backend,
+                ranks=self.ranks,
             )
             parts.append(self._depth(name) * loss.mean())
         basic = torch.stack(parts).sum()
@@ -233,6 +260,11 @@ class A2MC(nn.Module):
         bank = self.banks[level or self.main]
         assert isinstance(bank, Queue)
         return bank
+
+    @property
+    def ranks(self) -> World | None:
+        """Who shares the banks' rows; None if all are here."""
+        return None if self.shards.alone else self.shards
 
     def _depth(self, bank: str) -> int:
         """Pairs of levels that meet at a bank, P."""
@@ -258,6 +290,7 @@ class A2MC(nn.Module):
             normalize=normalize,
             reduction="none",
             backend=backend,
+            ranks=self.ranks,
         )
 
     # what follows the optimiser step
@@ -274,6 +307,10 @@ class A2MC(nn.Module):
         """Query parameters into the key encoder, when the bank has been filled."""
         torch._foreach_copy_(list(self.key.parameters()), list(self.query.parameters()))
 
+    def keys(self, features: dict[str, Features]) -> dict[str, Tensor]:
+        """The keys of a batch by level, [N, D] each: stacked pairs share theirs."""
+        return {n: f.key.detach()[: len(f.key) // self._depth(n)] for n, f in features.items()}
+
     def write_keys(self, keys: dict[str, Tensor]) -> None:
         """The keys of a batch, by level, [N, D] each, into the next rows of their banks."""
         for name in self.banks:
@@ -287,8 +324,7 @@ class A2MC(nn.Module):
         ascent's temperature.
         """
         if self.config.bank.kind == "fifo":
-            # stacked pairs share their keys
-            self.write_keys({n: f.key[: len(f.key) // self._depth(n)] for n, f in features.items()})
+            self.write_keys(self.keys(features))
             return {}
         step = self._fused_ascent if self.backend == "triton" else self._plain_ascent
         stats = [step(self.bank(name), f.detach(), self._depth(name)) for name, f in features.items()]
@@ -308,7 +344,8 @@ class A2MC(nn.Module):
                 negatives = 1 - torch.exp(-terms.basic.detach()).mean()
                 return depth * terms.total.mean()
             losses = [
-                info_nce(getattr(f, name), f.key, unit, temperature=bank.temperature) for name in bank.queries
+                info_nce(getattr(f, name), f.key, unit, temperature=bank.temperature, ranks=self.ranks)
+                for name in bank.queries
             ]
             shown = next(name for name in ("basic", "strong", "weak") if name in bank.queries)
             negatives = 1 - torch.exp(-losses[bank.queries.index(shown)].detach()).mean()
@@ -370,19 +407,33 @@ class A2MC(nn.Module):
         read = feature.float() if self.config.attack.feature == "encoder" else contrasted
         label = (contrasted @ self.centers.T).argmax(1)
         error = self.classifier(read).softmax(1) - F.one_hot(label, len(self.centers))
-        self.classifier.weight.sub_(error.T @ read, alpha=_PSEUDO_LABEL_LR / len(x))
-        self.classifier.bias.sub_(error.mean(0), alpha=_PSEUDO_LABEL_LR)
+        to_weight, to_bias = error.T @ read / len(x), error.mean(0)
+        self.world.average_([to_weight, to_bias])
+        self.classifier.weight.sub_(to_weight, alpha=_PSEUDO_LABEL_LR)
+        self.classifier.bias.sub_(to_bias, alpha=_PSEUDO_LABEL_LR)
 
     def _bank_centers(self, epoch: int) -> Tensor:
         """Spherical k-means centres of the main bank, one per class. -> unit rows [classes, D]"""
-        unit = self.bank().unit()
-        start = rng.permutation(self.config.seed, epoch, rng.STREAM_KMEANS, len(unit), unit.device)
-        centers = unit[start[: len(self.centers)]]
+        bank = self.bank()
+        unit = bank.unit()
+        start = rng.permutation(self.config.seed, epoch, rng.STREAM_KMEANS, bank.size, unit.device)
+        centers = bank.pick(start[: len(self.centers)])
         for _ in range(_KMEANS_ROUNDS):
             sums = torch.zeros_like(centers).index_add_(0, (unit @ centers.T).argmax(1), unit)
+            sums = self.shards.sum(sums)
             # an empty cluster keeps its centre
             centers = torch.where((sums == 0).all(1, keepdim=True), centers, F.normalize(sums, dim=1))
         return centers
+
+    # what leaves this rank
+
+    def whole_state(self) -> dict[str, Tensor]:
+        """The state dict of the model with all bank rows, complete on rank 0. Every rank must ask."""
+        state: dict[str, Tensor] = self.state_dict()
+        if self.ranks is not None:
+            for level in self.banks:
+                state |= {f"banks.{level}.{name}": t for name, t in self.bank(level).whole().items()}
+        return state
 
 
 def _stack(parts: list[Tensor]) -> Tensor:

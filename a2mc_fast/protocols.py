@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from a2mc_fast import rng
 from a2mc_fast.augment import Views
 from a2mc_fast.config import ViewConfig
+from a2mc_fast.distributed import ALONE, World
 from a2mc_fast.errors import require
 from a2mc_fast.model import Branch
 
@@ -53,11 +54,17 @@ def accuracy(predicted: Tensor, labels: Tensor) -> float:
     return 100 * (predicted == labels).float().mean().item()
 
 
-def knn_accuracy(branch: Branch, views: Views, split: str, k: int = 1) -> float:
-    """kNN accuracy of a protocol in percent: training clips are the gallery, test clips the queries."""
+def knn_accuracy(branch: Branch, views: Views, split: str, k: int = 1, world: World = ALONE) -> float:
+    """kNN accuracy of a protocol in percent: training clips are the gallery, test clips the queries.
+
+    Every rank encodes some of the clips.
+    """
     train, test = labelled_split(views, split)
     labels = views.clips.labels
-    predicted = knn(encode(branch, views, train), labels[train], encode(branch, views, test), k)
+    gallery, queries = (
+        world.spread(lambda part: encode(branch, views, part), index) for index in (train, test)
+    )
+    predicted = knn(gallery, labels[train], queries, k)
     return accuracy(predicted, labels[test])
 
 

@@ -8,6 +8,8 @@ on a GPU the whole step is captured once as a CUDA graph and replayed.
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -15,10 +17,12 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from a2mc_fast import checkpoint, rng
-from a2mc_fast.augment import Views
+from a2mc_fast.augment import Draws, Views
 from a2mc_fast.capture import Captured
 from a2mc_fast.config import Config
 from a2mc_fast.data import Clips
+from a2mc_fast.distributed import ALONE, World, checksum
+from a2mc_fast.encoders.joint_norm import batch_norms
 from a2mc_fast.errors import InputError, require
 from a2mc_fast.losses import Losses
 from a2mc_fast.model import A2MC
@@ -26,10 +30,15 @@ from a2mc_fast.protocols import knn_accuracy
 
 
 class Trainer:
-    """Model, data and optimizer of one run."""
+    """Model, data and optimizer of one run; of several ranks, each takes its part of the joint batch."""
 
-    def __init__(self, config: Config, clips: Clips) -> None:
-        self.config, self.clips, self.device = config, clips, clips.device
+    def __init__(self, config: Config, clips: Clips, world: World = ALONE) -> None:
+        self.config, self.clips, self.device, self.world = config, clips, clips.device, world
+        require(
+            config.optim.batch_size % world.size == 0,
+            f"--optim.batch-size {config.optim.batch_size}, the joint batch, cannot be shared evenly by "
+            f"{world.size} ranks: choose a multiple of {world.size}",
+        )
         self.train_index, self.test_index = clips.split(config.split)
         self.steps_per_epoch = len(self.train_index) // config.optim.batch_size
         require(
@@ -44,7 +53,14 @@ class Trainer:
             f"the data has {self.classes} labelled classes and the attack needs at least 2: "
             "give --attack.classes",
         )
-        self.model = A2MC(config, clips.skeleton, clips.num_persons, max(self.classes, 1)).to(self.device)
+        self.model = A2MC(config, clips.skeleton, clips.num_persons, max(self.classes, 1), world)
+        self.model.to(self.device)
+        self._join()
+        local = config.encoder.batch_norm == "local" and not world.alone
+        # running statistics of one's own clips, which the step averages with the gradients
+        self._statistics = [
+            t for norm in batch_norms(self.model) if local for t in (norm.running_mean, norm.running_var)
+        ]
         self.views = Views(clips, config.views, config.seed)
         cuda = self.device.type == "cuda"
         # what the step reads: a captured step cannot take arguments
@@ -64,16 +80,34 @@ class Trainer:
         )
         self.optimizer.param_groups[0]["lr"] = self._lr
         self.scaler = torch.amp.GradScaler("cuda", enabled=cuda and config.precision == "fp16")
-        self.model.backend, self.backend_note = choose_backend(config, self.device)
+        self.model.backend, self.backend_note = choose_backend(config, self.device, self.model.ranks)
+        if world.any(self.model.backend == "torch") and self.model.backend == "triton":
+            self.model.backend, self.backend_note = "torch", "loss and bank in plain torch, as on another rank"
         compiled = config.run.compile == "on" or (config.run.compile == "auto" and cuda)
         wrap: Any = (lambda f: torch.compile(f, dynamic=False)) if compiled else (lambda f: f)
-        self._make_view, self._losses = wrap(self.views.make), wrap(self.model.losses)
+        self._make_view = wrap(self.views.make)
+        # ranks that share a bank talk in the middle of the loss
+        self._losses = wrap(self.model.losses) if self.model.ranks is None else self.model.losses
         for branch in (self.model.query, self.model.key):
             if compiled and not branch.encoder.recurrent:
                 branch.encoder.compile(dynamic=False)
         graph = cuda and config.run.graph != "off"
         self._stream = torch.cuda.Stream(self.device) if graph else None
         self._phase, self._run = "", Captured(dict, None)
+
+    def _join(self) -> None:
+        """Have all ranks train the same model on the same data. `InputError` if they were told otherwise."""
+        if self.world.alone:
+            return
+        told = repr(replace(self.config, run=replace(self.config.run, out=""))).encode()
+        flags = int.from_bytes(hashlib.blake2b(told, digest_size=7).digest(), "big")
+        data = checksum([self.clips.frames, self.clips.lengths, self.clips.labels, self.train_index])
+        self.world.require_equal(
+            torch.cat((data, data.new_tensor([flags]))),
+            "{ranks} got other flags or other data than rank 0: start all with the same command and files",
+        )
+        parts = [t for name, t in self.model.state_dict().items() if not name.startswith("banks.")]
+        self.world.broadcast_(parts)
 
     def step(self, step: int) -> dict[str, Tensor]:
         """Step number `step`. Returns what to log, on the device; a later step writes over it."""
@@ -87,33 +121,32 @@ class Trainer:
         self._write_order(step // self.steps_per_epoch)
         self._time.fill_(step)
         self._lr.fill_(self.learning_rate(step))
-        # the only other random numbers are those of dropout layers
-        torch.manual_seed(rng.combine(config.seed, step))
+        # the only other random numbers are those of dropout layers, each rank its own
+        torch.manual_seed(rng.combine(config.seed, step) ^ self.world.rank)
         return self._run()
 
     def _warmup_step(self) -> dict[str, Tensor]:
         """MoCo on the bank as it fills: the basic views' contrast alone, keys written into the next rows."""
         model = self.model
-        index = self._batch()
-        draw0, draw3, _, _ = self.views.draw(self._time, len(index))
+        index, (draw0, draw3, _, _) = self._share()
         with record_function("key update"):
             model.update_key()
         with record_function("views"):
             x0, x3 = self._make_view(index.repeat(2), "weak", draw0 + draw3, self._time).chunk(2)
         with record_function("features"):
             features = model.features(x0, x3)
+            joint = model.gathered(features)
         with record_function("loss"):
-            losses = model.warmup_losses(features)
-        self._optimize(losses.total)
+            losses = model.warmup_losses(features if model.ranks is None else joint)
+        losses = self._optimize(losses)
         with record_function("bank"):
-            model.write_keys({bank: f.key[: len(index)] for bank, f in features.items()})
+            model.write_keys(model.keys(joint))
         return _to_log(losses)
 
     def _train_step(self) -> dict[str, Tensor]:
         """A²MC, Fig. 2. The named phases show in a profile; `bench/bench_step.py` sums them."""
         model, config, time = self.model, self.config, self._time
-        index = self._batch()
-        draw0, draw3, draw1, draw2 = self.views.draw(time, len(index))
+        index, (draw0, draw3, draw1, draw2) = self._share()
         with record_function("key update"):
             model.update_key()
 
@@ -133,25 +166,33 @@ class Trainer:
         # f0 from the key encoder, f3, f1 and f2 from the query encoder
         with record_function("features"):
             features = model.features(x0, x3, x1, x2)
+            joint = model.gathered(features)
         with record_function("loss"):
-            losses = self._losses(features)
-        self._optimize(losses.total)
+            losses = self._losses(features if model.ranks is None else joint)
+        losses = self._optimize(losses)
 
         # the banks move with the features, and from the rows, that the loss has seen
         with record_function("bank"):
-            bank = model.update_banks(features)
+            bank = model.update_banks(joint)
             model.fit_classifier(x3)
         return _to_log(losses) | bank
 
-    def _optimize(self, loss: Tensor) -> None:
-        """Backward pass and SGD; once a loss or gradient is not finite, the weights stay as they are."""
+    def _optimize(self, losses: Losses) -> Losses:
+        """Backward pass and SGD; once a loss or gradient is not finite, the weights stay as they are.
+
+        Returns the losses of the joint batch.
+        """
         with record_function("backward"):
             self.optimizer.zero_grad(set_to_none=True)
-            self.scaler.scale(loss).backward()
+            self.scaler.scale(losses.total).backward()
+        gradients = [p.grad for p in self.model.query.parameters() if p.grad is not None]
+        joint = torch.stack([part.detach() for part in losses])
+        with record_function("all-reduce"):
+            self.world.average_([*gradients, joint, *self._statistics])
+        losses = Losses(*joint)
         with record_function("optimizer"):
-            finite = loss.detach().isfinite()
+            finite = losses.total.isfinite()
             if not self.scaler.is_enabled():  # which skips a step whose scaled gradients overflow
-                gradients = [p.grad for p in self.model.query.parameters() if p.grad is not None]
                 finite = finite & torch.stack(torch._foreach_norm(gradients)).isfinite().all()
             first = ~finite & (self.fault < 0)
             self.fault.copy_(torch.where(first, self._time, self.fault))
@@ -159,6 +200,7 @@ class Trainer:
             self.optimizer.found_inf = (self.fault >= 0).float()  # type: ignore[attr-defined]
             self.scaler.step(self.optimizer)
             self.scaler.update()
+        return losses
 
     def _write_order(self, epoch: int) -> None:
         """A permutation of the training clips per epoch."""
@@ -174,8 +216,14 @@ class Trainer:
         first = self._time % self.steps_per_epoch * self.config.optim.batch_size
         return self._order[first + self._slots]
 
+    def _share(self) -> tuple[Tensor, list[Draws]]:
+        """This rank's clips of the step, and the random choices of their four views."""
+        index = self._batch()
+        own = self.world.part(len(index))
+        return index[own], [draws.part(own) for draws in self.views.draw(self._time, len(index))]
+
     def batch(self, step: int) -> Tensor:
-        """Clip numbers of a step, [N]."""
+        """Clip numbers of a step, of all ranks, [N]."""
         self._write_order(step // self.steps_per_epoch)
         self._time.fill_(step)
         return self._batch()
@@ -202,8 +250,10 @@ class Trainer:
             for number in range(-(-self.config.bank.size // size)):
                 step = -1 - number  # negative, so that no training step draws the same views
                 index = self.batch(number)
-                draws = self.views.draw(step, len(index), views=1)[0]
-                self.model.write_keys(self.model.key(self.views.make(index, "weak", draws, step)))
+                own = self.world.part(size)
+                draws = self.views.draw(step, size, views=1)[0].part(own)
+                keys = self.model.key(self.views.make(index[own], "weak", draws, step))
+                self.model.write_keys({level: self.world.gather(key) for level, key in keys.items()})
 
     def knn_accuracy(self) -> float | None:
         """kNN accuracy of the protocol in percent, None where a side of it has no labels."""
@@ -212,7 +262,7 @@ class Trainer:
             return None
         # its odd batch sizes are not worth compiling for
         with torch.compiler.set_stance("force_eager"):
-            return knn_accuracy(self.model.query, self.views, self.config.split)
+            return knn_accuracy(self.model.query, self.views, self.config.split, world=self.world)
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
         """Continue from a checkpoint. `InputError` if it was trained on other data."""
@@ -242,19 +292,23 @@ class Trainer:
 
 def _to_log(losses: Losses) -> dict[str, Tensor]:
     """L and its parts by name."""
-    names = ("loss", "loss_weak", "loss_strong", "loss_basic")
-    return {name: value.detach() for name, value in zip(names, losses, strict=True)}
+    return dict(zip(("loss", "loss_weak", "loss_strong", "loss_basic"), losses, strict=True))
 
 
-def choose_backend(config: Config, device: torch.device) -> tuple[Literal["triton", "torch"], str]:
+def choose_backend(
+    config: Config, device: torch.device, ranks: World | None = None
+) -> tuple[Literal["triton", "torch"], str]:
     """How losses and banks are computed, and why, as a sentence for the log or "".
 
-    `auto` takes the Triton kernels on a GPU, once they have agreed with float64 there.
+    `auto` takes the Triton kernels on a GPU, once they have agreed with float64 there; not where `ranks` share
+    a bank.
     """
     if config.run.backend != "auto":
         return config.run.backend, ""
     if device.type != "cuda" or not config.fits_kernels:
         return "torch", ""
+    if ranks is not None:
+        return "torch", "loss and bank in plain torch, because ranks share the bank's rows"
     from a2mc_fast.kernels.verify import mismatch
 
     reason = mismatch(

@@ -12,7 +12,7 @@ Legend: N batch · K bank rows · D feature dim · J = 1 + len(mix) banks (the p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,13 +21,26 @@ from torch.utils.checkpoint import checkpoint
 _BLOCK = 4096  # bank rows per pass: a [64, 4096] float32 block stays in a core's second-level cache
 
 
+class Ranks(Protocol):
+    """Processes that each hold some of the bank's rows. None instead: one process, which holds all."""
+
+    def sum(self, x: Tensor) -> Tensor: ...
+
+    def max(self, x: Tensor) -> Tensor: ...
+
+
+def _summed(x: Tensor, ranks: Ranks | None) -> Tensor:
+    """The sum over all bank rows from that over the rows at hand."""
+    return x if ranks is None else ranks.sum(x)
+
+
 class _Softmax(NamedTuple):
     """Softmax of one anchor's logits over its positive and its J banks, per row."""
 
     lse: Tensor  # [N] log-partition
     positive: Tensor  # [N] probability of the positive
     bank: Tensor  # [J, N] probability of each bank
-    weight: Tensor  # [N, K] sum over banks of (1-λ) times the probability: τ times d lse / d s
+    weight: Tensor  # [N, rows at hand] sum over banks of (1-λ) times the probability: τ times d lse / d s
 
 
 def _scales(mix: Sequence[float]) -> list[float]:
@@ -52,14 +65,21 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _softmax(
-    similarity: Tensor, positive: Tensor, offset: Tensor, mix: Sequence[float], inv_tau: float
+    similarity: Tensor,
+    positive: Tensor,
+    offset: Tensor,
+    mix: Sequence[float],
+    inv_tau: float,
+    ranks: Ranks | None,
 ) -> _Softmax:
     """Softmax over {positive, offset_j + (1-λ_j) s_k} / τ in one pass over s.
 
-    similarity [N, K], positive [N], offset [J, N] (λ_j u·f, zero for the plain bank).
+    similarity [N, rows at hand], positive [N], offset [J, N] (λ_j u·f, zero for the plain bank).
     """
     scales = _scales(mix)
     top = similarity.amax(1)
+    if ranks is not None:
+        top = ranks.max(top)
     # (1-λ) > 0, so the largest logit of each bank sits where s is largest: the shift is known before the pass
     highest = torch.stack([offset[j] + scale * top for j, scale in enumerate(scales)]).amax(0)
     shift = torch.maximum(positive, highest) * inv_tau
@@ -71,6 +91,7 @@ def _softmax(
             exponential = torch.add(bias[j].unsqueeze(1), rows, alpha=scale * inv_tau).exp_()
             bank[j] += exponential.sum(1)
             out.add_(exponential, alpha=scale)
+    bank = _summed(bank, ranks)
     first = torch.exp(positive * inv_tau - shift)
     total = first + bank.sum(0)
     return _Softmax(shift + total.log(), first / total, bank / total, weight.div_(total.unsqueeze(1)))
@@ -81,14 +102,20 @@ class _Contrast(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, anchor: Tensor, key: Tensor, bank: Tensor, mix: tuple[float, ...], inv_tau: float
+        ctx: Any,
+        anchor: Tensor,
+        key: Tensor,
+        bank: Tensor,
+        mix: tuple[float, ...],
+        inv_tau: float,
+        ranks: Ranks | None,
     ) -> Tensor:
         positive, own = _dot(anchor, key), _dot(anchor, anchor)
-        p = _softmax(anchor @ bank.T, positive, _offsets(own, mix), mix, inv_tau)
+        p = _softmax(anchor @ bank.T, positive, _offsets(own, mix), mix, inv_tau, ranks)
         gradient = None
         if ctx.needs_input_grad[0]:
             # d(λ f·f)/df = 2λ f: the own feature is mixed in, and nothing is detached
-            gradient = torch.addmm((p.positive - 1).unsqueeze(1) * key, p.weight, bank)
+            gradient = _summed(p.weight @ bank, ranks).addcmul_((p.positive - 1).unsqueeze(1), key)
             gradient.addcmul_(_mean_share(p.bank, mix).unsqueeze(1), anchor, value=2).mul_(inv_tau)
         ctx.save_for_backward(gradient, anchor, p.weight if ctx.needs_input_grad[2] else None)
         ctx.inv_tau = inv_tau
@@ -97,7 +124,7 @@ class _Contrast(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradient, anchor, weight = ctx.saved_tensors
-        return *_backward(grad, gradient, anchor, weight, ctx.inv_tau), None, None
+        return *_backward(grad, gradient, anchor, weight, ctx.inv_tau), None, None, None
 
 
 class _Distill(torch.autograd.Function):
@@ -112,18 +139,21 @@ class _Distill(torch.autograd.Function):
         bank: Tensor,
         mix: tuple[float, ...],
         inv_tau: float,
+        ranks: Ranks | None,
     ) -> Tensor:
         positive, own = _dot(anchor, key), _dot(anchor, anchor)
         similarity = anchor @ bank.T
-        p = _softmax(similarity, positive, _offsets(own, mix), mix, inv_tau)
+        p = _softmax(similarity, positive, _offsets(own, mix), mix, inv_tau, ranks)
         # the target is evaluated on the same columns, those mixed with the anchor
         offsets = _offsets(_dot(teacher, anchor), mix)
-        t = _softmax(teacher @ bank.T, _dot(teacher, key), offsets, mix, inv_tau)
-        mean_logit = t.positive * positive + _mean_share(t.bank, mix) * own + _dot(t.weight, similarity)
+        t = _softmax(teacher @ bank.T, _dot(teacher, key), offsets, mix, inv_tau, ranks)
+        mean_similarity = _summed(_dot(t.weight, similarity), ranks)
+        mean_logit = t.positive * positive + _mean_share(t.bank, mix) * own + mean_similarity
         difference = p.weight.sub_(t.weight)
         gradient = None
         if ctx.needs_input_grad[0]:
-            gradient = torch.addmm((p.positive - t.positive).unsqueeze(1) * key, difference, bank)
+            gradient = _summed(difference @ bank, ranks)
+            gradient.addcmul_((p.positive - t.positive).unsqueeze(1), key)
             share = _mean_share(p.bank - t.bank, mix)
             gradient.addcmul_(share.unsqueeze(1), anchor, value=2).mul_(inv_tau)
         ctx.save_for_backward(gradient, anchor, difference if ctx.needs_input_grad[3] else None)
@@ -134,7 +164,7 @@ class _Distill(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradient, anchor, weight = ctx.saved_tensors
         to_anchor, _, to_bank = _backward(grad, gradient, anchor, weight, ctx.inv_tau)
-        return to_anchor, None, None, to_bank, None, None
+        return to_anchor, None, None, to_bank, None, None, None
 
 
 def _backward(
@@ -146,23 +176,37 @@ def _backward(
     return to_anchor, None, to_bank
 
 
-def contrast(anchor: Tensor, key: Tensor, bank: Tensor, mix: Sequence[float], temperature: float) -> Tensor:
+def contrast(
+    anchor: Tensor,
+    key: Tensor,
+    bank: Tensor,
+    mix: Sequence[float],
+    temperature: float,
+    ranks: Ranks | None = None,
+) -> Tensor:
     """Cross-entropy of the positive against the bank and its mixed copies (A²MC Eq. 10; Eq. 1 without `mix`).
 
-    anchor, key [N, D], bank [K, D] -> [N]. Differentiable in anchor and bank; key is a constant.
+    anchor, key [N, D], bank [K, D] -> [N]. Differentiable in anchor and bank; key is a constant. With `ranks`
+    the bank is a rank's own rows, and every rank has the same features and gets the same loss.
     """
-    return _Contrast.apply(anchor, key.detach(), bank, tuple(mix), 1.0 / temperature)
+    return _Contrast.apply(anchor, key.detach(), bank, tuple(mix), 1.0 / temperature, ranks)
 
 
 def distillation(
-    anchor: Tensor, teacher: Tensor, key: Tensor, bank: Tensor, mix: Sequence[float], temperature: float
+    anchor: Tensor,
+    teacher: Tensor,
+    key: Tensor,
+    bank: Tensor,
+    mix: Sequence[float],
+    temperature: float,
+    ranks: Ranks | None = None,
 ) -> Tensor:
     """Cross-entropy of the anchor's similarity distribution under the teacher's (A²MC Eq. 11).
 
     anchor, teacher, key [N, D], bank [K, D] -> [N]. Differentiable in anchor and bank; key and teacher are
-    constants. Both distributions are taken over the banks mixed with the anchor.
+    constants. Both distributions are taken over the banks mixed with the anchor. `ranks` as in `contrast`.
     """
-    return _Distill.apply(anchor, teacher.detach(), key.detach(), bank, tuple(mix), 1.0 / temperature)
+    return _Distill.apply(anchor, teacher.detach(), key.detach(), bank, tuple(mix), 1.0 / temperature, ranks)
 
 
 def mixing_contrast(
@@ -177,27 +221,29 @@ def mixing_contrast(
     distill: bool = True,
     live_target: bool = False,
     normalize: bool = False,
+    ranks: Ranks | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """L1, L2 and L3 of A²MC (Eq. 9-11) per clip: features [N, D], bank [K, D] -> (weak, strong, basic), each
     [N].
 
     A term whose feature is None is zero. `distill` False makes L2 a contrast like L1; `live_target` lets its
-    gradient reach basic and the target's bank; `normalize` contrasts the unit rows of the bank.
+    gradient reach basic and the target's bank; `normalize` contrasts the unit rows of the bank; `ranks` as in
+    `contrast`, without `live_target`.
     """
     rows = torch.nn.functional.normalize(bank, dim=1) if normalize else bank
     off = basic.new_zeros(len(basic))
 
     def second(anchor: Tensor) -> Tensor:
         if not distill:
-            return contrast(anchor, key, rows, mix, temperature)
+            return contrast(anchor, key, rows, mix, temperature, ranks)
         if live_target:
             return mixing_contrast_general(anchor, basic, key, rows, mix, temperature, live_target=True)
-        return distillation(anchor, basic, key, rows, mix, temperature)
+        return distillation(anchor, basic, key, rows, mix, temperature, ranks)
 
     return (
-        off if weak is None else contrast(weak, key, rows, mix, temperature),
+        off if weak is None else contrast(weak, key, rows, mix, temperature, ranks),
         off if strong is None else second(strong),
-        contrast(basic, key, rows, mix, temperature),
+        contrast(basic, key, rows, mix, temperature, ranks),
     )
 
 

@@ -1,0 +1,292 @@
+"""Several processes, one per GPU, that train as one (torchrun, torch.distributed): `World` is all they say to
+each other.
+
+A step's batch is the joint batch of N clips, of which each of W ranks takes N / W, one rank after another; all
+random choices are those of the joint batch. Gradients are averaged, features gathered, so that every rank ends
+a step with the same weights and bank, and W ranks with those of one process. Alone, every method gives back
+what it gets. On GPUs all of it goes through NCCL, without waiting for the device, and can be captured in a
+CUDA graph; on CPUs through gloo.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from a2mc_fast.config import Config
+from a2mc_fast.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError, require
+
+_LINGER = 10.0  # seconds that a rank waits to be ended with the job, so that the report names the one that died
+_MAIN_FIRST = 0.5  # seconds that the others leave rank 0 to say what has gone wrong for all
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of a run, as seen by one of them; without arguments, a process on its own."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+    """Where this rank's tensors live."""
+    alone: bool = True
+    """Nobody to talk to."""
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the rank that prints and writes files."""
+        return self.rank == 0
+
+    def part(self, count: int) -> slice:
+        """This rank's share of `count` things in order; `count` is a multiple of the ranks."""
+        share = count // self.size
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+    # in the step: tensors on the device, shapes alike on all ranks
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Those of all ranks, one rank after another. x [n, ...] -> [W n, ...]
+
+        Differentiable where all ranks go on to compute the same loss: its gradient comes back W-fold, since
+        `average_` will divide by W.
+        """
+        if self.alone:
+            return x
+        gathered: Tensor = _Gather.apply(x, self)
+        return gathered
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over ranks. No gradient."""
+        return x if self.alone else _reduced(x, dist.ReduceOp.SUM)
+
+    def max(self, x: Tensor) -> Tensor:
+        """The maximum over ranks. No gradient."""
+        return x if self.alone else _reduced(x, dist.ReduceOp.MAX)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean over ranks. No gradient."""
+        return self.sum(x) / self.size if not self.alone else x
+
+    @torch.no_grad()
+    def average_(self, tensors: Sequence[Tensor]) -> None:
+        """Put the mean over ranks into float32 tensors, in one message."""
+        if self.alone:
+            return
+        flat = torch.cat([t.reshape(-1) for t in tensors])
+        dist.all_reduce(flat)
+        parts = flat.div_(self.size).split([t.numel() for t in tensors])
+        torch._foreach_copy_(list(tensors), [p.view(t.shape) for p, t in zip(parts, tensors, strict=True)])
+
+    # between steps
+
+    def any(self, flag: bool) -> bool:
+        """Whether it holds on any rank. All ranks must ask."""
+        if self.alone:
+            return flag
+        return bool(self.max(torch.tensor([flag], dtype=torch.int32, device=self.device)))
+
+    def spread(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """function(x), where each rank computes some of its rows. x [n, ...] -> [n, ...]"""
+        if self.alone:
+            return function(x)
+        share = -(-len(x) // self.size)
+        # all ranks compute as many: the last row again where rows run out
+        place = torch.arange(share * self.size, device=x.device).clamp_max(len(x) - 1)
+        return self.gather(function(x[place[self.part(len(place))]]))[: len(x)]
+
+    def broadcast_(self, tensors: Sequence[Tensor]) -> None:
+        """Put rank 0's content into tensors."""
+        for tensor in tensors if not self.alone else ():
+            content = tensor.detach().to(self.device).contiguous()
+            dist.broadcast(content, 0)
+            tensor.detach().copy_(content)
+
+    def share(self, value: Any) -> Any:
+        """What rank 0 gives, as JSON keeps it; what the others give is not read."""
+        if self.alone:
+            return value
+        text = torch.frombuffer(bytearray(json.dumps(value if self.main else None).encode()), dtype=torch.uint8)
+        length = torch.tensor([len(text)], device=self.device)
+        self.broadcast_([length])
+        content = text if self.main else torch.empty(int(length), dtype=torch.uint8)
+        self.broadcast_([content])
+        return json.loads(content.numpy().tobytes())
+
+    def collect(self, x: Tensor) -> Tensor:
+        """`gather`, without a gradient and into host memory: on rank 0 [W n, ...], on the others x itself."""
+        if self.alone:
+            return x
+        parts = []
+        for rank in range(self.size):
+            # one rank's part at a time, so that the whole need not fit into the device's memory
+            part = x.detach().clone()
+            dist.broadcast(part, rank)
+            if self.main:
+                parts.append(part.cpu())
+        return torch.cat(parts) if self.main else x
+
+    def require_equal(self, values: Tensor, message: str) -> None:
+        """`InputError` with {ranks}, the ranks whose int64 values [n] differ from rank 0's, in the message."""
+        if self.alone:
+            return
+        everyone = self.gather(values.to(self.device).unsqueeze(0))
+        other = (everyone != everyone[0]).any(1).nonzero().flatten().tolist()
+        ranks = "rank " * (len(other) == 1) + "ranks " * (len(other) > 1) + ", ".join(map(str, other))
+        require(not other, message.format(ranks=ranks))
+
+
+ALONE = World()
+
+
+class _Gather(torch.autograd.Function):
+    """See `World.gather`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, world: World) -> Tensor:
+        ctx.world = world
+        return stacked(x, world.size).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        world: World = ctx.world
+        return grad[world.part(len(grad))] * world.size, None
+
+
+def _reduced(x: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+    result = x.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(result, operation)
+    return result
+
+
+@torch.library.custom_op("a2mc::stacked", mutates_args=())
+def stacked(x: Tensor, ranks: int) -> Tensor:
+    """The x of all ranks. [...] -> [W, ...]. An operation of its own, which torch.compile leaves alone."""
+    result = x.new_empty(ranks, *x.shape)
+    dist.all_gather(list(result.unbind()), x.contiguous())
+    return result
+
+
+@stacked.register_fake
+def _(x: Tensor, ranks: int) -> Tensor:
+    return x.new_empty(ranks, *x.shape)
+
+
+def checksum(tensors: Sequence[Tensor]) -> Tensor:
+    """One number per tensor that tells contents apart, bit by bit. -> int64 [n]"""
+    sums = []
+    for tensor in tensors:
+        content = tensor.detach().contiguous().view(-1)
+        if content.is_floating_point():
+            content = content.view(torch.int32 if content.element_size() == 4 else torch.int16)
+        # neighbours weigh differently, so that their order matters
+        sums.append(content.sum(dtype=torch.int64) + 3 * content[::2].sum(dtype=torch.int64))
+    return torch.stack(sums)
+
+
+# joining and leaving
+
+
+@contextmanager
+def join(config: Config, device: Callable[[], torch.device]) -> Iterator[World]:
+    """The ranks that torchrun started, or a process on its own, for as long as the context lasts.
+
+    `device()` says where to train, once this rank's GPU is the current one. A failure is said once, by the rank
+    that it began on, with its number; ranks that fail because another one did end in silence. `InputError` for
+    a setup that cannot work.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    with _quiet_unless(rank == 0):
+        _take_gpu(config)
+        here = device()
+    if size == 1:
+        yield World(device=here)
+        return
+    timeout = timedelta(seconds=config.run.timeout)
+    with _quiet_unless(rank == 0):
+        try:
+            store = next(dist.rendezvous("env://", rank, size, timeout=timeout))[0]
+            backend = "nccl" if here.type == "cuda" else "gloo"
+            dist.init_process_group(
+                backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=timeout,
+                device_id=torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else None,
+            )  # fmt: skip
+        except (dist.DistError, RuntimeError) as error:
+            raise InputError(
+                f"{size} ranks could not meet within {config.run.timeout:g} s ({_first_line(error)}): start "
+                "all of them with torchrun, with the same --nnodes and --rdzv-endpoint, or raise --run.timeout"
+            ) from None
+    world = World(rank, size, here, alone=False)
+    try:
+        yield world
+    except BaseException as error:
+        _say_once(error, world, dist.PrefixStore("faults", store), config.run.timeout)
+        raise
+    dist.destroy_process_group()
+
+
+def _take_gpu(config: Config) -> None:
+    """Make the GPU of this rank's number on its machine the current one."""
+    if config.run.device == "cpu" or not torch.cuda.is_available() or "LOCAL_RANK" not in os.environ:
+        return
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    require(
+        here <= gpus,
+        f"{here} ranks on a machine with {gpus} GPU{'s' * (gpus > 1)}: torchrun --nproc-per-node {gpus} at most, "
+        "or --run.device cpu",
+    )
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+
+@contextmanager
+def _quiet_unless(speaks: bool) -> Iterator[None]:
+    """What every rank finds wrong before they meet, one of them says."""
+    try:
+        yield
+    except InputError:
+        if speaks:
+            raise
+        raise SystemExit(EXIT_BAD_INPUT) from None
+
+
+def _say_once(error: BaseException, world: World, store: dist.Store, timeout: float) -> None:
+    """Let one rank alone raise what went wrong, with its number; the others leave."""
+    if isinstance(error, SystemExit):
+        return
+    if isinstance(error, KeyboardInterrupt):  # all ranks stop at the same step
+        if world.main:
+            return
+        raise SystemExit(EXIT_INTERRUPTED) from None
+    lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+    if not world.main or lost:
+        time.sleep(_MAIN_FIRST)
+    first = True
+    with suppress(RuntimeError):  # the store may have died with rank 0's machine
+        first = store.add("said", 1) == 1
+    if not first:
+        raise SystemExit(EXIT_BAD_INPUT if isinstance(error, InputError) else 1) from None
+    if lost:
+        print(
+            f"error: rank {world.rank} has lost another rank, which died or did not answer for {timeout:g} s "
+            f"({_first_line(error)}): the run continues from its last checkpoint with --resume",
+            flush=True,
+        )
+        time.sleep(_LINGER)
+        raise SystemExit(1) from None
+    if isinstance(error, InputError) and not world.main:
+        raise InputError(f"rank {world.rank}: {error}") from None
+    error.add_note(f"on rank {world.rank} of {world.size}")
+
+
+def _first_line(error: Exception) -> str:
+    """An error of torch.distributed in short."""
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return text.split("] ", 1)[-1].split(". This is")[0].strip()
