@@ -17,8 +17,10 @@ import torch
 from a2mc_fast.config import AttackConfig, BankConfig, Config, EncoderConfig, LossConfig, RunConfig, preset
 from a2mc_fast.data import Clips
 from a2mc_fast.distributed import ALONE, World, join
+from a2mc_fast.encoders.joint_norm import join_batch_norms
 from a2mc_fast.trainer import Trainer
 from tests.conftest import SMALL
+from tests.test_step import TwoHalves
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload([__name__, "a2mc_fast.trainer", "torch._dynamo"])
@@ -159,7 +161,96 @@ def test_ranks_equal_one_process(name: str, two: Ranks, three: Ranks) -> None:
     alone = trained(ALONE, CONFIGS[name])
     for ranks in (two, three):
         first, *others = ranks(trained, CONFIGS[name])
-        print(name, {n: float(np.abs(first[n]-v).max()/max(1, np.abs(v).max())) for n, v in alone.items() if np.abs(first[n]-v).max()>1e-7})
         for other in others:
             assert_close(other, first, 0)
         assert_close(first, alone)
+
+
+@pytest.mark.parametrize("name", ["full", "infonce", "fifo", "plain", "pseudo", "keys"])
+def test_a_bank_shared_by_ranks_equals_a_whole_one(name: str, two: Ranks, three: Ranks) -> None:
+    """Three ranks hold ten rows each, fewer than the twelve keys of a batch."""
+    alone = trained(ALONE, CONFIGS[name])
+    shared = replace(CONFIGS[name], run=RunConfig(shard_bank=True))
+    for ranks in (two, three):
+        first, *others = ranks(trained, shared)
+        assert_close(first, alone)
+        for other in others:
+            size = len(alone["banks.feature.rows"]) // len(ranks.lines)
+            assert len(other["banks.feature.rows"]) == size
+            for table in ("rows", "velocity"):
+                other.pop(f"banks.feature.{table}", None)
+            assert_close(other, {n: v for n, v in first.items() if n in other}, 0)
+
+
+def levels_trained(world: World, config: Config) -> State:
+    from a2mc_fast.encoders import build
+
+    before = build._ENCODERS["bigru"]
+    build._ENCODERS["bigru"] = TwoHalves
+    try:
+        return trained(world, config)
+    finally:
+        build._ENCODERS["bigru"] = before
+
+
+@pytest.mark.parametrize("share", [False, True], ids=["whole", "shared"])
+def test_pairs_of_levels_keep_the_order_of_the_joint_batch(share: bool, three: Ranks) -> None:
+    config = small(run=RunConfig(shard_bank=share))
+    alone = levels_trained(ALONE, config)
+    assert "banks.t.rows" in alone
+    assert_close(three(levels_trained, config)[0], alone)
+
+
+def local_statistics(world: World) -> list[Any]:
+    """What BatchNorm makes of one's own clips, and the running statistics after a step."""
+    config = small()
+    config = replace(config, encoder=replace(config.encoder, batch_norm="local"))
+    trainer = Trainer(config, some_clips(), world)
+    seen: list[torch.Tensor] = []
+    norm = trainer.model.query.encoder.input_norm
+    assert isinstance(norm, torch.nn.BatchNorm1d)
+    norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
+    trainer.step(0)
+    assert norm.running_mean is not None and norm.running_var is not None
+    return [seen[0].numpy(), norm.running_mean.numpy(), norm.running_var.numpy()]
+
+
+def test_local_batch_norm_averages_the_running_statistics(three: Ranks) -> None:
+    seen, means, variances = zip(*three(local_statistics))
+    expected = 0.1 * np.mean([x.mean(0) for x in seen], 0), 0.9 + 0.1 * np.mean([x.var(0, ddof=1) for x in seen], 0)
+    for mean, variance in zip(means, variances):
+        np.testing.assert_allclose(mean, expected[0], atol=1e-6)
+        np.testing.assert_allclose(variance, expected[1], rtol=1e-6)
+    alone = local_statistics(ALONE)
+    np.testing.assert_array_equal(np.concatenate(seen), alone[0])
+    np.testing.assert_allclose(means[0], alone[1], atol=1e-6)
+
+
+def normalised(world: World, kind: str, x: torch.Tensor, up: torch.Tensor) -> list[Any]:
+    """BatchNorm of this rank's part: output, gradients, running statistics."""
+    norm = getattr(torch.nn, kind)(x.shape[1]).double()
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(0.5, 2, x.shape[1]))
+    outer = torch.nn.Sequential(norm)
+    join_batch_norms(outer, world)
+    part = world.part(len(x))
+    own = x[part].clone().requires_grad_()
+    y = outer(own)
+    (y * up[part]).sum().backward()
+    gradients = [p.grad for p in outer.parameters() if p.grad is not None]
+    assert isinstance(own.grad, torch.Tensor)
+    outer.eval()
+    results = [y, own.grad, outer(own), *(world.sum(g) for g in gradients), *outer.state_dict().values()]
+    return [r.detach().numpy() for r in results]
+
+
+@pytest.mark.parametrize("kind, shape", [("BatchNorm1d", (6, 4)), ("BatchNorm1d", (6, 4, 5)), ("BatchNorm2d", (6, 4, 5, 3))])
+def test_joint_batch_norm_equals_one_over_the_joint_batch(kind: str, shape: tuple[int, ...], three: Ranks) -> None:
+    # a mean that dwarfs the spread, which the mean of squares would not survive
+    x = torch.randn(shape, dtype=torch.float64) * torch.tensor([1e-3, 1, 10, 100]).view(1, 4, *[1] * (len(shape) - 2)) + 1e4
+    up = torch.randn(shape, dtype=torch.float64)
+    alone = normalised(ALONE, kind, x, up)
+    ranks = three(normalised, kind, x, up)
+    for number, expected in enumerate(alone):
+        got = np.concatenate([r[number] for r in ranks]) if number < 3 else ranks[1][number]
+        np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-8, err_msg=str(number))

@@ -23,7 +23,8 @@ class JointBatchNorm(_BatchNorm):
         super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
         self.ranks = ranks
         self.weight, self.bias = norm.weight, norm.bias
-        self.load_state_dict(norm.state_dict())
+        self.running_mean, self.running_var = norm.running_mean, norm.running_var
+        self.num_batches_tracked = norm.num_batches_tracked
         self.train(norm.training)
 
     def _check_input_dim(self, x: Tensor) -> None:
