@@ -37,7 +37,7 @@ _DTYPES = {
 }  # fmt: skip
 _MAX_JOINTS = 1024
 # a model may need this many elements beside those in its checkpoint: small tables that it makes anew
-_SPARE_ELEMENTS = 1 << 22
+_SPARE_ELEMENTS = 1 << 18
 
 
 class State(NamedTuple):
@@ -187,11 +187,18 @@ class Checkpoint:
     def build_untrained(self, device: torch.device | str = "cpu") -> A2MC:
         """The model as it was before training. `InputError` if it would not fit the tensors of the file."""
         held = sum(tensor.numel() for tensor in self.tensors.values())
+        sizes = [n for n in self.config.encoder.options.values() if type(n) is int]
+        largest = max(
+            *sizes, self.config.encoder.projection, self.config.bank.size, self.persons, self.classes
+        )
         try:
+            # a layer, a row or a class has at least one element
+            if largest > held:
+                raise MemoryError(f"it asks for {largest} of something and holds {held} numbers in all")
             with _Allowance(2 * held + _SPARE_ELEMENTS):
                 model = A2MC(self.config, self.skeleton, self.persons, self.classes)
         except (RuntimeError, MemoryError, OverflowError) as error:
-            raise InputError(f"{self.path} describes a model that cannot be built: {error}") from None
+            raise InputError(f"{self.path} does not hold the model that it describes: {error}") from None
         return model.to(device)
 
     def restore(self, model: nn.Module) -> None:
@@ -230,7 +237,7 @@ class _Allowance(TorchFunctionMode):
             sizes = args[0] if isinstance(args[0], tuple | list) else [a for a in args if isinstance(a, int)]
             self.left -= math.prod(sizes)
             if self.left < 0:
-                raise MemoryError("its configuration asks for more than the file holds")
+                raise MemoryError("it asks for more numbers than it holds")
         return func(*args, **(kwargs or {}))
 
 
