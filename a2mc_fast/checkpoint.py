@@ -1,23 +1,26 @@
 """Checkpoints: one safetensors file with every tensor of a run, and its step, configuration and data in the
 header.
 
-Nothing in a checkpoint is executed when it is read. The file is written beside the old one and renamed over
-it, so `checkpoint.safetensors` is always whole. Batch order and views are functions of (seed, step), so there
-is no generator or loader state to keep.
+Nothing in a checkpoint is executed when it is read, and a checksum of all its content tells a damaged one.
+A new file is written beside the old one and renamed over it, so `checkpoint.safetensors`, the newest, is
+always whole; older ones stay as `checkpoint-STEP.safetensors`. Batch order and views are functions of
+(seed, step), so there is no generator or loader state to keep.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from a2mc_fast.config import Config, from_dict, to_dict
 from a2mc_fast.data.clips import Clips
@@ -26,8 +29,134 @@ from a2mc_fast.files import atomic_path
 from a2mc_fast.model import A2MC
 from a2mc_fast.skeleton import Skeleton
 
-FORMAT = "a2mc-checkpoint/1"
+FORMAT = "a2mc-checkpoint/2"
 FILE = "checkpoint.safetensors"
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+_MAX_JOINTS = 1024
+# a model may need this many elements beside those in its checkpoint: small tables that it makes anew
+_SPARE_ELEMENTS = 1 << 18
+
+
+class State(NamedTuple):
+    """What a checkpoint holds: the header's values, and tensors that may live on any device."""
+
+    header: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def state(
+    *,
+    step: int,
+    config: Config,
+    model: A2MC,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    clips: Clips,
+    classes: int,
+    progress: dict[str, float],
+) -> State:
+    """The run after `step` steps. Its tensors are the live ones, not copies."""
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for name, parameter in model.query.named_parameters():
+        buffer = optimizer.state[parameter].get("momentum_buffer")
+        if buffer is not None:
+            tensors[f"optimizer.{name}"] = buffer
+    header = {
+        "format": FORMAT,
+        "step": step,
+        "config": to_dict(config),
+        "skeleton": dataclasses.asdict(clips.skeleton),
+        "persons": clips.num_persons,
+        "classes": classes,
+        "data": data_identity(clips),
+        "progress": dict(progress),
+        "scaler": scaler.state_dict(),
+    }
+    return State(header, tensors)
+
+
+def numbered(folder: Path, step: int) -> Path:
+    """Name of an older checkpoint."""
+    return folder / f"checkpoint-{step:09d}.safetensors"
+
+
+def numbered_steps(folder: Path) -> list[int]:
+    """Steps of the older checkpoints in a folder."""
+    names = (path.stem.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*.safetensors"))
+    return [int(name) for name in names if name.isdecimal() and len(name) >= 9]
+
+
+def data_identity(clips: Clips) -> dict[str, int]:
+    """What tells one data set from another at a glance."""
+    return {"clips": len(clips), "frames": len(clips.frames)}
+
+
+# writing
+
+
+def write(path: Path, saved: State) -> None:
+    """Write a checkpoint, whole or not at all. `InputError` if a weight is not finite."""
+    with atomic_path(path) as temporary:
+        write_content(temporary, saved)
+
+
+def write_content(path: Path, saved: State) -> None:
+    """The safetensors format by hand: the library would hold Python's lock for as long as the disk takes."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in saved.tensors.items()}
+    wrong = _not_finite(tensors)
+    require(not wrong, f"{wrong} is not finite after step {saved.header['step']}: the state is not saved")
+    text = {name: json.dumps(value, allow_nan=False) for name, value in saved.header.items()}
+    text["checksum"] = _checksum(text, tensors)
+    # wide types first, so that every tensor is aligned
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": text}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        start, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]
+        }  # fmt: skip
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name in names:
+            file.write(_bytes(tensors[name]))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The content of a contiguous CPU tensor, not copied."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _checksum(text: dict[str, str], tensors: dict[str, Tensor]) -> str:
+    """BLAKE2b of the header's values and of every tensor's name, type, shape and bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(json.dumps({k: v for k, v in text.items() if k != "checksum"}, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\0{name} {tensor.dtype} {list(tensor.shape)}\0".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _not_finite(tensors: dict[str, Tensor]) -> str:
+    """Name of the first tensor with a NaN or an infinity; empty if there is none."""
+    for name, tensor in tensors.items():
+        # a NaN spreads to both ends of the range
+        if (
+            tensor.is_floating_point()
+            and tensor.numel()
+            and not torch.stack(tensor.aminmax()).isfinite().all()
+        ):
+            return name
+    return ""
+
+
+# reading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +173,7 @@ class Checkpoint:
     data: dict[str, int]
     """Clips and frames of the set it was trained on."""
     progress: dict[str, float]
-    """Numbers that the run carries along: seconds so far, the untrained encoder's accuracy."""
+    """Numbers that the run carries along: seconds so far, the latest loss and accuracies."""
     scaler: dict[str, Any]
     """State of the fp16 loss scaler; empty in other precisions."""
     tensors: dict[str, Tensor]
@@ -56,8 +185,21 @@ class Checkpoint:
         return model
 
     def build_untrained(self, device: torch.device | str = "cpu") -> A2MC:
-        """The model as it was before training."""
-        return A2MC(self.config, self.skeleton, self.persons, self.classes).to(device)
+        """The model as it was before training. `InputError` if it would not fit the tensors of the file."""
+        held = sum(tensor.numel() for tensor in self.tensors.values())
+        sizes = [n for n in self.config.encoder.options.values() if type(n) is int]
+        largest = max(
+            *sizes, self.config.encoder.projection, self.config.bank.size, self.persons, self.classes
+        )
+        try:
+            # a layer, a row or a class has at least one element
+            if largest > held:
+                raise MemoryError(f"it asks for {largest} of something and holds {held} numbers in all")
+            with _Allowance(2 * held + _SPARE_ELEMENTS):
+                model = A2MC(self.config, self.skeleton, self.persons, self.classes)
+        except (RuntimeError, MemoryError, OverflowError) as error:
+            raise InputError(f"{self.path} does not hold the model that it describes: {error}") from None
+        return model.to(device)
 
     def restore(self, model: nn.Module) -> None:
         """Copy the model's tensors."""
@@ -73,53 +215,34 @@ class Checkpoint:
         for name, parameter in model.query.named_parameters():
             buffer = self.tensors.get(f"optimizer.{name}")
             if buffer is not None:
+                require(
+                    (buffer.shape, buffer.dtype) == (parameter.shape, parameter.dtype),
+                    f"{self.path}: the momentum of {name} is {buffer.dtype} {list(buffer.shape)}, "
+                    f"its parameter {parameter.dtype} {list(parameter.shape)}",
+                )
                 optimizer.state[parameter]["momentum_buffer"] = buffer.to(parameter.device, copy=True)
 
 
-def data_identity(clips: Clips) -> dict[str, int]:
-    """What tells one data set from another at a glance."""
-    return {"clips": len(clips), "frames": len(clips.frames)}
+class _Allowance(TorchFunctionMode):
+    """Refuses new tensors once they are larger than `elements` in all: a header may claim any size."""
 
+    _NEW = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
 
-def save(
-    path: Path,
-    *,
-    step: int,
-    config: Config,
-    model: A2MC,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    clips: Clips,
-    classes: int,
-    progress: dict[str, float],
-) -> None:
-    """Write a checkpoint, whole or not at all."""
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for name, parameter in model.query.named_parameters():
-        buffer = optimizer.state[parameter].get("momentum_buffer")
-        if buffer is not None:
-            tensors[f"optimizer.{name}"] = buffer
-    header = {
-        "format": FORMAT,
-        "step": step,
-        "config": to_dict(config),
-        "skeleton": dataclasses.asdict(clips.skeleton),
-        "persons": clips.num_persons,
-        "classes": classes,
-        "data": data_identity(clips),
-        "progress": progress,
-        "scaler": scaler.state_dict(),
-    }
-    with atomic_path(path) as temporary:
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-            temporary,
-            metadata={name: json.dumps(value) for name, value in header.items()},
-        )
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.left = elements
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self._NEW and args:
+            sizes = args[0] if isinstance(args[0], tuple | list) else [a for a in args if isinstance(a, int)]
+            self.left -= math.prod(sizes)
+            if self.left < 0:
+                raise MemoryError("it asks for more numbers than it holds")
+        return func(*args, **(kwargs or {}))
 
 
 def load(path: Path) -> Checkpoint:
-    """Read a checkpoint file, or the one of a run folder. `InputError` says what is wrong with it."""
+    """Read a checkpoint file, or the newest of a run folder. `InputError` says what is wrong with it."""
     path = Path(path)
     if path.is_dir():
         path = path / FILE
@@ -127,33 +250,82 @@ def load(path: Path) -> Checkpoint:
         raise FileNotFoundError(f"{path} not found: is this the folder of a run of a2mc_fast.train?")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            header: dict[str, Any] = {k: _parse(v) for k, v in (file.metadata() or {}).items()}
-            require(header.get("format") == FORMAT, f"{path} is not a checkpoint ({FORMAT})")
+            text: dict[str, str] = file.metadata() or {}
+            require(text.get("format") == json.dumps(FORMAT), f"{path} is not a checkpoint ({FORMAT})")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        # JSON has lists where the skeleton has tuples
-        fields: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in header["skeleton"].items()
-        }
-        return Checkpoint(
-            path=path,
-            step=int(header["step"]),
-            config=from_dict(header["config"], where=f"{path}: config"),
-            skeleton=Skeleton(**fields),
-            persons=int(header["persons"]),
-            classes=int(header["classes"]),
-            data=dict(header["data"]),
-            progress=dict(header["progress"]),
-            scaler=dict(header["scaler"]),
-            tensors=tensors,
-        )
+        require(text.get("checksum") == _checksum(text, tensors), f"{path} is damaged: its checksum is wrong")
+        wrong = _not_finite(tensors)
+        require(not wrong, f"{path}: {wrong} is not finite")
+        return _parse(path, {k: _json(v) for k, v in text.items() if k != "checksum"}, tensors)
+    except InputError:
+        raise
     except SafetensorError as error:
         raise InputError(f"{path} is damaged or not a safetensors file ({error})") from None
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RuntimeError) as error:
         raise InputError(f"{path} is not a complete checkpoint ({error!r})") from None
 
 
-def _parse(value: str) -> Any:
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError:
+def load_last_good(folder: Path) -> tuple[Checkpoint | None, str]:
+    """The newest checkpoint of a run folder that is whole, and what to say of newer ones that are not.
+
+    None if there is no checkpoint at all; `InputError` if there are some and none is whole.
+    """
+    older = [numbered(folder, step) for step in sorted(numbered_steps(folder), reverse=True)]
+    damaged = ""
+    for path in (folder / FILE, *older):
+        if path.exists():
+            try:
+                found = load(path)
+            except InputError as error:
+                damaged = damaged or str(error)
+                continue
+            return found, f"{damaged}: using {path.name}, of step {found.step}" if damaged else ""
+    require(not damaged, f"{damaged}, and {folder} holds no older one that is whole: start another run")
+    return None, ""
+
+
+def _parse(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoint:
+    """The header's values, each of its type and in its range."""
+
+    def count(value: Any, name: str, least: int = 1) -> int:
+        require(type(value) is int and value >= least, f"{path}: {name} must be an integer >= {least}")
+        return int(value)
+
+    def numbers(name: str) -> dict[str, float]:
+        values = header[name]
+        require(
+            isinstance(values, dict) and all(type(v) in (int, float) for v in values.values()),
+            f"{path}: {name} must be numbers by name",
+        )
+        return dict(values)
+
+    # JSON has lists where the skeleton has tuples
+    fields: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in header["skeleton"].items()
+    }
+    joints = len(fields["parents"])
+    require(joints <= _MAX_JOINTS, f"{path}: a skeleton of {joints} joints (at most {_MAX_JOINTS})")
+    return Checkpoint(
+        path=path,
+        step=count(header["step"], "step", 0),
+        config=from_dict(header["config"], where=f"{path}: config"),
+        skeleton=Skeleton(**fields),
+        persons=count(header["persons"], "persons"),
+        classes=count(header["classes"], "classes"),
+        data={name: count(header["data"][name], f"data.{name}") for name in ("clips", "frames")},
+        progress=numbers("progress"),
+        scaler=numbers("scaler"),
+        tensors=tensors,
+    )
+
+
+def _json(text: str) -> Any:
+    """JSON without the NaN and infinities that Python would let through."""
+
+    def finite(number: str) -> float:
+        value = float(number)
+        if not math.isfinite(value):
+            raise ValueError(f"the number {number} is not finite")
         return value
+
+    return json.loads(text, parse_float=finite, parse_constant=finite)

@@ -290,6 +290,10 @@ class RunConfig:
     """Epochs between kNN evaluations; 0 = only before and after training."""
     checkpoint_every: int = 1
     """Epochs between checkpoints; the last step always saves."""
+    keep_last: int = 2
+    """Newest checkpoints to keep; the one before the newest is what a damaged newest falls back to."""
+    keep_every: int = 0
+    """Also keep, and make, a checkpoint every so many epochs; 0 = none."""
     tensorboard: bool = False
     """Also write TensorBoard events (extra `tensorboard`)."""
     progress: bool = True
@@ -301,6 +305,8 @@ class RunConfig:
         require(self.log_every >= 1, f"run.log_every must be >= 1, got {self.log_every}")
         require(self.eval_every >= 0, f"run.eval_every must be >= 0, got {self.eval_every}")
         require(self.checkpoint_every >= 1, f"run.checkpoint_every must be >= 1, got {self.checkpoint_every}")
+        require(self.keep_last >= 1, f"run.keep_last must be >= 1, got {self.keep_last}")
+        require(self.keep_every >= 0, f"run.keep_every must be >= 0, got {self.keep_every}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,42 +1,52 @@
-"""The run folder, its metrics file, the console line and the progress bar.
+"""The run folder, its metrics file, the console line and the progress bar, and the signals that stop a run.
 
-A folder holds `config.json`, `metrics.jsonl` (one object per log line), `checkpoint.safetensors` and, when
-the run has ended, `result.json`.
+A folder holds `config.json`, `metrics.jsonl` (one object per log line), `checkpoint.safetensors` and older
+ones, and, when the run has ended, `result.json`.
 """
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import math
+import os
 import platform
 import resource
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from a2mc_fast import __version__
-from a2mc_fast.checkpoint import FILE, Checkpoint, load
-from a2mc_fast.config import Config, differences, to_dict
-from a2mc_fast.errors import InputError, require
-from a2mc_fast.files import atomic_path, write_json
+from a2mc_fast.checkpoint import FILE, Checkpoint, load_last_good
+from a2mc_fast.config import Config, differences, from_dict, to_dict
+from a2mc_fast.errors import InputError, os_reason, require
+from a2mc_fast.files import atomic_path, read_json, remove_leftovers, write_json
+
+if TYPE_CHECKING:
+    from a2mc_fast.trainer import Trainer
 
 _CONSOLE_EVERY = 10.0  # seconds between console lines where there is no progress bar
+_NAMED = 8  # clips named in an error
+_NOT_FINITE = "start a new run with a lower --optim.lr or --precision fp32 (a resumed one would repeat this)"
 
 
 def open_folder(config: Config, resume: bool) -> tuple[Path, Checkpoint | None]:
-    """The folder of a new run, or of the run to resume with its checkpoint.
+    """The folder of a new run, or of the run to resume with its newest good checkpoint.
 
     A run is never written over: an explicit folder that holds one is refused, and runs/PRESET moves on to
-    runs/PRESET-2, -3, ... `InputError` lists the fields in which a resumed run would differ.
+    runs/PRESET-2, -3, ... A run that was killed before its first checkpoint begins again. `InputError` lists
+    the fields in which a resumed run would differ.
     """
     base = Path(config.run.out or f"runs/{config.preset}")
     numbered = [] if config.run.out else [Path(f"{base}-{number}") for number in range(2, 1000)]
@@ -47,19 +57,33 @@ def open_folder(config: Config, resume: bool) -> tuple[Path, Checkpoint | None]:
             f"{base} already holds a run: continue it with --resume, or choose another --run.out",
         )
         return [base, *numbered][len(taken)], None
-    require(bool(taken), f"{base} holds no run to resume")
-    checkpoint = load(taken[-1])
-    changed = differences(checkpoint.config, config)
+    require(bool(taken), f"{base} holds no run to resume: start it without --resume")
+    folder = taken[-1]
+    checkpoint, damaged = load_last_good(folder)
+    changed = differences(checkpoint.config if checkpoint else _started_with(folder), config)
     require(
         not changed,
-        f"{taken[-1]} was run with another configuration ({'; '.join(changed)}): "
+        f"{folder} was run with another configuration ({'; '.join(changed)}): "
         "resume it with the same flags, or choose another --run.out",
     )
-    return taken[-1], checkpoint
+    if damaged or checkpoint is None:
+        print(damaged or f"{folder} holds no checkpoint yet: starting from the beginning", flush=True)
+    return folder, checkpoint
 
 
 def _holds_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in (FILE, "metrics.jsonl", "result.json"))
+    return any((folder / name).exists() for name in (FILE, "config.json", "metrics.jsonl", "result.json"))
+
+
+def _started_with(folder: Path) -> Config:
+    """The configuration that a run without a checkpoint wrote down."""
+    path = folder / "config.json"
+    require(path.exists(), f"{folder} holds neither checkpoint nor config.json: nothing to resume")
+    content = read_json(path)
+    if isinstance(content, dict):
+        content.pop("machine", None)
+    config: Config = from_dict(content, where=str(path))
+    return config
 
 
 def machine() -> dict[str, str]:
@@ -99,21 +123,63 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+@contextmanager
+def stop_on_signal() -> Iterator[list[int]]:
+    """The signals, SIGTERM or SIGINT (Ctrl-C), that asked the run to stop so far: none, or one.
+
+    The first only asks; a second one ends the process at once. Outside the main thread none are seen, and
+    one that is ignored (as under nohup, or in a shell's background) stays so.
+    """
+    asked: list[int] = []
+    before: dict[int, Any] = {}
+
+    def ask(number: int, frame: object) -> None:
+        asked.append(number)
+        for other in before:
+            signal.signal(other, signal.SIG_DFL)
+        # no print: the signal may have come in the middle of one
+        os.write(2, f"\n{signal.Signals(number).name}: finishing this step and saving\n".encode())
+
+    if threading.current_thread() is threading.main_thread():
+        chosen = (signal.SIGTERM, signal.SIGINT)
+        before = {n: signal.getsignal(n) for n in chosen if signal.getsignal(n) is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def leave(signals: list[int]) -> NoReturn:
+    """End as the signal would have it: exit code 130 after SIGINT, 143 after SIGTERM."""
+    if signals[0] == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + signals[0])
+
+
 class RunLog:
-    """Writes one run's folder and tells the user how it goes. Its clock stands still while `paused`."""
+    """Writes one run's folder and tells the user how it goes. Its clock stands still while `paused`.
+
+    The folder is locked while the run lasts. Metrics that the disk refuses wait in memory for the next line.
+    """
 
     def __init__(self, folder: Path, config: Config, total_steps: int, resumed: Checkpoint | None) -> None:
         self.folder, self.config, self.total_steps = folder, config, total_steps
         self.step = self._last_step = resumed.step if resumed else 0
-        self._before = self._last_seconds = resumed.progress["seconds"] if resumed else 0.0
-        self._board = _tensorboard(folder) if config.run.tensorboard else None
+        self._before = self._last_seconds = resumed.progress.get("seconds", 0.0) if resumed else 0.0
+        self._board = _tensorboard(folder, self.step + 1) if config.run.tensorboard else None
         folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(folder)
+        remove_leftovers(folder, FILE, "config.json", "metrics.jsonl", "result.json", "fault.json")
         self._metrics = folder / "metrics.jsonl"
-        if resumed:
-            self._drop_metrics_after(resumed.step)
-        else:
+        if resumed is None:
             write_json(folder / "config.json", {**to_dict(config), "machine": machine()})
-        self._file = self._metrics.open("a", encoding="utf-8")
+        self._drop_metrics_after(resumed.step if resumed else -1)
+        self._file = self._metrics.open("ab", buffering=0)
+        self._unwritten = b""
+        self._writing = threading.Lock()  # the thread that saves also asks for what is unwritten
         self._bar = tqdm(
             total=total_steps,
             initial=self.step,
@@ -146,31 +212,20 @@ class RunLog:
         """Whether something that is done every so many epochs (0: never), and at the end, is due now."""
         return self.step == self.total_steps or (epochs > 0 and self.step % (epochs * steps_per_epoch) == 0)
 
-    def metrics(
-        self, values: dict[str, Tensor], lr: float, stage: str, device: torch.device
-    ) -> dict[str, float]:
-        """One metrics line. Reading the values is the step's only wait for the device.
-
-        `InputError` if the loss is not finite.
-        """
-        names, stacked = list(values), torch.stack([v.detach().float() for v in values.values()])
-        numbers = dict(zip(names, stacked.tolist(), strict=True))
-        if not math.isfinite(numbers["loss"]):
-            raise InputError(
-                f"the loss is {numbers['loss']} at or just before step {self.step}: lower --optim.lr, or use "
-                f"--precision fp32; the last checkpoint is in {self.folder}"
-            )
+    def metrics(self, trainer: Trainer, values: dict[str, Tensor]) -> dict[str, float]:
+        """One metrics line of what the last step returned. Returns its numbers; fails as `check` does."""
+        numbers = self.check(trainer, values)
         seconds, steps = self.seconds, self.step - self._last_step
         rate = steps / max(seconds - self._last_seconds, 1e-9)
         self._last_seconds, self._last_step = seconds, self.step
         record = {
             "step": self.step,
-            "stage": stage,
-            "lr": lr,
+            "stage": "warm-up" if self.step <= self.config.warmup_steps else "train",
+            "lr": trainer.learning_rate(self.step - 1),
             **numbers,
             "seconds": round(seconds, 3),
             "clips_per_second": round(rate * self.config.optim.batch_size, 1),
-            "memory_bytes": peak_memory(device),
+            "memory_bytes": peak_memory(trainer.device),
         }
         self._write(record)
         self._bar.set_postfix_str(self._state(record), refresh=False)
@@ -179,6 +234,42 @@ class RunLog:
             self._last_console = time.perf_counter()
             self.say(self._console_line(record, rate))
         return numbers
+
+    def check(self, trainer: Trainer, values: dict[str, Tensor]) -> dict[str, float]:
+        """What a step returned, as numbers: the only wait for the device.
+
+        `InputError` if a loss or a gradient was not finite since the last check: the trainer's `fault`, int64
+        [1] on the device, is the first such step, or -1. It names the step, counted from one as in the log,
+        and its clips.
+        """
+        # float64 holds a step number exactly; one read for both
+        stacked = torch.stack([v.detach().float() for v in values.values()]).double()
+        fault: Tensor | None = getattr(trainer, "fault", None)
+        first = stacked.new_full((1,), -1) if fault is None else fault.double().view(1)
+        *read, faulty = torch.cat((stacked, first)).tolist()
+        numbers = dict(zip(values, read, strict=True))
+        if faulty >= 0:
+            raise InputError(
+                f"the loss or a gradient is not finite in step {int(faulty) + 1} (clips "
+                f"{self._clips(trainer, int(faulty))}): look at these clips, or {_NOT_FINITE}; earlier "
+                f"checkpoints stay in {self.folder}"
+            )
+        require(
+            math.isfinite(numbers["loss"]),
+            f"the loss is {numbers['loss']} at or just before step {self.step}: {_NOT_FINITE}; earlier "
+            f"checkpoints stay in {self.folder}",
+        )
+        return numbers
+
+    def _clips(self, trainer: Trainer, step: int) -> str:
+        """The names of a step's clips, the first few, and where all are."""
+        names = [trainer.clips.names[index] for index in trainer.batch(step).tolist()]
+        more = ""
+        if len(names) > _NAMED:
+            with suppress(OSError):
+                write_json(self.folder / "fault.json", {"step": step + 1, "clips": names})
+                more = f" and {len(names) - _NAMED} more, listed in {self.folder}/fault.json"
+        return ", ".join(names[:_NAMED]) + more
 
     def _console_line(self, record: dict[str, Any], rate: float) -> str:
         """Fixed order, with units."""
@@ -197,24 +288,50 @@ class RunLog:
             f"{record['clips_per_second']:.0f} clips/s  {record['memory_bytes'] / 2**30:.2f} GiB"
         )
 
-    def accuracy(self, knn_top1: float | None) -> None:
-        """A metrics line and a console line of an evaluation, after `step` steps; nothing without labels."""
-        if knn_top1 is not None:
-            self._write({"step": self.step, "knn_top1": knn_top1})
-            self.say(f"step {self.step}/{self.total_steps}  kNN top-1 {knn_top1:.1f} %")
+    def accuracy(self, knn_top1: float | None, which: str = "") -> dict[str, float]:
+        """A metrics line and a console line of an evaluation, after `step` steps; nothing without labels.
+
+        Returns {"knn_top1" + which: percent}, what the result will hold.
+        """
+        if knn_top1 is None:
+            return {}
+        self._write({"step": self.step, "knn_top1": knn_top1})
+        self.say(f"step {self.step}/{self.total_steps}  kNN top-1 {knn_top1:.1f} %")
+        return {f"knn_top1{which}": knn_top1}
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        waited = bool(self._unwritten)
+        try:
+            self._append(json.dumps(record).encode() + b"\n")
+        except OSError as error:
+            if not waited:
+                self.say(f"{self._metrics} cannot be written ({os_reason(error)}): its lines wait in memory")
         if self._board is not None:
             for name, value in record.items():
                 if isinstance(value, float):
                     self._board.add_scalar(name, value, self.step)
 
+    def _append(self, line: bytes) -> None:
+        """Write what is unwritten and `line`; what is left after an error stays for the next time."""
+        with self._writing:
+            self._unwritten += line
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+
+    def sync(self) -> None:
+        """Have every metrics line on the disk: a checkpoint must not be ahead of them. Or `OSError`."""
+        self._append(b"")
+        os.fsync(self._file.fileno())
+
     def say(self, line: str) -> None:
-        """A console line, above the progress bar."""
-        self._bar.write(line, file=sys.stdout)
-        sys.stdout.flush()
+        """A console line, above the progress bar. Where it goes to a full disk, only the line is lost."""
+        try:
+            self._bar.write(line, file=sys.stdout)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError:
+            pass
 
     def __enter__(self) -> RunLog:
         return self
@@ -223,6 +340,7 @@ class RunLog:
         """Release the files and the progress bar."""
         self._bar.close()
         self._file.close()
+        os.close(self._lock)
         if self._board is not None:
             self._board.close()
 
@@ -230,20 +348,38 @@ class RunLog:
         """Remove what was logged after the checkpoint: those steps are done again."""
         if not self._metrics.exists():
             return
-        kept = []
-        for line in self._metrics.read_text(encoding="utf-8").splitlines(keepends=True):
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except (json.JSONDecodeError, KeyError):  # a line cut off by a crash
-                continue
-        with atomic_path(self._metrics) as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")
+        content = self._metrics.read_bytes()
+        kept = b"".join(line for line in content.splitlines(keepends=True) if _step_of(line) <= step)
+        if kept != content:
+            with atomic_path(self._metrics) as temporary:
+                temporary.write_bytes(kept)
 
 
-def _tensorboard(folder: Path) -> Any:
+def _step_of(line: bytes) -> float:
+    """Step of a metrics line; infinite for one cut off by a crash."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return math.inf
+
+
+def _lock(folder: Path) -> int:
+    """Keep other processes out of a run's folder. Returns the descriptor to close; a kill closes it too."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise InputError(f"another process is at work in {folder}: wait for it, or end it") from None
+    except OSError:  # some network file systems have no locks
+        pass
+    return descriptor
+
+
+def _tensorboard(folder: Path, step: int) -> Any:
+    """A writer that hides what an earlier process wrote from `step` on."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise InputError("--run.tensorboard needs: pip install 'a2mc_fast[tensorboard]'") from None
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder), purge_step=step)

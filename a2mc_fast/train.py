@@ -7,6 +7,8 @@ imported when a run begins, so that `--help` and wrong flags answer at once.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,71 +21,87 @@ if TYPE_CHECKING:
     import torch
 
     from a2mc_fast.data import Clips
+    from a2mc_fast.runlog import RunLog
+    from a2mc_fast.trainer import Trainer
 
 
 def train(config: Config, *, resume: bool = False) -> Path:
     """Pretrain as configured; returns the run folder. Raises `InputError` for what the user can mend."""
-    from a2mc_fast.checkpoint import FILE
     from a2mc_fast.files import write_json
-    from a2mc_fast.runlog import RunLog, machine, open_folder, peak_memory
+    from a2mc_fast.runlog import RunLog, leave, machine, open_folder, stop_on_signal
+    from a2mc_fast.saver import Saver
     from a2mc_fast.trainer import Trainer
 
     folder, resumed = open_folder(config, resume)
     trainer = Trainer(config, load_clips(config, pick_device(config)))
+    total, per_epoch, run = trainer.total_steps, trainer.steps_per_epoch, config.run
+    kept = run.keep_every * per_epoch
     if resumed:
         trainer.restore(resumed)
-        if resumed.step >= trainer.total_steps:
+        if resumed.step >= total and (folder / "result.json").exists():
             print(f"{folder} is finished after {resumed.step} steps: nothing to resume")
             return folder
 
-    with RunLog(folder, config, trainer.total_steps, resumed) as log:
+    with (
+        stop_on_signal() as stop,
+        RunLog(folder, config, total, resumed) as log,
+        Saver(
+            folder, resumed, keep_last=run.keep_last, keep_every=kept, before=log.sync, warn=log.say
+        ) as saver,
+    ):
         with log.paused():
             log.say(
-                f"{config.preset}: {len(trainer.train_index)} training clips, {trainer.total_steps} steps "
+                f"{config.preset}: {len(trainer.train_index)} training clips, {total} steps "
                 f"({config.warmup_steps} of warm-up) on {machine()['device']} -> {folder}"
             )
             if trainer.backend_note:
                 log.say(trainer.backend_note)
             if resumed:
-                untrained = resumed.progress.get("knn_top1_untrained")
+                progress = resumed.progress
                 log.say(f"resumed after step {resumed.step}")
             else:
-                untrained = trainer.knn_accuracy()
-                log.accuracy(untrained)
+                progress = log.accuracy(trainer.knn_accuracy(), "_untrained")
                 trainer.start()
-        accuracy, numbers = untrained, {}
-        for step in range(log.step, trainer.total_steps):
+        for step in range(log.step, total):
             epoch, new_epoch = trainer.epochs_done(step)
             if new_epoch:
                 trainer.model.refresh_classifier(epoch)
             values = trainer.step(step)
             if log.advance():
-                stage = "warm-up" if step < config.warmup_steps else "train"
-                numbers = log.metrics(values, trainer.learning_rate(step), stage, trainer.device)
-            if log.due(config.run.eval_every, trainer.steps_per_epoch):
+                progress["loss"] = log.metrics(trainer, values)["loss"]
+            if log.due(run.eval_every, per_epoch):
                 with log.paused():
-                    accuracy = trainer.knn_accuracy()
-                    log.accuracy(accuracy)
-            if log.due(config.run.checkpoint_every, trainer.steps_per_epoch):
+                    progress |= log.accuracy(trainer.knn_accuracy())
+            last = bool(stop) or log.step == total  # read once: a signal may come at any line
+            if last or log.due(run.checkpoint_every, per_epoch) or log.due(run.keep_every, per_epoch):
                 with log.paused():
-                    progress = {"seconds": log.seconds}
-                    if untrained is not None:
-                        progress["knn_top1_untrained"] = untrained
-                    trainer.save(folder / FILE, log.step, progress)
-        result = {
-            "preset": config.preset,
-            "steps": log.step,
-            "seconds": round(log.seconds, 2),
-            "clips_per_second": round(log.step * config.optim.batch_size / log.seconds, 1),
-            "peak_memory_bytes": peak_memory(trainer.device),
-            "loss": numbers["loss"],
-            "knn_top1": accuracy,
-            "knn_top1_untrained": untrained,
-            **machine(),
-        }
+                    log.check(trainer, values)
+                    progress["seconds"] = log.seconds
+                    saver.save(trainer.state(log.step, progress), last=last)
+            if last and log.step < total:
+                log.say(f"stopped after step {log.step} of {total}: continue with --resume")
+                leave(stop)
+        result = outcome(config, trainer, log, progress)
         write_json(folder / "result.json", result)
         log.say(summary(result, folder))
     return folder
+
+
+def outcome(config: Config, trainer: Trainer, log: RunLog, progress: dict[str, float]) -> dict[str, Any]:
+    """The content of result.json. It needs no step of this process: the last checkpoint holds the numbers."""
+    from a2mc_fast.runlog import machine, peak_memory
+
+    return {
+        "preset": config.preset,
+        "steps": log.step,
+        "seconds": round(log.seconds, 2),
+        "clips_per_second": round(log.step * config.optim.batch_size / log.seconds, 1),
+        "peak_memory_bytes": peak_memory(trainer.device),
+        "loss": progress["loss"],
+        "knn_top1": progress.get("knn_top1"),
+        "knn_top1_untrained": progress.get("knn_top1_untrained"),
+        **machine(),
+    }
 
 
 def summary(result: dict[str, Any], folder: Path) -> str:
@@ -127,10 +145,26 @@ def load_clips(config: Config, device: torch.device) -> Clips:
     return synthetic_clips(clips=s.clips, classes=s.classes, seed=s.seed, device=device)
 
 
+@contextmanager
+def out_of_memory_is_bad_input() -> Iterator[None]:
+    """Turns an allocation that failed, on the GPU or the host, into an `InputError` with what to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # a GPU's is a torch.OutOfMemoryError, which is a RuntimeError; a CPU's a plain one
+        text = str(error).splitlines()[0] if str(error) else "no more memory"
+        if not isinstance(error, MemoryError) and "memory" not in text:
+            raise
+        raise InputError(
+            f"out of memory ({text}): lower --optim.batch-size, --views.frames, --bank.size or the encoder's "
+            "width; a run with a checkpoint continues on a larger machine with --resume"
+        ) from None
+
+
 def main(args: list[str] | None = None) -> None:
     """The command line: a preset by name (default demo), then any field as a flag, and --resume."""
     args = list(sys.argv[1:] if args is None else args)
-    with exit_on_error():
+    with exit_on_error(), out_of_memory_is_bad_input():
         name = args.pop(0) if args and not args[0].startswith("-") else "demo"
         resume = "--resume" in args
         config = tyro.cli(

@@ -275,10 +275,9 @@ class Trainer:
         saved.restore_optimizer(self.model, self.optimizer)
         self.scaler.load_state_dict(saved.scaler)
 
-    def save(self, path: Any, step: int, progress: dict[str, float]) -> None:
-        """Write a checkpoint after `step` steps."""
-        checkpoint.save(
-            path,
+    def state(self, step: int, progress: dict[str, float]) -> checkpoint.State:
+        """What a checkpoint holds after `step` steps: the live tensors, not copies."""
+        return checkpoint.state(
             step=step,
             config=self.config,
             model=self.model,

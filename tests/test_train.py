@@ -379,7 +379,10 @@ def test_tensorboard_is_optional(data: Path, tmp_path: Path, monkeypatch: pytest
 
 def test_a_loss_that_is_not_finite_stops_the_run(data: Path, tmp_path: Path) -> None:
     config = tiny(data, tmp_path / "x")
-    with pytest.raises(ValueError, match=r"the loss is nan at or just before step \d+: lower --optim\.lr"):
+    with pytest.raises(
+        ValueError,
+        match=r"the loss is nan at or just before step \d+: start a new run with a lower --optim\.lr",
+    ):
         train(replace(config, optim=replace(config.optim, lr=1e30)))
 
 

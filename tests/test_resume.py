@@ -1,0 +1,532 @@
+"""Nothing is lost: killed and resumed runs end with the same bits, and damage, full disks and faults are met
+with one sentence and the last good checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from a2mc_fast import checkpoint, runlog, saver
+from a2mc_fast.checkpoint import FILE, load, numbered
+from a2mc_fast.data import Clips
+from a2mc_fast.errors import InputError
+from a2mc_fast.runlog import RunLog
+from a2mc_fast.saver import Saver
+from a2mc_fast.skeleton import NTU25
+from a2mc_fast.train import main, train
+from a2mc_fast.trainer import Trainer
+from tests.processes import assert_same_end, run, start, wait_for
+from tests.test_train import tiny
+
+# 27 steps, an epoch of four; k-means centres and their class layer are state too
+FLAGS = [
+    "--views.frames", "8", "--views.min-frames", "8", "--encoder.hidden", "8", "--encoder.projection", "16",
+    "--bank.size", "40", "--bank.warmup-steps", "3", "--attack.classifier", "pseudo_labels",
+    "--optim.epochs", "6", "--optim.milestones", "2", "4", "--optim.batch-size", "8", "--optim.lr", "0.05",
+    "--run.log-every", "2", "--run.eval-every", "2", "--run.no-progress",
+]  # fmt: skip
+STEPS = 27
+
+
+def flags(data: Path, out: Path, *more: str) -> list[str]:
+    return ["demo", "--data", str(data), "--run.out", str(out), *FLAGS, *more]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty random clips, of which 32 train."""
+    generator = np.random.default_rng(0)
+    lengths = list(range(10, 50))
+    joints = generator.standard_normal((sum(lengths), 2, 25, 3), np.float32)
+    split = np.arange(40) // 4 % 5 != 4
+    path = tmp_path_factory.mktemp("data") / "clips.safetensors"
+    Clips.pack(joints, lengths, np.arange(40) % 4, NTU25, splits={"xsub": split}).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nobody interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    code, said = run(flags(data, folder), folder.parent / "said")
+    assert code == 0, said
+    return folder
+
+
+@pytest.fixture
+def finished(whole: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may damage."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for path in whole.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+# killed
+
+
+def test_twenty_kills_at_random_moments_change_nothing(data: Path, whole: Path, tmp_path: Path) -> None:
+    """SIGKILL again and again, each time resumed, until twenty have hit a run at work."""
+    begun = time.perf_counter()
+    assert run(flags(data, tmp_path / "first"), tmp_path / "said")[0] == 0
+    length = time.perf_counter() - begun
+    moments, kills, number = random.Random(0), 0, 0
+    while kills < 20:
+        folder, number, code = tmp_path / f"run{number}", number + 1, -1
+        latest = length / 2
+        while code != 0:
+            resume = ["--resume"] if (folder / "config.json").exists() else []
+            process = start(flags(data, folder, *resume), tmp_path / "said")
+            process.join(moments.uniform(0, latest))
+            process.kill()
+            process.join()
+            code = process.exitcode
+            assert code in (0, -signal.SIGKILL), (tmp_path / "said").read_text()
+            kills += code != 0
+            latest *= 1.1  # so that it ends on a machine that has become slower, too
+        assert_same_end(whole, folder)
+
+
+@pytest.mark.parametrize(
+    "moment, count",
+    [
+        ("config written", 1),
+        ("in a metrics line", 1),
+        ("in a metrics line", 9),
+        ("before a save", 1),
+        ("before a save", 4),
+        ("in a save", 1),
+        ("in a save", 3),
+        ("in a save", 7),
+        ("between link and rename", 3),
+        ("between rename and pruning", 3),
+        ("before the result", 1),
+    ],
+)
+def test_a_kill_at_the_worst_moment_changes_nothing(
+    data: Path, whole: Path, tmp_path: Path, moment: str, count: int
+) -> None:
+    folder = tmp_path / "run"
+    code, said = run(flags(data, folder), tmp_path / "said", moment, count)
+    assert code == -signal.SIGKILL, said
+    code, said = run(flags(data, folder, "--resume"), tmp_path / "said")
+    assert code == 0 and ": using " not in said, said  # the newest was whole
+    assert_same_end(whole, folder)
+
+
+# stopped
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_run_saves_where_it_is(
+    data: Path, whole: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    """In the middle of an epoch, twice; what was not saved by the epoch is saved by the signal."""
+    folder = tmp_path / "run"
+    for lines, resume in ((3, []), (9, ["--resume"])):
+        # no checkpoint but the last and the signal's
+        args = flags(data, folder, "--run.checkpoint-every", "100", *resume)
+        process = start(args, tmp_path / "said")
+        wait_for(folder / "metrics.jsonl", lines)
+        os.kill(process.pid or 0, number)
+        process.join(30)
+        said = (tmp_path / "said").read_text()
+        assert process.exitcode == code, said
+        assert f"{number.name}: finishing this step and saving" in said and "continue with --resume" in said
+        step = load(folder).step
+        assert f"stopped after step {step} of {STEPS}" in said and 2 <= step < STEPS
+    code, said = run(flags(data, folder, "--resume"), tmp_path / "said")
+    assert code == 0 and f"resumed after step {step}" in said
+    assert_same_end(whole, folder)
+
+
+def test_a_second_ctrl_c_quits_at_once(data: Path, tmp_path: Path) -> None:
+    process = start(flags(data, tmp_path / "run"), tmp_path / "said", "slow step", 5)
+    wait_for(tmp_path / "run/metrics.jsonl", 3)
+    os.kill(process.pid or 0, signal.SIGINT)
+    process.join(0.5)
+    assert process.exitcode is None  # it waits for the step, which takes a minute
+    os.kill(process.pid or 0, signal.SIGINT)
+    process.join(5)
+    assert process.exitcode == -signal.SIGINT
+
+
+def test_a_finished_run_stays_as_it_is(
+    data: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path.name: path.read_bytes() for path in finished.iterdir()}
+    main(flags(data, finished, "--resume"))
+    assert f"{finished} is finished after {STEPS} steps: nothing to resume" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
+
+
+def test_one_process_at_a_time(data: Path, tmp_path: Path) -> None:
+    config = tiny(data, tmp_path / "run")
+    busy = pytest.raises(InputError, match=r"another process is at work in .*run: wait for it, or end it")
+    with RunLog(tmp_path / "run", config, 9, None), busy:
+        RunLog(tmp_path / "run", config, 9, None)
+    RunLog(tmp_path / "run", config, 9, None).__exit__()
+
+
+# kept and damaged
+
+
+def test_the_newest_and_every_second_epoch_are_kept(data: Path, whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(flags(data, folder, "--run.keep-last", "3", "--run.keep-every", "2"), tmp_path / "said")
+    kept = sorted(path.name for path in folder.glob("checkpoint*"))
+    assert kept == [
+        *(numbered(folder, step).name for step in (8, 16, 20, 24)),
+        FILE,
+    ]
+    assert [load(folder / name).step for name in kept] == [8, 16, 20, 24, STEPS]
+    assert [path.name for path in sorted(whole.glob("checkpoint*"))] == [numbered(whole, 24).name, FILE]
+    assert_same_end(whole, folder)
+
+
+def test_every_flipped_bit_is_noticed(whole: Path, tmp_path: Path) -> None:
+    """Anywhere: length, names, numbers, padding, weights."""
+    content = bytearray((whole / FILE).read_bytes())
+    header = 8 + int.from_bytes(content[:8], "little")
+    places = random.Random(0)
+    path = tmp_path / "flipped.safetensors"
+    for _ in range(300):
+        bit = places.randrange(8 * header if places.random() < 0.5 else 8 * len(content))
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        with pytest.raises(InputError):
+            load(path)
+        content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+    assert load(path).step == STEPS
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "absent"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    data: Path, whole: Path, finished: Path, tmp_path: Path, damage: str
+) -> None:
+    path = finished / FILE
+    content = bytearray(path.read_bytes())
+    content[-999] ^= 4
+    path.write_bytes({"cut": content[:-1], "flipped": content}.get(damage, b""))
+    if damage == "absent":
+        path.unlink()
+    code, said = run(flags(data, finished, "--resume"), tmp_path / "said")
+    assert code == 0, said
+    fallback = [line for line in said.splitlines() if ": using " in line]
+    if damage != "absent":
+        assert len(fallback) == 1 and fallback[0].endswith(
+            f": using {numbered(finished, 24).name}, of step 24"
+        )
+        assert fallback[0].startswith(f"{path} is damaged")
+    assert "resumed after step 24" in said
+    assert_same_end(whole, finished)
+    assert load(numbered(finished, 24)).step == 24
+
+
+def test_no_whole_checkpoint_is_one_sentence(
+    data: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in finished.glob("checkpoint*"):
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(SystemExit) as stop:
+        main(flags(data, finished, "--resume"))
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1
+    assert "is damaged" in said and "holds no older one that is whole: start another run" in said
+
+
+# hostile
+
+
+def rewrite(path: Path, tensors: dict[str, torch.Tensor], **header: Any) -> None:
+    """A checkpoint with other content and a true checksum."""
+    found = load(path)
+    with checkpoint.safe_open(path, framework="pt") as file:
+        text = dict(file.metadata())
+    text |= {name: value if isinstance(value, str) else json.dumps(value) for name, value in header.items()}
+    merged = {
+        name: tensor.clone() for name, tensor in {**found.tensors, **tensors}.items() if len(tensor.shape) < 9
+    }
+    text["checksum"] = checkpoint._checksum(text, merged)
+    save_file(merged, path, metadata=text)
+
+
+@pytest.mark.parametrize(
+    "header, words",
+    [
+        ({"step": '"3"'}, "step must be an integer >= 0"),
+        ({"step": "-1"}, "step must be an integer >= 0"),
+        ({"step": "true"}, "step must be an integer >= 0"),
+        ({"step": "9" * 5000}, "not a complete checkpoint"),
+        ({"persons": "0"}, "persons must be an integer >= 1"),
+        ({"progress": '{"seconds": NaN}'}, "the number NaN is not finite"),
+        ({"progress": '{"seconds": 1e999}'}, "the number 1e999 is not finite"),
+        ({"progress": '{"seconds": "long"}'}, "progress must be numbers by name"),
+        ({"progress": "[" * 100000}, "not a complete checkpoint"),
+        ({"data": "[]"}, "not a complete checkpoint"),
+        ({"data": '{"clips": 1.5, "frames": 2}'}, "data.clips must be an integer"),
+        ({"config": '{"optim": {"lr": -Infinity}}'}, "the number -Infinity is not finite"),
+        ({"config": '{"optim": {"lr": "0"}}'}, "config.optim.lr must be float"),
+        ({"skeleton": '{"parents": 3}'}, "not a complete checkpoint"),
+        ({"skeleton": json.dumps({"parents": [0] * 10**6})}, "a skeleton of 1000000 joints"),
+        ({"format": '"a2mc-checkpoint/1"'}, "is not a checkpoint"),
+    ],
+)
+def test_headers_that_lie_are_refused(finished: Path, header: dict[str, str], words: str) -> None:
+    rewrite(finished / FILE, {}, **header)
+    with pytest.raises(InputError, match=words):
+        load(finished)
+
+
+@pytest.mark.parametrize(
+    "section, values",
+    [
+        ("bank", {"size": 10**15}),
+        ("encoder", {"hidden": 10**9}),
+        ("encoder", {"layers": 10**9}),
+        ("encoder", {"layers": 10**4}),
+        ("encoder", {"projection": 10**9}),
+        ("classes", 10**15),
+    ],
+)
+def test_a_header_that_claims_terabytes_allocates_nothing(finished: Path, section: str, values: Any) -> None:
+    config = json.loads((finished / "config.json").read_text())
+    config.pop("machine")
+    if section == "classes":
+        rewrite(finished / FILE, {}, classes=values)
+    else:
+        rewrite(finished / FILE, {}, config={**config, section: {**config[section], **values}})
+    found = load(finished)
+    before = runlog.peak_memory(torch.device("cpu"))
+    with pytest.raises(InputError, match="does not hold the model that it describes"):
+        found.build()
+    assert runlog.peak_memory(torch.device("cpu")) - before < 100e6
+
+
+def test_tensors_that_do_not_fit_are_refused(data: Path, finished: Path) -> None:
+    name = next(name for name in load(finished).tensors if name.startswith("model.query"))
+    momentum = next(name for name in load(finished).tensors if name.startswith("optimizer."))
+    trainer = Trainer(load(finished).config, Clips.load(data))
+    whole = (finished / FILE).read_bytes()
+    for tensors, words in (
+        ({name: torch.full_like(load(finished).tensors[name], float("nan"))}, f"{name} is not finite"),
+        ({name: torch.zeros(3)}, "does not hold this model"),
+        ({momentum: torch.zeros(3)}, "the momentum of"),
+        ({"model.more": torch.zeros(3)}, "does not hold this model"),
+    ):
+        (finished / FILE).write_bytes(whole)
+        rewrite(finished / FILE, tensors)
+        with pytest.raises(InputError, match=words):
+            trainer.restore(load(finished))
+
+
+# full disks and folders that cannot be written
+
+
+def test_a_full_disk_does_not_end_a_run(data: Path, whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    code, said = run(flags(data, folder), tmp_path / "said", "full disk", -3)
+    assert code == 0, said
+    warnings = [line for line in said.splitlines() if "could not be saved" in line]
+    assert len(warnings) == 1 and "No space left on device" in warnings[0]
+    assert "the checkpoint of step 12" in warnings[0] and "the last good one is of step 8" in warnings[0]
+    assert_same_end(whole, folder)
+
+
+def test_a_disk_that_stays_full_keeps_the_last_good_checkpoint(
+    data: Path, whole: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    code, said = run(flags(data, folder), tmp_path / "said", "full disk", 3)
+    last = said.splitlines()[-1]
+    assert code == 2 and last.startswith(f"error: the checkpoint of step {STEPS} could not be saved")
+    assert "the last good one is of step 8" in last and "Traceback" not in said
+    assert load(folder).step == 8 and not list(folder.glob(".*.tmp"))
+    code, said = run(flags(data, folder, "--resume"), tmp_path / "said")
+    assert code == 0, said
+    assert_same_end(whole, folder)
+
+
+def test_files_that_may_not_grow(data: Path, whole: Path, tmp_path: Path) -> None:
+    """The system's own refusal: no file beyond 40 kB, a checkpoint has more. Then without the limit."""
+    folder = tmp_path / "run"
+    assert (whole / FILE).stat().st_size > 40000 > (whole / "metrics.jsonl").stat().st_size
+    code, said = run(flags(data, folder), tmp_path / "said", "file limit", 40000)
+    assert code == 2 and said.count("File too large") == 7 and "there is none yet" in said, said
+    code, said = run(flags(data, folder, "--resume"), tmp_path / "said")
+    assert code == 0 and "holds no checkpoint yet: starting from the beginning" in said, said
+    assert_same_end(whole, folder)
+
+
+def test_a_folder_that_becomes_read_only(data: Path, whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    code, said = run(flags(data, folder), tmp_path / "said", "read-only from", 2)
+    folder.chmod(0o755)
+    assert code == 2 and "Permission denied" in said and "Traceback" not in said, said
+    assert load(folder).step == 8
+    code, said = run(flags(data, folder, "--resume"), tmp_path / "said")
+    assert code == 0, said
+    assert_same_end(whole, folder)
+
+
+def test_a_read_only_folder_is_one_sentence(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir()
+    code, said = run(flags(data, tmp_path / "closed/run"), tmp_path / "said", "read-only before")
+    (tmp_path / "closed").chmod(0o755)
+    assert code == 2 and said.startswith("error: Permission denied: ") and said.count("\n") == 1, said
+
+
+def test_metrics_wait_for_room(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """/dev/full is a disk without room; the lines come later, in order, and none twice."""
+    with RunLog(tmp_path / "run", tiny(data, tmp_path / "run"), 9, None) as log:
+        room = log._file
+        log.accuracy(1.0)
+        with Path("/dev/full").open("ab", buffering=0) as log._file:
+            log.accuracy(2.0)
+            log.accuracy(3.0)
+            with pytest.raises(OSError, match="No space left"):
+                log.sync()  # so a checkpoint ahead of its metrics is not written either
+        log._file = room
+        log.accuracy(4.0)
+        log.sync()
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["knn_top1"] for line in lines] == [1, 2, 3, 4]
+    assert capsys.readouterr().out.count("its lines wait in memory") == 1
+
+
+# in the background
+
+
+def test_saving_takes_a_snapshot_and_does_not_wait(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step goes on while the disk is busy, and what it changes is not in the file."""
+    trainer = Trainer(tiny(data, tmp_path), Clips.load(data))
+    trainer.step(0)
+    before = {name: tensor.clone() for name, tensor in trainer.state(1, {}).tensors.items()}
+    disk, real = threading.Event(), saver.write_content
+
+    def slow(path: Path, saved: checkpoint.State) -> None:
+        assert disk.wait(10)
+        real(path, saved)
+
+    monkeypatch.setattr(saver, "write_content", slow)
+    with Saver(tmp_path) as keeper:
+        keeper.save(trainer.state(1, {"seconds": 1.0}))
+        trainer.step(1)
+        trainer.step(2)
+        assert not (tmp_path / FILE).exists()
+        disk.set()
+        keeper.save(trainer.state(3, {}))  # waits for the first
+        assert load(tmp_path).step == 1 or load(numbered(tmp_path, 1)).step == 1
+        keeper.wait()
+    assert load(tmp_path).step == 3
+    saved = load(numbered(tmp_path, 1))
+    assert saved.progress == {"seconds": 1.0}
+    assert all(torch.equal(saved.tensors[name], tensor) for name, tensor in before.items())
+    assert not torch.equal(saved.tensors["model.bank.rows"], load(tmp_path).tensors["model.bank.rows"])
+
+
+def test_the_file_is_plain_safetensors(data: Path, tmp_path: Path) -> None:
+    """Written by hand, read by the library: every type, a scalar, an empty tensor, odd sizes."""
+    tensors = {
+        "half": torch.randn(3, 5).half(),
+        "brain": torch.randn(7).bfloat16(),
+        "single": torch.randn(2, 3).T,
+        "double": torch.randn(1).double(),
+        "scalar": torch.tensor(7),
+        "flags": torch.tensor([True, False, True]),
+        "none": torch.zeros(0, 4),
+    }
+    checkpoint.write(tmp_path / "x.safetensors", checkpoint.State({"step": 3}, tensors))
+    read = load_file(tmp_path / "x.safetensors")
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[n], t) and read[n].dtype == t.dtype for n, t in tensors.items())
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_a_model_that_is_not_finite_is_never_saved(data: Path, tmp_path: Path, last: bool) -> None:
+    trainer = Trainer(tiny(data, tmp_path), Clips.load(data))
+    keeper = Saver(tmp_path)
+    keeper.save(trainer.state(1, {}), last=True)
+    parameter = next(trainer.model.query.parameters())
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        parameter.data.view(-1)[1] = bad
+        with pytest.raises(InputError, match="is not finite after step 2: the state is not saved"):
+            keeper.save(trainer.state(2, {}), last=last)
+            keeper.wait()
+    assert load(tmp_path).step == 1
+
+
+# guards
+
+
+@pytest.mark.parametrize("named", [8, 3])
+def test_a_fault_names_its_step_and_clips(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: int
+) -> None:
+    """A fault in the ninth step, which is not logged, is found at the next log line."""
+    real = Trainer.step
+    monkeypatch.setattr(runlog, "_NAMED", named)
+
+    def step(self: Trainer, step: int) -> dict[str, torch.Tensor]:
+        self.fault = torch.tensor([8 if step >= 8 else -1])  # type: ignore[attr-defined]
+        return real(self, step)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    config = tiny(data, tmp_path / "run")
+    trainer = Trainer(config, Clips.load(data))
+    names = [trainer.clips.names[i] for i in trainer.batch(8).tolist()]
+    with pytest.raises(InputError) as error:
+        train(config)
+    said = str(error.value)
+    assert f"not finite in step 9 (clips {', '.join(names[:named])}" in said
+    listed = tmp_path / "run/fault.json"
+    assert ("and 5 more, listed in" in said) == listed.exists() == (named == 3)
+    if named == 3:
+        assert json.loads(listed.read_text()) == {"step": 9, "clips": names}
+    assert load(tmp_path / "run").step == 8
+
+
+def test_a_fault_between_log_lines_is_found_before_a_save(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Trainer.step
+
+    def step(self: Trainer, step: int) -> dict[str, torch.Tensor]:
+        values = real(self, step)
+        return {**values, "loss": values["loss"] * float("nan")} if step == 7 else values
+
+    monkeypatch.setattr(Trainer, "step", step)
+    config = tiny(data, tmp_path / "run")
+    with pytest.raises(InputError, match="the loss is nan at or just before step 8"):
+        train(replace(config, run=replace(config.run, log_every=100)))
+    assert load(tmp_path / "run").step == 4
+
+
+def test_out_of_memory_says_what_to_lower(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A GPU's error, by injection; a CPU's, by asking for a bank of 6 petabytes."""
+    code, said = run(flags(data, tmp_path / "run"), tmp_path / "said", "out of memory", 3)
+    assert code == 2 and "Traceback" not in said
+    assert "error: out of memory (CUDA out of memory. Tried to allocate 20.00 GiB.): lower --optim.b" in said
+    with pytest.raises(SystemExit) as stop:
+        main([*flags(data, tmp_path / "huge"), "--bank.size", str(10**14)])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.startswith("error: out of memory (") and "--bank.size" in said
+    assert not (tmp_path / "huge").exists()
