@@ -31,7 +31,7 @@ class Queue(nn.Module):
         require(size >= 1 and dim >= 1, f"a bank needs at least one row and column, got {size} x {dim}")
         require(
             size % shards.size == 0,
-            f"{size} bank rows cannot be shared evenly by {shards.size} ranks: choose a multiple as --bank.size",
+            f"--bank.size {size} cannot be shared evenly by {shards.size} ranks: choose a multiple",
         )
         self.size, self.shards = size, shards
         generator = torch.Generator().manual_seed(seed)
@@ -74,9 +74,7 @@ class Queue(nn.Module):
 
     def whole(self) -> dict[str, Tensor]:
         """The state dict with all K rows, on the host where they were shared; complete on rank 0 alone."""
-        return {
-            name: self.shards.collect(t) if t.ndim == 2 else t for name, t in self.state_dict().items()
-        }
+        return {name: self.shards.collect(t) if t.ndim == 2 else t for name, t in self.state_dict().items()}
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Of all K rows take one's own."""

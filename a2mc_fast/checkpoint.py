@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from a2mc_fast.config import Config, from_dict, to_dict
 from a2mc_fast.data.clips import Clips
+from a2mc_fast.distributed import World
 from a2mc_fast.errors import InputError, require
 from a2mc_fast.files import atomic_path
 from a2mc_fast.model import A2MC
@@ -59,7 +60,7 @@ def state(
     progress: dict[str, float],
 ) -> State:
     """The run after `step` steps. Its tensors are the live ones, not copies."""
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors = {f"model.{name}": tensor for name, tensor in model.whole_state().items()}
     for name, parameter in model.query.named_parameters():
         buffer = optimizer.state[parameter].get("momentum_buffer")
         if buffer is not None:
@@ -282,6 +283,29 @@ def load_last_good(folder: Path) -> tuple[Checkpoint | None, str]:
             return found, f"{damaged}: using {path.name}, of step {found.step}" if damaged else ""
     require(not damaged, f"{damaged}, and {folder} holds no older one that is whole: start another run")
     return None, ""
+
+
+def shared(saved: Checkpoint | None, world: World) -> Checkpoint | None:
+    """Rank 0's checkpoint, or none, on every rank: the others need not see its file."""
+    if world.alone:
+        return saved
+    told = None
+    if saved is not None:
+        header = {f.name: getattr(saved, f.name) for f in dataclasses.fields(saved)}
+        tensors = header.pop("tensors")
+        header |= {"config": to_dict(saved.config), "skeleton": dataclasses.asdict(saved.skeleton)}
+        told = [
+            header | {"path": str(saved.path)},
+            {k: [_DTYPES[t.dtype], t.shape] for k, t in tensors.items()},
+        ]
+    told = world.share(told)
+    if told is None:
+        return None
+    header, kinds = told
+    dtypes = {name: dtype for dtype, name in _DTYPES.items()}
+    tensors = saved.tensors if saved else {k: torch.empty(s, dtype=dtypes[d]) for k, (d, s) in kinds.items()}
+    world.broadcast_(list(tensors.values()))
+    return saved or _parse(Path(header["path"]), header, tensors)
 
 
 def _parse(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoint:

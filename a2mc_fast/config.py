@@ -281,7 +281,7 @@ class RunConfig:
     """Loss and banks by the fused Triton kernels or in plain torch; auto = Triton on a GPU, once it has
     agreed with float64 there."""
     shard_bank: bool = False
-    """Several ranks: each holds K / W bank rows instead of all of them, for K in the millions (plain torch)."""
+    """Several ranks: each holds K / W bank rows instead of all K, for millions of rows (plain torch)."""
     timeout: float = 60.0
     """Seconds after which a rank that does not answer ends the run on all ranks."""
     log_every: int = 10
@@ -366,7 +366,9 @@ class Config:
         loss = self.loss
         require(
             not self.run.shard_bank
-            or not (loss.mixing == "tiled" or loss.renormalize or loss.live_target or self.run.backend == "triton"),
+            or not (
+                loss.mixing == "tiled" or loss.renormalize or loss.live_target or self.run.backend == "triton"
+            ),
             "run.shard_bank is plain torch and knows own mixing alone: leave out --run.backend triton, "
             "--loss.mixing tiled, --loss.renormalize and --loss.live-target",
         )

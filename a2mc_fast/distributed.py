@@ -1,21 +1,22 @@
 """Several processes, one per GPU, that train as one (torchrun, torch.distributed): `World` is all they say to
 each other.
 
-A step's batch is the joint batch of N clips, of which each of W ranks takes N / W, one rank after another; all
-random choices are those of the joint batch. Gradients are averaged, features gathered, so that every rank ends
-a step with the same weights and bank, and W ranks with those of one process. Alone, every method gives back
-what it gets. On GPUs all of it goes through NCCL, without waiting for the device, and can be captured in a
-CUDA graph; on CPUs through gloo.
+A step's batch is the joint batch of N clips, of which each of W ranks takes N / W, one rank after another;
+all random choices are those of the joint batch. Gradients are averaged and features gathered, so that every
+rank ends a step with the same weights and bank, which are those of one process. Alone, every method gives
+back what it gets. On GPUs all of it goes through NCCL, without waiting for the device, and can be captured
+in a CUDA graph; on CPUs through gloo.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -24,9 +25,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from a2mc_fast.config import Config
-from a2mc_fast.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError, require
+from a2mc_fast.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError, one_speaks, rank, require
 
-_LINGER = 10.0  # seconds that a rank waits to be ended with the job, so that the report names the one that died
+_LINGER = (
+    10.0  # seconds that a rank waits to be ended with the job, so that the report names the one that died
+)
 _MAIN_FIRST = 0.5  # seconds that the others leave rank 0 to say what has gone wrong for all
 
 
@@ -36,7 +39,7 @@ class World:
 
     rank: int = 0
     size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     """Where this rank's tensors live."""
     alone: bool = True
     """Nobody to talk to."""
@@ -90,9 +93,13 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether it holds on any rank. All ranks must ask."""
+        return bool(self.largest(int(flag)))
+
+    def largest(self, number: int) -> int:
+        """The largest of the ranks' numbers. All ranks must ask."""
         if self.alone:
-            return flag
-        return bool(self.max(torch.tensor([flag], dtype=torch.int32, device=self.device)))
+            return number
+        return int(self.max(torch.tensor(number, device=self.device)))
 
     def spread(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """function(x), where each rank computes some of its rows. x [n, ...] -> [n, ...]"""
@@ -114,7 +121,9 @@ class World:
         """What rank 0 gives, as JSON keeps it; what the others give is not read."""
         if self.alone:
             return value
-        text = torch.frombuffer(bytearray(json.dumps(value if self.main else None).encode()), dtype=torch.uint8)
+        text = torch.frombuffer(
+            bytearray(json.dumps(value if self.main else None).encode()), dtype=torch.uint8
+        )
         length = torch.tensor([len(text)], device=self.device)
         self.broadcast_([length])
         content = text if self.main else torch.empty(int(length), dtype=torch.uint8)
@@ -126,16 +135,16 @@ class World:
         if self.alone:
             return x
         parts = []
-        for rank in range(self.size):
+        for owner in range(self.size):
             # one rank's part at a time, so that the whole need not fit into the device's memory
             part = x.detach().clone()
-            dist.broadcast(part, rank)
+            dist.broadcast(part, owner)
             if self.main:
                 parts.append(part.cpu())
         return torch.cat(parts) if self.main else x
 
     def require_equal(self, values: Tensor, message: str) -> None:
-        """`InputError` with {ranks}, the ranks whose int64 values [n] differ from rank 0's, in the message."""
+        """`InputError` if a rank's int64 values [n] differ from rank 0's: {ranks} in the message names it."""
         if self.alone:
             return
         everyone = self.gather(values.to(self.device).unsqueeze(0))
@@ -199,37 +208,26 @@ def checksum(tensors: Sequence[Tensor]) -> Tensor:
 def join(config: Config, device: Callable[[], torch.device]) -> Iterator[World]:
     """The ranks that torchrun started, or a process on its own, for as long as the context lasts.
 
-    `device()` says where to train, once this rank's GPU is the current one. A failure is said once, by the rank
-    that it began on, with its number; ranks that fail because another one did end in silence. `InputError` for
-    a setup that cannot work.
+    `device()` says where to train, once this rank's GPU is the current one. A failure is said once, by the
+    rank that it began on, with its number; ranks that fail because another one did end in silence.
+    `InputError` for a setup that cannot work.
     """
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    with _quiet_unless(rank == 0):
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    with one_speaks():
         _take_gpu(config)
         here = device()
-    if size == 1:
-        yield World(device=here)
-        return
-    timeout = timedelta(seconds=config.run.timeout)
-    with _quiet_unless(rank == 0):
-        try:
-            store = next(dist.rendezvous("env://", rank, size, timeout=timeout))[0]
-            backend = "nccl" if here.type == "cuda" else "gloo"
-            dist.init_process_group(
-                backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=timeout,
-                device_id=torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else None,
-            )  # fmt: skip
-        except (dist.DistError, RuntimeError) as error:
-            raise InputError(
-                f"{size} ranks could not meet within {config.run.timeout:g} s ({_first_line(error)}): start "
-                "all of them with torchrun, with the same --nnodes and --rdzv-endpoint, or raise --run.timeout"
-            ) from None
-    world = World(rank, size, here, alone=False)
+        if size == 1:
+            yield World(device=here)
+            return
+        store = _meet(size, here, config.run.timeout)
+    world = World(rank(), size, here, alone=False)
     try:
         yield world
     except BaseException as error:
         _say_once(error, world, dist.PrefixStore("faults", store), config.run.timeout)
         raise
+    # a captured step holds on to the group
+    gc.collect()
     dist.destroy_process_group()
 
 
@@ -240,21 +238,32 @@ def _take_gpu(config: Config) -> None:
     here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     require(
         here <= gpus,
-        f"{here} ranks on a machine with {gpus} GPU{'s' * (gpus > 1)}: torchrun --nproc-per-node {gpus} at most, "
-        "or --run.device cpu",
+        f"{here} ranks on a machine with {gpus} GPU{'s' * (gpus > 1)}: use at most torchrun --nproc-per-node "
+        f"{gpus}, or --run.device cpu",
     )
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
 
-@contextmanager
-def _quiet_unless(speaks: bool) -> Iterator[None]:
-    """What every rank finds wrong before they meet, one of them says."""
+def _meet(size: int, device: torch.device, timeout: float) -> dist.Store:
+    """Form the group of all ranks. Returns the store through which they can also leave word."""
+    limit = timedelta(seconds=timeout)
+    gpu = device.type == "cuda"
     try:
-        yield
-    except InputError:
-        if speaks:
-            raise
-        raise SystemExit(EXIT_BAD_INPUT) from None
+        store = next(dist.rendezvous("env://", rank(), size, timeout=limit))[0]
+        dist.init_process_group(
+            "nccl" if gpu else "gloo",
+            store=dist.PrefixStore("group", store),
+            rank=rank(),
+            world_size=size,
+            timeout=limit,
+            device_id=torch.device("cuda", torch.cuda.current_device()) if gpu else None,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"{size} ranks could not meet within {timeout:g} s ({_first_line(error)}): start all of them by "
+            "torchrun, with the same --nnodes and --rdzv-endpoint, or raise --run.timeout"
+        ) from None
+    return store
 
 
 def _say_once(error: BaseException, world: World, store: dist.Store, timeout: float) -> None:
@@ -286,7 +295,7 @@ def _say_once(error: BaseException, world: World, store: dist.Store, timeout: fl
     error.add_note(f"on rank {world.rank} of {world.size}")
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     """An error of torch.distributed in short."""
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     return text.split("] ", 1)[-1].split(". This is")[0].strip()

@@ -31,6 +31,22 @@ def os_reason(error: OSError) -> str:
     return f"{reason}: {error.filename}" if error.filename is not None else reason
 
 
+def rank() -> int:
+    """This process's number among those that torchrun started; 0 for a process on its own."""
+    return int(os.environ.get("RANK", 0))
+
+
+@contextmanager
+def one_speaks() -> Iterator[None]:
+    """Around what all ranks do alike before they meet: what is wrong with it, rank 0 says alone."""
+    try:
+        yield
+    except InputError:
+        if rank() == 0:
+            raise
+        sys.exit(EXIT_BAD_INPUT)
+
+
 @contextmanager
 def exit_on_error() -> Iterator[None]:
     """Around a command line's main: bad input ends it with one line and exit code 2, Ctrl-C with 130."""

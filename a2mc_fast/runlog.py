@@ -124,7 +124,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 @contextmanager
-def stop_on_signal() -> Iterator[list[int]]:
+def stop_on_signal(say: bool = True) -> Iterator[list[int]]:
     """The signals, SIGTERM or SIGINT (Ctrl-C), that asked the run to stop so far: none, or one.
 
     The first only asks; a second one ends the process at once. Outside the main thread none are seen, and
@@ -138,7 +138,8 @@ def stop_on_signal() -> Iterator[list[int]]:
         for other in before:
             signal.signal(other, signal.SIG_DFL)
         # no print: the signal may have come in the middle of one
-        os.write(2, f"\n{signal.Signals(number).name}: finishing this step and saving\n".encode())
+        if say:
+            os.write(2, f"\n{signal.Signals(number).name}: finishing this step and saving\n".encode())
 
     if threading.current_thread() is threading.main_thread():
         chosen = (signal.SIGTERM, signal.SIGINT)
@@ -152,11 +153,11 @@ def stop_on_signal() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def leave(signals: list[int]) -> NoReturn:
+def leave(number: int) -> NoReturn:
     """End as the signal would have it: exit code 130 after SIGINT, 143 after SIGTERM."""
-    if signals[0] == signal.SIGINT:
+    if number == signal.SIGINT:
         raise KeyboardInterrupt
-    raise SystemExit(128 + signals[0])
+    raise SystemExit(128 + number)
 
 
 class RunLog:
@@ -353,6 +354,28 @@ class RunLog:
         if kept != content:
             with atomic_path(self._metrics) as temporary:
                 temporary.write_bytes(kept)
+
+
+class QuietLog(RunLog):
+    """That of a rank which neither prints nor writes: it keeps count of the steps, and fails as the other."""
+
+    def __init__(self, folder: Path, config: Config, total_steps: int, resumed: Checkpoint | None) -> None:
+        self.folder, self.config, self.total_steps = folder, config, total_steps
+        self.step = self._last_step = resumed.step if resumed else 0
+        self._before = self._last_seconds = resumed.progress.get("seconds", 0.0) if resumed else 0.0
+        self._bar = tqdm(disable=True)
+        self._started = self._last_console = time.perf_counter()
+
+    def _clips(self, trainer: Trainer, step: int) -> str:
+        return "as rank 0 names them"
+
+    def _write(self, record: dict[str, Any]) -> None: ...
+
+    def sync(self) -> None: ...
+
+    def say(self, line: str) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
 
 
 def _step_of(line: bytes) -> float:

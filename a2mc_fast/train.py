@@ -15,44 +15,57 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from a2mc_fast.config import BASE_PRESETS, Config, preset
-from a2mc_fast.errors import InputError, exit_on_error
+from a2mc_fast.errors import InputError, exit_on_error, one_speaks, rank
 
 if TYPE_CHECKING:
     import torch
 
     from a2mc_fast.data import Clips
+    from a2mc_fast.distributed import World
     from a2mc_fast.runlog import RunLog
     from a2mc_fast.trainer import Trainer
 
 
 def train(config: Config, *, resume: bool = False) -> Path:
     """Pretrain as configured; returns the run folder. Raises `InputError` for what the user can mend."""
+    from a2mc_fast.distributed import join
+
+    with join(config, lambda: pick_device(config)) as world:
+        return _train(config, resume, world)
+
+
+def _train(config: Config, resume: bool, world: World) -> Path:
+    """One rank's run. All ranks take the same steps; rank 0 prints and writes."""
+    from a2mc_fast.checkpoint import shared
     from a2mc_fast.files import write_json
-    from a2mc_fast.runlog import RunLog, leave, machine, open_folder, stop_on_signal
+    from a2mc_fast.runlog import QuietLog, RunLog, leave, machine, open_folder, stop_on_signal
     from a2mc_fast.saver import Saver
     from a2mc_fast.trainer import Trainer
 
-    folder, resumed = open_folder(config, resume)
-    trainer = Trainer(config, load_clips(config, pick_device(config)))
+    folder, resumed = open_folder(config, resume) if world.main else (Path(), None)
+    folder, resumed = Path(world.share(str(folder))), shared(resumed, world)
+    trainer = Trainer(config, load_clips(config, world.device), world)
     total, per_epoch, run = trainer.total_steps, trainer.steps_per_epoch, config.run
     kept = run.keep_every * per_epoch
     if resumed:
         trainer.restore(resumed)
-        if resumed.step >= total and (folder / "result.json").exists():
-            print(f"{folder} is finished after {resumed.step} steps: nothing to resume")
+        if world.share(resumed.step >= total and (folder / "result.json").exists()):
+            if world.main:
+                print(f"{folder} is finished after {resumed.step} steps: nothing to resume")
             return folder
 
     with (
-        stop_on_signal() as stop,
-        RunLog(folder, config, total, resumed) as log,
+        stop_on_signal(say=world.main) as stop,
+        (RunLog if world.main else QuietLog)(folder, config, total, resumed) as log,
         Saver(
             folder, resumed, keep_last=run.keep_last, keep_every=kept, before=log.sync, warn=log.say
         ) as saver,
     ):
         with log.paused():
+            ranks = "" if world.alone else f"{world.size} x "
             log.say(
                 f"{config.preset}: {len(trainer.train_index)} training clips, {total} steps "
-                f"({config.warmup_steps} of warm-up) on {machine()['device']} -> {folder}"
+                f"({config.warmup_steps} of warm-up) on {ranks}{machine()['device']} -> {folder}"
             )
             if trainer.backend_note:
                 log.say(trainer.backend_note)
@@ -67,22 +80,28 @@ def train(config: Config, *, resume: bool = False) -> Path:
             if new_epoch:
                 trainer.model.refresh_classifier(epoch)
             values = trainer.step(step)
-            if log.advance():
+            logged = log.advance()
+            if logged:
                 progress["loss"] = log.metrics(trainer, values)["loss"]
             if log.due(run.eval_every, per_epoch):
                 with log.paused():
                     progress |= log.accuracy(trainer.knn_accuracy())
-            last = bool(stop) or log.step == total  # read once: a signal may come at any line
+            # read once: a signal may come at any line; several ranks agree where they wait for the device
+            asked = world.largest(sum(stop[:1])) if logged or world.alone else 0
+            last = bool(asked) or log.step == total
             if last or log.due(run.checkpoint_every, per_epoch) or log.due(run.keep_every, per_epoch):
                 with log.paused():
                     log.check(trainer, values)
                     progress["seconds"] = log.seconds
-                    saver.save(trainer.state(log.step, progress), last=last)
+                    state = trainer.state(log.step, progress)
+                    if world.main:
+                        saver.save(state, last=last)
             if last and log.step < total:
                 log.say(f"stopped after step {log.step} of {total}: continue with --resume")
-                leave(stop)
+                leave(asked)
         result = outcome(config, trainer, log, progress)
-        write_json(folder / "result.json", result)
+        if world.main:
+            write_json(folder / "result.json", result)
         log.say(summary(result, folder))
     return folder
 
@@ -165,17 +184,19 @@ def main(args: list[str] | None = None) -> None:
     """The command line: a preset by name (default demo), then any field as a flag, and --resume."""
     args = list(sys.argv[1:] if args is None else args)
     with exit_on_error(), out_of_memory_is_bad_input():
-        name = args.pop(0) if args and not args[0].startswith("-") else "demo"
-        resume = "--resume" in args
-        config = tyro.cli(
-            Config,
-            default=preset(name),
-            args=[arg for arg in args if arg != "--resume"],
-            prog="python -m a2mc_fast.train",
-            description="Pretrain a skeleton encoder: python -m a2mc_fast.train [PRESET] [options]. "
-            f"Presets: {', '.join(BASE_PRESETS)}; append -b1 .. -b4 or -a1 .. -a3 for an ablation. "
-            "--resume continues the run in its folder.",
-        )
+        with one_speaks():
+            name = args.pop(0) if args and not args[0].startswith("-") else "demo"
+            resume = "--resume" in args
+            config = tyro.cli(
+                Config,
+                default=preset(name),
+                args=[arg for arg in args if arg != "--resume"],
+                prog="python -m a2mc_fast.train",
+                description="Pretrain a skeleton encoder: python -m a2mc_fast.train [PRESET] [options]. "
+                f"Presets: {', '.join(BASE_PRESETS)}; append -b1 .. -b4 or -a1 .. -a3 for an ablation. "
+                "--resume continues the run in its folder.",
+                console_outputs=rank() == 0,
+            )
         train(config, resume=resume)
 
 

@@ -59,7 +59,10 @@ class Trainer:
         local = config.encoder.batch_norm == "local" and not world.alone
         # running statistics of one's own clips, which the step averages with the gradients
         self._statistics = [
-            t for norm in batch_norms(self.model) if local for t in (norm.running_mean, norm.running_var)
+            t
+            for norm in batch_norms(self.model)
+            for t in (norm.running_mean, norm.running_var)
+            if local and t is not None
         ]
         self.views = Views(clips, config.views, config.seed)
         cuda = self.device.type == "cuda"
@@ -82,7 +85,10 @@ class Trainer:
         self.scaler = torch.amp.GradScaler("cuda", enabled=cuda and config.precision == "fp16")
         self.model.backend, self.backend_note = choose_backend(config, self.device, self.model.ranks)
         if world.any(self.model.backend == "torch") and self.model.backend == "triton":
-            self.model.backend, self.backend_note = "torch", "loss and bank in plain torch, as on another rank"
+            self.model.backend, self.backend_note = (
+                "torch",
+                "loss and bank in plain torch, as on another rank",
+            )
         compiled = config.run.compile == "on" or (config.run.compile == "auto" and cuda)
         wrap: Any = (lambda f: torch.compile(f, dynamic=False)) if compiled else (lambda f: f)
         self._make_view = wrap(self.views.make)
@@ -276,7 +282,19 @@ class Trainer:
         self.scaler.load_state_dict(saved.scaler)
 
     def state(self, step: int, progress: dict[str, float]) -> checkpoint.State:
-        """What a checkpoint holds after `step` steps: the live tensors, not copies."""
+        """What a checkpoint holds after `step` steps: the live tensors, not copies. Whole on rank 0.
+
+        `InputError` if the ranks do not hold the same.
+        """
+        if not self.world.alone:
+            same = self.model.state_dict()
+            if self.model.ranks is not None:
+                same = {name: t for name, t in same.items() if not name.startswith("banks.")}
+            self.world.require_equal(
+                checksum(list(same.values())),
+                f"{{ranks}} no longer held what rank 0 held after step {step}, as may happen on unlike GPUs: "
+                "continue from the last checkpoint on equal ones, with --resume",
+            )
         return checkpoint.state(
             step=step,
             config=self.config,
@@ -299,8 +317,8 @@ def choose_backend(
 ) -> tuple[Literal["triton", "torch"], str]:
     """How losses and banks are computed, and why, as a sentence for the log or "".
 
-    `auto` takes the Triton kernels on a GPU, once they have agreed with float64 there; not where `ranks` share
-    a bank.
+    `auto` takes the Triton kernels on a GPU, once they have agreed with float64 there, unless `ranks` share
+    the bank.
     """
     if config.run.backend != "auto":
         return config.run.backend, ""

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from a2mc_fast.config import AttackConfig, BankConfig, Config, EncoderConfig, LossConfig, RunConfig, preset
+from a2mc_fast.config import AttackConfig, BankConfig, Config, LossConfig, RunConfig, preset
 from a2mc_fast.data import Clips
 from a2mc_fast.distributed import ALONE, World, join
 from a2mc_fast.encoders.joint_norm import join_batch_norms
@@ -105,9 +105,7 @@ def small(name: str = "demo", **changes: Any) -> Config:
         encoder=replace(config.encoder, hidden=8, layers=1, projection=16),
         # temperatures at which rounding grows little
         loss=replace(config.loss, temperature=0.3),
-        bank=replace(
-            config.bank, size=30, warmup_steps=WARMUP, lr_scaling=False, lr=0.5, temperature=0.3
-        ),
+        bank=replace(config.bank, size=30, warmup_steps=WARMUP, lr_scaling=False, lr=0.5, temperature=0.3),
         optim=replace(config.optim, batch_size=12, lr=0.05),
     )
 
@@ -217,7 +215,10 @@ def local_statistics(world: World) -> list[Any]:
 
 def test_local_batch_norm_averages_the_running_statistics(three: Ranks) -> None:
     seen, means, variances = zip(*three(local_statistics))
-    expected = 0.1 * np.mean([x.mean(0) for x in seen], 0), 0.9 + 0.1 * np.mean([x.var(0, ddof=1) for x in seen], 0)
+    expected = (
+        0.1 * np.mean([x.mean(0) for x in seen], 0),
+        0.9 + 0.1 * np.mean([x.var(0, ddof=1) for x in seen], 0),
+    )
     for mean, variance in zip(means, variances):
         np.testing.assert_allclose(mean, expected[0], atol=1e-6)
         np.testing.assert_allclose(variance, expected[1], rtol=1e-6)
@@ -244,10 +245,18 @@ def normalised(world: World, kind: str, x: torch.Tensor, up: torch.Tensor) -> li
     return [r.detach().numpy() for r in results]
 
 
-@pytest.mark.parametrize("kind, shape", [("BatchNorm1d", (6, 4)), ("BatchNorm1d", (6, 4, 5)), ("BatchNorm2d", (6, 4, 5, 3))])
-def test_joint_batch_norm_equals_one_over_the_joint_batch(kind: str, shape: tuple[int, ...], three: Ranks) -> None:
+@pytest.mark.parametrize(
+    "kind, shape", [("BatchNorm1d", (6, 4)), ("BatchNorm1d", (6, 4, 5)), ("BatchNorm2d", (6, 4, 5, 3))]
+)
+def test_joint_batch_norm_equals_one_over_the_joint_batch(
+    kind: str, shape: tuple[int, ...], three: Ranks
+) -> None:
     # a mean that dwarfs the spread, which the mean of squares would not survive
-    x = torch.randn(shape, dtype=torch.float64) * torch.tensor([1e-3, 1, 10, 100]).view(1, 4, *[1] * (len(shape) - 2)) + 1e4
+    x = (
+        torch.randn(shape, dtype=torch.float64)
+        * torch.tensor([1e-3, 1, 10, 100]).view(1, 4, *[1] * (len(shape) - 2))
+        + 1e4
+    )
     up = torch.randn(shape, dtype=torch.float64)
     alone = normalised(ALONE, kind, x, up)
     ranks = three(normalised, kind, x, up)
