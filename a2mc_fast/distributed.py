@@ -27,10 +27,8 @@ from torch import Tensor
 from a2mc_fast.config import Config
 from a2mc_fast.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError, one_speaks, rank, require
 
-_LINGER = (
-    10.0  # seconds that a rank waits to be ended with the job, so that the report names the one that died
-)
 _MAIN_FIRST = 0.5  # seconds that the others leave rank 0 to say what has gone wrong for all
+_LINGER = 3.0  # seconds before a rank that has lost another one ends: the launcher shall see who went first
 
 
 @dataclass(frozen=True)
@@ -278,8 +276,13 @@ def _say_once(error: BaseException, world: World, store: dist.Store, timeout: fl
     if not world.main or lost:
         time.sleep(_MAIN_FIRST)
     first = True
-    with suppress(RuntimeError):  # the store may have died with rank 0's machine
+    with suppress(RuntimeError):  # the store may have died with rank 0
         first = store.add("said", 1) == 1
+        # where it lives in rank 0's process, the others shall still find it
+        for _ in range(10 if world.main else 0):
+            if store.add("said", 0) == world.size:
+                break
+            time.sleep(_MAIN_FIRST / 5)
     if not first:
         raise SystemExit(EXIT_BAD_INPUT if isinstance(error, InputError) else 1) from None
     if lost:

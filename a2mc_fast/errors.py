@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -39,11 +39,13 @@ def rank() -> int:
 @contextmanager
 def one_speaks() -> Iterator[None]:
     """Around what all ranks do alike before they meet: what is wrong with it, rank 0 says alone."""
-    try:
+    if rank() == 0:
         yield
+        return
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            yield
     except InputError:
-        if rank() == 0:
-            raise
         sys.exit(EXIT_BAD_INPUT)
 
 

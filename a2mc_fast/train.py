@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from a2mc_fast.config import BASE_PRESETS, Config, preset
-from a2mc_fast.errors import InputError, exit_on_error, one_speaks, rank
+from a2mc_fast.errors import InputError, exit_on_error, one_speaks
 
 if TYPE_CHECKING:
     import torch
@@ -195,7 +195,6 @@ def main(args: list[str] | None = None) -> None:
                 description="Pretrain a skeleton encoder: python -m a2mc_fast.train [PRESET] [options]. "
                 f"Presets: {', '.join(BASE_PRESETS)}; append -b1 .. -b4 or -a1 .. -a3 for an ablation. "
                 "--resume continues the run in its folder.",
-                console_outputs=rank() == 0,
             )
         train(config, resume=resume)
 

@@ -2,39 +2,55 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import functools
+import gc
+import json
 import os
+import signal
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
+from pathlib import Path
+from subprocess import PIPE, STDOUT
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from a2mc_fast import distributed
+from a2mc_fast.checkpoint import FILE
 from a2mc_fast.config import AttackConfig, BankConfig, Config, LossConfig, RunConfig, preset
 from a2mc_fast.data import Clips
 from a2mc_fast.distributed import ALONE, World, join
 from a2mc_fast.encoders.joint_norm import join_batch_norms
+from a2mc_fast.errors import InputError
 from a2mc_fast.trainer import Trainer
+from tests import processes
 from tests.conftest import SMALL
 from tests.test_step import TwoHalves
 
-_server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload([__name__, "a2mc_fast.trainer", "torch._dynamo"])
+_server = processes._server
 WARMUP, STEPS = 3, 6  # rounding grows from step to step
 State = dict[str, Any]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 class Ranks:
     """W processes that have met; each test gives them something to do."""
 
     def __init__(self, size: int) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         pairs = [_server.Pipe() for _ in range(size)]
         self.lines = [mine for mine, _ in pairs]
         self.processes = [
@@ -110,12 +126,12 @@ def small(name: str = "demo", **changes: Any) -> Config:
     )
 
 
-def some_clips() -> Clips:
+def some_clips(device: torch.device | str = "cpu") -> Clips:
     generator = np.random.default_rng(0)
     lengths, count = [10, 12, 9] * 16, 48
     joints = generator.standard_normal((sum(lengths), 1, 5, 3), np.float32)
     split = np.arange(count) % 4 != 3
-    return Clips.pack(joints, lengths, np.arange(count) % 3, SMALL, splits={"xsub": split})
+    return Clips.pack(joints, lengths, np.arange(count) % 3, SMALL, splits={"xsub": split}, device=device)
 
 
 def trained(world: World, config: Config) -> State:
@@ -263,3 +279,283 @@ def test_joint_batch_norm_equals_one_over_the_joint_batch(
     for number, expected in enumerate(alone):
         got = np.concatenate([r[number] for r in ranks]) if number < 3 else ranks[1][number]
         np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-8, err_msg=str(number))
+
+
+# set up wrongly
+
+
+def refused(world: World, config: Config, other: Config) -> str:
+    """What a trainer with one configuration on rank 0, and another on the others, is refused for."""
+    with pytest.raises(InputError) as caught:
+        Trainer(config if world.main else other, some_clips(), world)
+    return str(caught.value)
+
+
+def test_ranks_must_share_evenly_and_be_told_the_same(two: Ranks, three: Ranks) -> None:
+    config = small()
+    odd = replace(config, optim=replace(config.optim, batch_size=11))
+    for said in two(refused, odd, odd):
+        assert said.startswith("--optim.batch-size 11, the joint batch, cannot be shared evenly by 2 ranks")
+    shared = replace(config, run=RunConfig(shard_bank=True), bank=replace(config.bank, size=31))
+    for said in three(refused, shared, shared):
+        assert said.startswith("--bank.size 31 cannot be shared evenly by 3 ranks")
+    seed = replace(config, seed=1)
+    for said in three(refused, config, seed):
+        assert said.startswith("ranks 1, 2 got other flags or other data than rank 0")
+    with pytest.raises(InputError, match=r"run\.shard_bank is plain torch"):
+        small(run=RunConfig(shard_bank=True), loss=LossConfig(mixing="tiled"))
+
+
+def other_data(world: World) -> str:
+    clips = some_clips()
+    if world.rank == 1:
+        # the same numbers in another order
+        clips.frames[:2] = clips.frames[:2].flip(0)
+    with pytest.raises(InputError) as caught:
+        Trainer(small(), clips, world)
+    return str(caught.value)
+
+
+def drifted(world: World) -> str:
+    trainer = Trainer(small(), some_clips(), world)
+    trainer.step(0)
+    trainer.state(1, {})
+    if world.rank == 1:
+        with torch.no_grad():
+            next(trainer.model.query.parameters())[0] *= 1 + 1e-6
+    with pytest.raises(InputError) as caught:
+        trainer.state(1, {})
+    return str(caught.value)
+
+
+def test_ranks_that_differ_are_noticed(two: Ranks) -> None:
+    assert all("rank 1 got other flags or other data than rank 0" in said for said in two(other_data))
+    assert all("rank 1 no longer held what rank 0 held after step 1" in said for said in two(drifted))
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name, value in {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    device = torch.device("cpu")
+    with join(preset("demo"), lambda: device) as world:
+        assert world == World(device=device) and chosen == [1]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with (
+        pytest.raises(InputError, match=r"4 ranks on a machine with 2 GPUs: use at most .* 2"),
+        join(preset("demo"), lambda: device),
+    ):
+        pass
+
+
+# command lines
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "clips.safetensors"
+    some_clips().save(path)
+    return path
+
+
+# 15 steps, an epoch of three
+SETTINGS = {
+    "views.frames": "8",
+    "views.min-frames": "8",
+    "encoder.hidden": "8",
+    "encoder.projection": "16",
+    "optim.batch-size": "12",
+    "optim.epochs": "4",
+    "optim.milestones": "2",
+    "optim.lr": "0.05",
+    "loss.temperature": "0.3",
+    "bank.size": "30",
+    "bank.warmup-steps": "3",
+    "bank.lr": "100",
+    "bank.temperature": "0.3",
+    "run.log-every": "2",
+}
+FLAGS = [part for name, value in SETTINGS.items() for part in (f"--{name}", value)] + ["--run.no-progress"]
+
+
+def flags(data: Path, folder: Path, *more: str) -> list[str]:
+    return ["demo", "--data", str(data), "--run.out", str(folder), *FLAGS, *more]
+
+
+def _rank(rank: int, size: int, port: int, args: list[str], output: str, trick: str, count: int) -> None:
+    processes.TRICKS |= TRICKS
+    names = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    distributed._LINGER = 0.0
+    processes._main(args, output, trick, count)
+
+
+def _at_step(number: int, then: Callable[[], None]) -> None:
+    processes._at_call(Trainer, "step", number, lambda *_: then(), after=True)
+
+
+def _bad_input() -> None:
+    raise InputError("clip 7 is spoilt")
+
+
+def _defect() -> None:
+    raise ZeroDivisionError("a defect")
+
+
+TRICKS: dict[str, Callable[[int], None]] = {
+    "SIGTERM": lambda n: _at_step(n, lambda: os.kill(os.getpid(), signal.SIGTERM)),
+    "hangs": lambda n: _at_step(n, lambda: time.sleep(60)),
+    "dies": lambda n: _at_step(n, processes._die),
+    "bad input": lambda n: _at_step(n, _bad_input),
+    "defect": lambda n: _at_step(n, _defect),
+}
+
+
+def together(
+    size: int, args: list[str], folder: Path, trick: str = "", count: int = 0, *, missing: int = 0
+) -> list[tuple[int | None, str]]:
+    """A command line on several ranks, of which the last does a trick. -> exit code and words of each"""
+    port = free_port()
+    said = [folder / f"said{rank}" for rank in range(size - missing)]
+    ranks = [
+        _server.Process(
+            target=_rank, args=(rank, size, port, args, str(path), trick if rank == size - 1 else "", count)
+        )
+        for rank, path in enumerate(said)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(0 if trick == "hangs" and process is ranks[-1] else 60)
+        process.kill()
+        process.join()
+    return [(process.exitcode, path.read_text()) for process, path in zip(ranks, said)]
+
+
+def tensors(folder: Path) -> State:
+    return {name: t.numpy() for name, t in load_file(folder / FILE).items()}
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(data: Path, tmp_path: Path) -> None:
+    """One rank of two gets SIGTERM: both stop at the same step. Three go on with a shared bank, then one."""
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    assert processes.run(flags(data, whole), tmp_path / "said")[0] == 0
+    ended = together(2, flags(data, folder), tmp_path, "SIGTERM", 5)
+    assert [code for code, _ in ended] == [143, 143], ended
+    assert "stopped after step 6 of 15" in ended[0][1] and ended[1][1] == ""
+    ended = together(3, flags(data, folder, "--run.shard-bank", "--resume"), tmp_path, "SIGTERM", 5)
+    assert [code for code, _ in ended] == [143] * 3, ended
+    assert "resumed after step 6" in ended[0][1] and "stopped after step 12 of 15" in ended[0][1]
+    assert [said for _, said in ended[1:]] == ["", ""]
+    assert processes.run(flags(data, folder, "--resume"), tmp_path / "said")[0] == 0
+    assert_close(tensors(folder), tensors(whole), 1e-5)
+    lines = [[json.loads(line) for line in (f / "metrics.jsonl").open()] for f in (whole, folder)]
+    assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
+    for line, same in zip(*lines):
+        assert line.get("loss") == pytest.approx(same.get("loss"), rel=1e-5)
+    ended = together(2, flags(data, folder, "--resume"), tmp_path)
+    assert [code for code, _ in ended] == [0, 0] and "nothing to resume" in ended[0][1] and not ended[1][1]
+
+
+@pytest.mark.parametrize(
+    "trick, codes, says",
+    [
+        ("bad input", [1, 2], ["", "error: rank 1: clip 7 is spoilt\n"]),
+        ("defect", [1, 1], ["", "ZeroDivisionError: a defect\non rank 1 of 2\n"]),
+        ("hangs", [1, -9], ["error: rank 0 has lost another rank, which died or did not answer for 2 s", ""]),
+        ("dies", [1, -9], ["error: rank 0 has lost another rank, which died or did not answer for 2 s", ""]),
+    ],
+)
+def test_a_rank_that_fails_ends_the_run_and_says_so_once(
+    trick: str, codes: list[int], says: list[str], data: Path, tmp_path: Path
+) -> None:
+    start = time.monotonic()
+    ended = together(2, flags(data, tmp_path / "run", "--run.timeout", "2"), tmp_path, trick, 5)
+    assert time.monotonic() - start < 60
+    assert [code for code, _ in ended] == codes, ended
+    for (_, said), expected in zip(ended, says):
+        assert expected in said and said.count("rror:") == (expected != ""), said
+
+
+def test_what_is_wrong_with_all_ranks_is_said_once(data: Path, tmp_path: Path) -> None:
+    for wrong, expected in (
+        (["--optim.lr", "-1"], "optim.lr must be > 0"),
+        (["--optim.batch-size", "11"], "cannot be shared evenly by 2 ranks"),
+        (["--nosuch"], "nosuch"),
+    ):
+        ended = together(2, flags(data, tmp_path / "run", *wrong), tmp_path)
+        assert [code for code, _ in ended] == [2, 2], ended
+        assert expected in ended[0][1] and ended[1][1] == ""
+    ended = together(2, flags(data, tmp_path / "run", "--run.timeout", "1"), tmp_path, missing=1)
+    assert ended[0][0] == 2 and ended[0][1].startswith("error: 2 ranks could not meet within 1 s"), ended
+
+
+def test_torchrun_names_the_rank_that_was_killed(tmp_path: Path) -> None:
+    """On the command line, with the built-in set."""
+    folder = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "a2mc_fast.train",
+    ]
+    args = ["demo", "--synthetic.clips", "60", "--synthetic.classes", "3", "--run.out", str(folder), *FLAGS]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = functools.partial(subprocess.Popen, text=True, stdout=PIPE, stderr=STDOUT, env=environment)
+    with run([*command, *args, "--optim.epochs", "100000"]) as launcher:
+        processes.wait_for(folder / "metrics.jsonl", 5)
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        ranks = {
+            _environment(child)["RANK"]: int(child) for child in children if "RANK" in _environment(child)
+        }
+        os.kill(ranks["1"], signal.SIGKILL)
+        killed = time.monotonic()
+        said = launcher.communicate(timeout=60)[0]
+        assert time.monotonic() - killed < 60 and launcher.returncode == 1
+        root_cause = said.split("Root Cause")[1]
+        assert "rank      : 1" in root_cause and "SIGKILL" in root_cause, said
+    with run([*command, *args, "--run.out", str(tmp_path / "other")]) as launcher:
+        said = launcher.communicate(timeout=100)[0]
+        assert launcher.returncode == 0 and said.count("15 steps in") == 1 and "on 2 x " in said, said
+
+
+def _environment(process: str) -> dict[str, str]:
+    content = Path(f"/proc/{process}/environ").read_bytes().decode().split("\0")
+    return dict(entry.split("=", 1) for entry in content if "=" in entry)
+
+
+# on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("share", [False, True], ids=["whole", "shared"])
+def test_a_captured_step_holds_what_ranks_say(share: bool, tmp_path: Path) -> None:
+    """A group of one rank, whose messages go through NCCL all the same."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    config = small(run=RunConfig(shard_bank=share))
+    clips = some_clips(device)
+    steps = 12
+
+    def losses(config: Config, world: World) -> list[float]:
+        trainer = Trainer(config, clips, world)
+        return [trainer.step(step)["loss"].item() for step in range(steps)]
+
+    plain = replace(
+        config, run=replace(config.run, compile="off", graph="off", backend="auto" if share else "torch")
+    )
+    alone = losses(plain, World(device=device))
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1, device_id=device)
+    try:
+        one = World(0, 1, device, alone=False)
+        assert losses(config, one) == pytest.approx(alone, rel=1e-3)
+    finally:
+        gc.collect()
+        torch.distributed.destroy_process_group()

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from a2mc_fast.config import BankConfig, Config, EncoderConfig, LossConfig, RunConfig, ViewConfig, preset
 from a2mc_fast.data import Clips
+from a2mc_fast.distributed import ALONE, World
 from a2mc_fast.encoders import build
 from a2mc_fast.encoders.bigru import BiGRU
 from a2mc_fast.losses import mixing_contrast
@@ -90,7 +91,7 @@ def elsewhere(make_clips: MakeClips, monkeypatch: pytest.MonkeyPatch) -> Callabl
 
     monkeypatch.setattr(torch.optim, "SGD", SGD)
 
-    def make(config: Config) -> Trainer:
+    def make(config: Config, world: World = ALONE) -> Trainer:
         clips = make_clips([10, 12, 9] * 8)
         train, test = clips.split("xsub")
         for name in ("frames", "lengths", "labels"):
@@ -98,7 +99,7 @@ def elsewhere(make_clips: MakeClips, monkeypatch: pytest.MonkeyPatch) -> Callabl
         clips.__post_init__()
         monkeypatch.setattr(clips, "split", lambda name: (train.to("meta"), test.to("meta")))
         classes = replace(config.attack, classes=3)
-        return Trainer(replace(config, attack=classes), clips)
+        return Trainer(replace(config, attack=classes), clips, world)
 
     return make
 
@@ -126,6 +127,34 @@ def test_the_step_stays_on_the_device(config: Config, elsewhere: Callable[[Confi
         with NoConstants(), OnTheDevice("meta"):
             values = body()
         assert values["loss"].shape == () and values["loss"].device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        small(),
+        small(run=RunConfig(shard_bank=True)),
+        small(run=RunConfig(backend="triton")),
+        small("demo-b3"),
+    ],
+    ids=["whole", "shared", "triton", "fifo"],
+)
+@pytest.mark.parametrize("norm", ["joint", "local"])
+def test_what_ranks_say_in_the_step_stays_on_the_device(
+    config: Config, norm: Any, elsewhere: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    for name in ("all_reduce", "all_gather"):
+        monkeypatch.setattr(torch.distributed, name, lambda *_, name=name: said.append(name))
+    monkeypatch.setattr(Trainer, "_join", lambda _: None)
+    monkeypatch.setattr(World, "any", lambda _, flag: flag)
+    config = replace(config, encoder=replace(config.encoder, batch_norm=norm))
+    trainer = elsewhere(config, World(1, 2, torch.device("meta"), alone=False))
+    for body in (trainer._warmup_step, trainer._train_step):
+        with NoConstants(), OnTheDevice("meta"):
+            values = body()
+        assert values["loss"].shape == () and values["loss"].device.type == "meta"
+        assert "all_reduce" in said
 
 
 def test_a_value_read_in_the_step_is_noticed(elsewhere: Callable[[Config], Trainer]) -> None:
