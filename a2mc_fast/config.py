@@ -363,14 +363,11 @@ class Config:
             "run.backend triton knows own mixing and features of at most 256 alone: use --run.backend torch "
             "with --loss.mixing tiled, --loss.renormalize or a wider --encoder.projection",
         )
-        loss = self.loss
         require(
             not self.run.shard_bank
-            or not (
-                loss.mixing == "tiled" or loss.renormalize or loss.live_target or self.run.backend == "triton"
-            ),
+            or (self.loss.mixing == "own" and not self.loss.renormalize and self.run.backend != "triton"),
             "run.shard_bank is plain torch and knows own mixing alone: leave out --run.backend triton, "
-            "--loss.mixing tiled, --loss.renormalize and --loss.live-target",
+            "--loss.mixing tiled and --loss.renormalize",
         )
         require(0 <= self.seed < 2**63, f"seed must be in 0 .. 2^63 - 1, got {self.seed}")
 

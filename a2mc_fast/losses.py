@@ -67,8 +67,8 @@ def mixing_contrast(
     _check(key, basic, weak, strong, bank, mix, temperature)
     require(backend in ("auto", "triton", "torch"), f"mixing_contrast: unknown backend {backend!r}")
     require(
-        ranks is None or not (backend == "triton" or mixing == "tiled" or renormalize or live_target),
-        "mixing_contrast: a bank shared by ranks is plain torch, with own mixing and a detached target",
+        ranks is None or not (backend == "triton" or mixing == "tiled" or renormalize),
+        "mixing_contrast: a bank shared by ranks is plain torch, with own mixing alone",
     )
     soft = strong_target == "distribution"
     if mixing == "tiled" or renormalize:

@@ -7,9 +7,10 @@ bank rows W: with unit rows m = W / |W|,
     g = dL/dm = 1/(N τ) sum_n [w1_n f1_n + (w2_n - wT_n) f2_n + w3_n f3_n]   w: (1-λ)-weighted probabilities
     v <- momentum v - (g - m (m·g)) / |W| + decay W,    W <- W - lr v        (AdCo's descent on -L)
 
-(wT is L2's target, f3's distribution over the banks mixed with f2: a constant.) Rows and velocity are
-stepped in place. `summary_kernel` averages what the log shows, in a fixed order, on the device.
-Legend: N batch · K bank rows · D feature dim · J jobs, as in `mixing_contrast` · B blocks of bank rows.
+(wT is L2's target, f3's distribution over the banks mixed with f2. If it is live, a third f3 pulls too, with
+the weights of `bank_pass`'s second pass.) Rows and velocity are stepped in place. `summary_kernel` averages
+what the log shows, in a fixed order, on the device.
+Legend: N batch · K bank rows · D feature dim · J jobs, as in `bank_pass` · B blocks of bank rows.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -26,17 +27,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
+from .bank_pass import LN2, STRONG, Tile, inverse_norm, job_feature, plan_pass, present, product
 from .common import INTERPRET, Call, Precision, check_problem, launch_all, require, width
-from .mixing_contrast import (
-    PLANES,
-    STRONG,
-    Tile,
-    inverse_norm,
-    merged_stats,
-    mixed_exponentials,
-    plan_pass,
-    product,
-)
+from .row_softmax import plan_softmax, row_weights
 
 # the step itself holds rows, velocity and gradient in registers, which is what limits the blocks
 _TILES = {
@@ -51,55 +44,14 @@ _TILES = {
     ("ieee", 128): Tile(32, 32, 32, 8, 1, 255),
     ("ieee", 256): Tile(16, 16, 16, 8, 1, 255),
 }
-
-
-@triton.jit
-def row_softmax_kernel(
-    weak_ptr,
-    strong_ptr,
-    basic_ptr,
-    key_ptr,
-    stats_ptr,  # [S, J, PLANES, N]
-    softmax_ptr,  # [J, PLANES, N]: top, a, offset that normalises the exponentials, positive's probability
-    N,
-    S,
-    scale,
-    D: tl.constexpr,
-    QUERY: tl.constexpr,
-    LARGEST: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    job, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    query_ptr = basic_ptr
-    for j in tl.static_range(len(QUERY)):
-        if job == j:
-            if QUERY[j] == 0:
-                query_ptr = weak_ptr
-            elif QUERY[j] == 1:
-                query_ptr = strong_ptr
-    d = tl.arange(0, BLOCK_D)
-    query = tl.load(query_ptr + n * D + d, mask=d < D, other=0.0).to(tl.float32)
-    key = tl.load(key_ptr + n * D + d, mask=d < D, other=0.0).to(tl.float32)
-    top, a, reach, high, first, z = merged_stats(
-        stats_ptr, n, job, tl.sum(query * key, 0), N, S, scale, len(QUERY), LARGEST, BLOCK_S
-    )
-    out = softmax_ptr + job * PLANES * N + n
-    tl.store(out, top)
-    tl.store(out + N, a)
-    tl.store(out + 2 * N, (reach - top) * scale + high + tl.log2(z))
-    tl.store(out + 3 * N, first / z)
-
-
-@triton.jit
-def row_weights(s, softmax_ptr, job, n, N, scale, MIX: tl.constexpr):
-    """(1-λ)-weighted probabilities of bank rows [K] for clips n [N], from their similarities s [K, N]."""
-    at = softmax_ptr + job * PLANES * N + n
-    top = tl.load(at, mask=n < N, other=0.0)
-    a = tl.load(at + N, mask=n < N, other=0.0)
-    offset = tl.load(at + 2 * N, mask=n < N, other=0.0)
-    _, w = mixed_exponentials(s, top[None, :], a[None, :], offset[None, :], scale, MIX)
-    return w
+# with a live target, two similarities of each pair as well
+_LIVE_TILES = _TILES | {
+    ("tf32", 16): Tile(32, 32, 16, 4, 1),
+    ("tf32", 32): Tile(32, 32, 32, 8, 1),
+    ("tf32", 64): Tile(32, 32, 64, 4, 1),
+    ("tf32", 128): Tile(32, 32, 128, 8, 1),
+    ("tf32", 256): Tile(32, 16, 256, 8, 1),
+}
 
 
 @triton.jit
@@ -110,6 +62,7 @@ def ascent_kernel(
     rows_ptr,
     velocity_ptr,
     softmax_ptr,  # [J, PLANES, N]
+    target_ptr,  # [2, N], unused unless LIVE
     partial_ptr,  # [2, B]: sums of row norms and of movements
     N,
     K,
@@ -122,7 +75,10 @@ def ascent_kernel(
     QUERY: tl.constexpr,  # which feature each job's similarities are with
     PARTNER: tl.constexpr,  # and which one they pull the rows to
     DISTILL: tl.constexpr,
+    LIVE: tl.constexpr,
     MIX: tl.constexpr,
+    LARGEST: tl.constexpr,
+    EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -144,17 +100,8 @@ def ascent_kernel(
     gradient = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     # a loop at run time, because the registers of all jobs at once would spill
     for job in range(len(QUERY)):
-        query_ptr, partner_ptr = basic_ptr, basic_ptr
-        for j in tl.static_range(len(QUERY)):
-            if job == j:
-                if QUERY[j] == 0:
-                    query_ptr = weak_ptr
-                elif QUERY[j] == 1:
-                    query_ptr = strong_ptr
-                if PARTNER[j] == 0:
-                    partner_ptr = weak_ptr
-                elif PARTNER[j] == 1:
-                    partner_ptr = strong_ptr
+        query_ptr = job_feature(job, QUERY, weak_ptr, strong_ptr, basic_ptr)
+        partner_ptr = job_feature(job, PARTNER, weak_ptr, strong_ptr, basic_ptr)
         for begin in range(0, N, BLOCK_N):
             n = begin + tl.arange(0, BLOCK_N)
             tile = n[:, None] * D + d[None, :]
@@ -164,12 +111,32 @@ def ascent_kernel(
             else:
                 query = tl.load(query_ptr + tile, mask=here, other=0.0).to(tl.float32)
                 s = tl.dot(rows, tl.trans(query), input_precision=PRECISION)
-            w = row_weights(s * inverse[:, None], softmax_ptr, job, n, N, scale, MIX)
+            w, _ = row_weights(s * inverse[:, None], softmax_ptr, job, n, N, scale, MIX, LARGEST, EVEN)
             if DISTILL and job == len(QUERY) - 1:
                 w = -w
             # clips beyond N have zero features, so their weights do not matter
             partner = tl.load(partner_ptr + tile, mask=here, other=0.0).to(tl.float32)
             gradient = tl.dot(w, partner, gradient, input_precision=PRECISION)
+    if LIVE:
+        for begin in range(0, N, BLOCK_N):
+            n = begin + tl.arange(0, BLOCK_N)
+            tile = n[:, None] * D + d[None, :]
+            here = (n[:, None] < N) & (d[None, :] < D)
+            basic = tl.load(basic_ptr + tile, mask=here, other=0.0).to(tl.float32)
+            if PRECISION == "ieee":
+                s = product(rows_ptr + k * D, own, basic_ptr + n * D, n < N, D, DEPTH)
+                gap = product(rows_ptr + k * D, own, strong_ptr + n * D, n < N, D, DEPTH)
+            else:
+                strong = tl.load(strong_ptr + tile, mask=here, other=0.0).to(tl.float32)
+                s = tl.dot(rows, tl.trans(basic), input_precision=PRECISION)
+                gap = tl.dot(rows, tl.trans(strong), input_precision=PRECISION)
+            w, q = row_weights(
+                s * inverse[:, None], softmax_ptr, len(QUERY) - 1, n, N, scale, MIX, LARGEST, False
+            )
+            square = tl.load(target_ptr + n, mask=n < N, other=0.0)
+            mean = tl.load(target_ptr + N + n, mask=n < N, other=0.0)
+            pull = q * (gap * inverse[:, None] - square[None, :]) - w * mean[None, :]
+            gradient = tl.dot(pull * (-scale * LN2), basic, gradient, input_precision=PRECISION)
 
     # read again: cheaper than registers held through the products
     rows = tl.load(rows_ptr + at, mask=inside, other=0.0)
@@ -223,119 +190,80 @@ def summary_kernel(
 
 
 def plan(
-    rows: Tensor,
-    velocity: Tensor,
-    key: Tensor,
-    basic: Tensor | None,
-    weak: Tensor | None,
-    strong: Tensor | None,
-    mix: Sequence[float],
-    temperature: float,
-    lr: float,
-    momentum: float,
-    weight_decay: float,
-    weight: float,
-    distill: bool,
-    precision: str,
-) -> tuple[list[Call], Tensor]:
+    rows: Tensor, velocity: Tensor, key: Tensor,
+    basic: Tensor | None, weak: Tensor | None, strong: Tensor | None,
+    mix: Sequence[float], temperature: float, lr: float, momentum: float, weight_decay: float,
+    weight: float, distill: bool, live_target: bool, precision: str,
+) -> tuple[list[Call], Tensor]:  # fmt: skip
     """The launches for contiguous inputs, and the summary [3] that they fill."""
-    first = plan_pass(
-        weak, strong, basic, rows, mix, temperature,
-        distill=distill, normalize=True, with_sums=False, precision=precision,
-    )  # fmt: skip
-    known = first.call.arguments
+    features = (weak, strong, basic)
+    distill = distill and strong is not None
+    live = distill and live_target
+    passes = [
+        plan_pass(
+            features, rows, mix, temperature,
+            distill=distill, normalize=True, with_sums=False, precision=precision, cross=cross,
+        )
+        for cross in (False, True)[: 1 + live]
+    ]  # fmt: skip
+    normalise, softmax, target = plan_softmax(passes, key)
     (n, d), k = key.shape, len(rows)
-    tile = _TILES[precision, width(d)]
-    jobs, blocks = len(known["QUERY"]), triton.cdiv(k, tile.bank)
-    softmax = rows.new_empty(jobs, PLANES.value, n)
+    tile = (_LIVE_TILES if live else _TILES)[precision, width(d)]
+    known, blocks = passes[0].call.arguments, triton.cdiv(k, tile.bank)
     partial, summary = rows.new_empty(2, blocks), rows.new_empty(3)
-    features = {name: known[name] for name in ("weak_ptr", "strong_ptr", "basic_ptr")}
-    normalise = Call(
-        row_softmax_kernel,
-        (jobs, n),
-        {
-            **features,
-            "key_ptr": key,
-            "stats_ptr": first.stats,
-            "softmax_ptr": softmax,
-            "N": n,
-            "S": len(first.stats),
-            "scale": known["scale"],
-            "D": d,
-            "QUERY": known["QUERY"],
-            "LARGEST": known["LARGEST"],
-            "BLOCK_S": triton.next_power_of_2(len(first.stats)),
-            "BLOCK_D": width(d),
-        },
-        num_warps=1,
-    )
-    ascend = Call(
-        ascent_kernel,
-        (blocks,),
-        {
-            **features,
-            "rows_ptr": rows,
-            "velocity_ptr": velocity,
-            "softmax_ptr": softmax,
-            "partial_ptr": partial,
-            "N": n,
-            "K": k,
-            "scale": known["scale"],
-            "gain": weight / (n * temperature),
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "D": d,
-            "QUERY": known["QUERY"],
-            "PARTNER": known["PARTNER"],
-            "DISTILL": first.distill,
-            "MIX": known["MIX"],
-            "PRECISION": precision,
-            "BLOCK_N": tile.rows,
-            "BLOCK_K": tile.bank,
-            "BLOCK_D": width(d),
-            "DEPTH": tile.depth,
-        },
-        *tile[3:],
-    )
-    summarise = Call(
-        summary_kernel,
-        (1,),
-        {
-            "partial_ptr": partial,
-            # the basic feature's share, or that of the last one given
-            "positive_ptr": softmax[len(first.terms) - 1, 3],
-            "summary_ptr": summary,
-            "N": n,
-            "K": k,
-            "B": blocks,
-            "BLOCK": 256,
-        },
-    )
-    return [first.call, normalise, ascend, summarise], summary
+    names = (
+        "weak_ptr", "strong_ptr", "basic_ptr", "N", "scale", "D", "QUERY", "PARTNER", "MIX", "LARGEST", "EVEN",
+    )  # fmt: skip
+    ascend = {
+        **{name: known[name] for name in names},
+        "rows_ptr": rows,
+        "velocity_ptr": velocity,
+        "softmax_ptr": softmax,
+        "target_ptr": target,
+        "partial_ptr": partial,
+        "K": k,
+        "gain": weight / (n * temperature),
+        "lr": lr,
+        "momentum": momentum,
+        "weight_decay": weight_decay,
+        "DISTILL": distill,
+        "LIVE": live,
+        "PRECISION": precision,
+        "BLOCK_N": tile.rows,
+        "BLOCK_K": tile.bank,
+        "BLOCK_D": width(d),
+        "DEPTH": tile.depth,
+    }
+    summarise = {
+        "partial_ptr": partial,
+        # the basic feature's share, or that of the last one given
+        "positive_ptr": softmax[len(present(features)) - 1, 3],
+        "summary_ptr": summary,
+        "N": n,
+        "K": k,
+        "B": blocks,
+        "BLOCK": 256,
+    }
+    calls = [
+        *(each.call for each in passes),
+        normalise,
+        Call(ascent_kernel, (blocks,), ascend, *tile[3:]),
+        Call(summary_kernel, (1,), summarise),
+    ]
+    return calls, summary
 
 
 @torch.library.custom_op("a2mc::bank_ascent", mutates_args=("rows", "velocity"))
 def _op(
-    rows: Tensor,
-    velocity: Tensor,
-    key: Tensor,
-    basic: Tensor | None,
-    weak: Tensor | None,
-    strong: Tensor | None,
-    mix: Sequence[float],
-    temperature: float,
-    lr: float,
-    momentum: float,
-    weight_decay: float,
-    weight: float,
-    distill: bool,
-    precision: str,
-) -> Tensor:
+    rows: Tensor, velocity: Tensor, key: Tensor,
+    basic: Tensor | None, weak: Tensor | None, strong: Tensor | None,
+    mix: Sequence[float], temperature: float, lr: float, momentum: float, weight_decay: float,
+    weight: float, distill: bool, live_target: bool, precision: str,
+) -> Tensor:  # fmt: skip
     """Steps rows and velocity in place -> [3]: mean row norm, mean movement, negatives' share."""
     calls, summary = plan(
         rows, velocity, key, basic, weak, strong, mix, temperature,
-        lr, momentum, weight_decay, weight, distill, precision,
+        lr, momentum, weight_decay, weight, distill, live_target, precision,
     )  # fmt: skip
     launch_all(calls, rows.device)
     return summary
@@ -347,21 +275,11 @@ def _(rows: Tensor, *_: Any) -> Tensor:
 
 
 def _on_cpu(
-    rows: Tensor,
-    velocity: Tensor,
-    key: Tensor,
-    basic: Tensor | None,
-    weak: Tensor | None,
-    strong: Tensor | None,
-    mix: Sequence[float],
-    temperature: float,
-    lr: float,
-    momentum: float,
-    weight_decay: float,
-    weight: float,
-    distill: bool,
-    precision: str,
-) -> Tensor:
+    rows: Tensor, velocity: Tensor, key: Tensor,
+    basic: Tensor | None, weak: Tensor | None, strong: Tensor | None,
+    mix: Sequence[float], temperature: float, lr: float, momentum: float, weight_decay: float,
+    weight: float, distill: bool, live_target: bool, precision: str,
+) -> Tensor:  # fmt: skip
     """The operation in plain torch, without kernels."""
     unit = torch.nn.functional.normalize(rows, dim=1)
     gradient = torch.zeros_like(rows)
@@ -370,11 +288,13 @@ def _on_cpu(
             continue
         leaf = unit.detach().requires_grad_()
         with torch.enable_grad():
-            loss = (
-                reference.distillation(anchor.float(), basic.float(), key.float(), leaf, mix, temperature)
-                if term == STRONG and distill and basic is not None
-                else reference.contrast(anchor.float(), key.float(), leaf, mix, temperature)
-            )
+            if term == STRONG and distill and basic is not None:
+                loss = reference.distillation(
+                    anchor.float(), basic.float(), key.float(), leaf, mix, temperature,
+                    live_target=live_target,
+                )  # fmt: skip
+            else:
+                loss = reference.contrast(anchor.float(), key.float(), leaf, mix, temperature)
         # no operation after the loss: below the dispatcher only autograd functions are recorded
         (part,) = torch.autograd.grad(loss, leaf, torch.full_like(loss, weight / len(loss)))
         gradient += part
@@ -422,7 +342,8 @@ def bank_ascent(
     """Step raw rows and velocity [K, D] float32 in place, up `weight` times the batch mean of the objective.
 
     Features [N, D]; None takes no part. "total" is L1 + L2 + L3 on the mixed banks (L2 a contrast like L1 if
-    not `distill`); "infonce" is the mean or sum of the InfoNCE of the features given, on the plain bank.
+    not `distill`; with `live_target` its gradient reaches the bank through the target too); "infonce" is the
+    mean or sum of the InfoNCE of the features given, on the plain bank.
     """
     given = {"key": key, "basic": basic, "weak": weak, "strong": strong}
     check_problem("bank_ascent", given, rows, mix, temperature, precision)
@@ -457,6 +378,7 @@ def bank_ascent(
         weight_decay,
         weight / terms if plain and reduction == "mean" else weight,
         distill and not plain,
+        live_target,
         precision,
     )
     return Ascent(*summary.unbind())

@@ -41,6 +41,7 @@ class _Softmax(NamedTuple):
     positive: Tensor  # [N] probability of the positive
     bank: Tensor  # [J, N] probability of each bank
     weight: Tensor  # [N, rows at hand] sum over banks of (1-λ) times the probability: τ times d lse / d s
+    square: Tensor | None  # [N, rows at hand] the same with (1-λ)², if asked for
 
 
 def _scales(mix: Sequence[float]) -> list[float]:
@@ -71,6 +72,8 @@ def _softmax(
     mix: Sequence[float],
     inv_tau: float,
     ranks: Ranks | None,
+    *,
+    with_square: bool = False,
 ) -> _Softmax:
     """Softmax over {positive, offset_j + (1-λ_j) s_k} / τ in one pass over s.
 
@@ -85,16 +88,18 @@ def _softmax(
     shift = torch.maximum(positive, highest) * inv_tau
     bias = offset * inv_tau - shift
     bank = torch.zeros_like(offset)
-    weight = torch.zeros_like(similarity)
-    for rows, out in zip(similarity.split(_BLOCK, 1), weight.split(_BLOCK, 1), strict=True):
+    sums = torch.zeros(1 + with_square, *similarity.shape, dtype=similarity.dtype, device=similarity.device)
+    for rows, outs in zip(similarity.split(_BLOCK, 1), sums.split(_BLOCK, 2), strict=True):
         for j, scale in enumerate(scales):
             exponential = torch.add(bias[j].unsqueeze(1), rows, alpha=scale * inv_tau).exp_()
             bank[j] += exponential.sum(1)
-            out.add_(exponential, alpha=scale)
+            for power, out in enumerate(outs, 1):
+                out.add_(exponential, alpha=scale**power)
     bank = _summed(bank, ranks)
     first = torch.exp(positive * inv_tau - shift)
     total = first + bank.sum(0)
-    return _Softmax(shift + total.log(), first / total, bank / total, weight.div_(total.unsqueeze(1)))
+    weight, *square = sums.div_(total.unsqueeze(1))
+    return _Softmax(shift + total.log(), first / total, bank / total, weight, *square or [None])
 
 
 class _Contrast(torch.autograd.Function):
@@ -128,7 +133,11 @@ class _Contrast(torch.autograd.Function):
 
 
 class _Distill(torch.autograd.Function):
-    """`distillation`; see `_Contrast`."""
+    """`distillation`; see `_Contrast`.
+
+    A step of a logit of the target moves the loss by -t (l - mean of l) / τ, with its probability t and the
+    anchor's logit l. Relative to the own feature's, l is (1-λ) `gap` for the bank.
+    """
 
     @staticmethod
     def forward(
@@ -139,32 +148,54 @@ class _Distill(torch.autograd.Function):
         bank: Tensor,
         mix: tuple[float, ...],
         inv_tau: float,
+        live_target: bool,
         ranks: Ranks | None,
     ) -> Tensor:
         positive, own = _dot(anchor, key), _dot(anchor, anchor)
         similarity = anchor @ bank.T
         p = _softmax(similarity, positive, _offsets(own, mix), mix, inv_tau, ranks)
         # the target is evaluated on the same columns, those mixed with the anchor
-        offsets = _offsets(_dot(teacher, anchor), mix)
-        t = _softmax(teacher @ bank.T, _dot(teacher, key), offsets, mix, inv_tau, ranks)
-        mean_similarity = _summed(_dot(t.weight, similarity), ranks)
-        mean_logit = t.positive * positive + _mean_share(t.bank, mix) * own + mean_similarity
+        t = _softmax(
+            teacher @ bank.T, _dot(teacher, key), _offsets(_dot(teacher, anchor), mix), mix, inv_tau, ranks,
+            with_square=live_target,
+        )  # fmt: skip
+        share = _mean_share(t.bank, mix)
+        mean_logit = t.positive * positive + share * own + _summed(_dot(t.weight, similarity), ranks)
         difference = p.weight.sub_(t.weight)
-        gradient = None
+        gradient = to_teacher = pull = None
         if ctx.needs_input_grad[0]:
             gradient = _summed(difference @ bank, ranks)
             gradient.addcmul_((p.positive - t.positive).unsqueeze(1), key)
-            share = _mean_share(p.bank - t.bank, mix)
-            gradient.addcmul_(share.unsqueeze(1), anchor, value=2).mul_(inv_tau)
-        ctx.save_for_backward(gradient, anchor, difference if ctx.needs_input_grad[3] else None)
+            more = (_mean_share(p.bank, mix) - share).unsqueeze(1)
+            gradient.addcmul_(more, anchor, value=2).mul_(inv_tau)
+        if t.square is not None:
+            gap, above = similarity - own.unsqueeze(1), positive - own
+            square = t.square * gap
+            mean_gap, mean_square = _summed(torch.stack((_dot(t.weight, gap), square.sum(1))), ranks)
+            mean = t.positive * above + mean_gap
+            along = (mean_gap - mean_square - mean * share).unsqueeze(1)
+            pull = (square - mean.unsqueeze(1) * t.weight).mul_(-(inv_tau**2))
+            to_teacher = (t.positive * (above - mean)).unsqueeze(1) * key + along * anchor
+            to_teacher = to_teacher.mul_(-(inv_tau**2)) + _summed(pull @ bank, ranks)
+            if gradient is not None:
+                gradient.addcmul_(along, teacher, value=-(inv_tau**2))
+        needs_bank = ctx.needs_input_grad[3]
+        ctx.save_for_backward(
+            gradient, anchor, difference if needs_bank else None,
+            to_teacher, teacher, pull if needs_bank else None,
+        )  # fmt: skip
         ctx.inv_tau = inv_tau
         return p.lse - mean_logit * inv_tau
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, anchor, weight = ctx.saved_tensors
+        gradient, anchor, weight, to_teacher, teacher, pull = ctx.saved_tensors
         to_anchor, _, to_bank = _backward(grad, gradient, anchor, weight, ctx.inv_tau)
-        return to_anchor, None, None, to_bank, None, None, None
+        if to_teacher is not None:
+            to_teacher = grad.unsqueeze(1) * to_teacher
+        if to_bank is not None and pull is not None:
+            to_bank = torch.addmm(to_bank, pull.T, grad.unsqueeze(1) * teacher)
+        return to_anchor, to_teacher, None, to_bank, None, None, None, None
 
 
 def _backward(
@@ -200,13 +231,19 @@ def distillation(
     mix: Sequence[float],
     temperature: float,
     ranks: Ranks | None = None,
+    *,
+    live_target: bool = False,
 ) -> Tensor:
     """Cross-entropy of the anchor's similarity distribution under the teacher's (A²MC Eq. 11).
 
-    anchor, teacher, key [N, D], bank [K, D] -> [N]. Differentiable in anchor and bank; key and teacher are
-    constants. Both distributions are taken over the banks mixed with the anchor. `ranks` as in `contrast`.
+    anchor, teacher, key [N, D], bank [K, D] -> [N]. Differentiable in anchor and bank; key is a constant, and
+    so is the teacher's distribution, unless `live_target` lets gradients reach teacher, anchor and bank
+    through it. Both distributions are taken over the banks mixed with the anchor. `ranks` as in `contrast`.
     """
-    return _Distill.apply(anchor, teacher.detach(), key.detach(), bank, tuple(mix), 1.0 / temperature, ranks)
+    teacher = teacher if live_target else teacher.detach()
+    return _Distill.apply(
+        anchor, teacher, key.detach(), bank, tuple(mix), 1.0 / temperature, live_target, ranks
+    )
 
 
 def mixing_contrast(
@@ -228,7 +265,7 @@ def mixing_contrast(
 
     A term whose feature is None is zero. `distill` False makes L2 a contrast like L1; `live_target` lets its
     gradient reach basic and the target's bank; `normalize` contrasts the unit rows of the bank; `ranks` as in
-    `contrast`, without `live_target`.
+    `contrast`.
     """
     rows = torch.nn.functional.normalize(bank, dim=1) if normalize else bank
     off = basic.new_zeros(len(basic))
@@ -236,9 +273,7 @@ def mixing_contrast(
     def second(anchor: Tensor) -> Tensor:
         if not distill:
             return contrast(anchor, key, rows, mix, temperature, ranks)
-        if live_target:
-            return mixing_contrast_general(anchor, basic, key, rows, mix, temperature, live_target=True)
-        return distillation(anchor, basic, key, rows, mix, temperature, ranks)
+        return distillation(anchor, basic, key, rows, mix, temperature, ranks, live_target=live_target)
 
     return (
         off if weak is None else contrast(weak, key, rows, mix, temperature, ranks),

@@ -180,7 +180,7 @@ def test_ranks_equal_one_process(name: str, two: Ranks, three: Ranks) -> None:
         assert_close(first, alone)
 
 
-@pytest.mark.parametrize("name", ["full", "infonce", "fifo", "plain", "pseudo", "keys"])
+@pytest.mark.parametrize("name", ["full", "infonce", "fifo", "plain", "live", "pseudo", "keys"])
 def test_a_bank_shared_by_ranks_equals_a_whole_one(name: str, two: Ranks, three: Ranks) -> None:
     """Three ranks hold ten rows each, fewer than the twelve keys of a batch."""
     alone = trained(ALONE, CONFIGS[name])

@@ -33,16 +33,18 @@ class Problem(NamedTuple):
     mix: tuple[float, ...] = PAPER_MIX
     dtype: str = "float32"
     precision: str = "tf32"
-    views: bool = True  # whether the weak and strong features are given
+    live: bool = False  # whether the gradient flows through the target
 
 
+WIDE = [Problem(d=d) for d in (64, 128, 256)]
+IEEE = [Problem(d=d, precision="ieee") for d in (128, 256)]
 PROBLEMS = [
-    *(Problem(d=d) for d in (64, 128, 256)),
-    Problem(precision="ieee"),
-    Problem(d=256, precision="ieee"),
+    *WIDE,
+    *IEEE,
     Problem(dtype="bfloat16"),
     Problem(mix=()),
     Problem(n=1, k=1, d=3),
+    *(problem._replace(live=True) for problem in (*WIDE, *IEEE, Problem(dtype="bfloat16"), Problem(d=24))),
 ]
 
 
@@ -77,17 +79,17 @@ def launches(problem: Problem) -> list[Any]:
     p = problem
     dtype = getattr(torch, p.dtype)
     key, basic, weak, strong = (torch.empty(p.n, p.d, dtype=dtype, device="meta") for _ in range(4))
-    views = (weak, strong) if p.views else (None, None)
     rows = torch.empty(p.k, p.d, device="meta")
+    features, soft = (key, basic, weak, strong), bool(p.mix)
     contrast = [
         call
         for normalize in ((False, True) if p.k == 16384 else (False,))
-        for call in mixing_contrast.plan(
-            key, basic, *views, rows, p.mix, 0.07, bool(p.mix), normalize, p.precision
-        )[0]
+        for call in mixing_contrast.plan(*features, rows, p.mix, 0.07, soft, p.live, normalize, p.precision)[
+            0
+        ]
     ]
     step = (3.0, 0.9, 1e-4, 1.0)
-    ascent = bank_ascent.plan(rows, rows, key, basic, *views, p.mix, 0.03, *step, bool(p.mix), p.precision)[0]
+    ascent = bank_ascent.plan(rows, rows, *features, p.mix, 0.03, *step, soft, p.live, p.precision)[0]
     return [*contrast, *ascent]
 
 
