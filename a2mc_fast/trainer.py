@@ -91,17 +91,20 @@ class Trainer:
         torch.manual_seed(rng.combine(config.seed, step))
         return self._run()
 
+    def launch_steps(self) -> None:
+        """From now on the host launches every operation of a step: slower, but a profile can name them."""
+        self._stream, self._phase = None, ""
+
     def _warmup_step(self) -> dict[str, Tensor]:
         """MoCo on the bank as it fills: the basic views' contrast alone, keys written into the next rows."""
         model = self.model
         index = self._batch()
         draw0, draw3, _, _ = self.views.draw(self._time, len(index))
-        with record_function("key update"):
+        with record_function("key"):
             model.update_key()
         with record_function("views"):
             x0, x3 = self._make_view(index.repeat(2), "weak", draw0 + draw3, self._time).chunk(2)
-        with record_function("features"):
-            features = model.features(x0, x3)
+        features = model.features(x0, x3)
         with record_function("loss"):
             losses = model.warmup_losses(features)
         self._optimize(losses.total)
@@ -114,7 +117,7 @@ class Trainer:
         model, config, time = self.model, self.config, self._time
         index = self._batch()
         draw0, draw3, draw1, draw2 = self.views.draw(time, len(index))
-        with record_function("key update"):
+        with record_function("key"):
             model.update_key()
 
         # two basic views; a weak and a strong view of the attacked clip
@@ -131,8 +134,7 @@ class Trainer:
                 x2 = self._make_view(index, config.views.strong, draw2, time, rho)
 
         # f0 from the key encoder, f3, f1 and f2 from the query encoder
-        with record_function("features"):
-            features = model.features(x0, x3, x1, x2)
+        features = model.features(x0, x3, x1, x2)
         with record_function("loss"):
             losses = self._losses(features)
         self._optimize(losses.total)
