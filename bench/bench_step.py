@@ -2,10 +2,10 @@
 step as public code takes it.
 
 `pytest bench/bench_step.py -s` runs on the machine's GPU at the paper's size, or at a size for one CPU core.
-The phases are those that the trainer names, read from a profile of launched steps; the step itself is timed as
-it trains, captured as a CUDA graph on a GPU. The baseline is a trainer written the way public skeleton code is:
-views made clip by clip in numpy, the GRU called frame by frame, every mixed bank stored, a wait for the
-device in each step.
+The phases are those that the trainer names, read from a profile of launched steps; the step itself is timed
+as it trains, captured as a CUDA graph on a GPU. The baseline is a trainer written the way public skeleton
+code is: views made clip by clip in numpy, the GRU called frame by frame, every mixed bank stored, a wait for
+the device in each step.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from a2mc_fast.encoders.count import parameters_and_macs
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -25,7 +26,6 @@ from a2mc_fast.config import Config, EncoderConfig, RunConfig, demo, preset
 from a2mc_fast.data import Clips
 from a2mc_fast.data.synthetic import synthetic_clips
 from a2mc_fast.encoders.bigru import BiGRU
-from a2mc_fast.encoders.count import parameters_and_macs
 from a2mc_fast.model import Branch
 from a2mc_fast.runlog import peak_memory
 from a2mc_fast.trainer import Trainer
