@@ -6,10 +6,11 @@ from typing import Any
 
 from a2mc_fast.encoders.bigru import BiGRU
 from a2mc_fast.encoders.common import Encoder
+from a2mc_fast.encoders.scd import SCDNet
 from a2mc_fast.errors import InputError
 from a2mc_fast.skeleton import Skeleton
 
-_ENCODERS = {"bigru": BiGRU}
+_ENCODERS = {"bigru": BiGRU, "scd": SCDNet}
 
 
 def build_encoder(name: str, skeleton: Skeleton, **options: Any) -> Encoder:
