@@ -72,9 +72,8 @@ class GraphStack(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.transpose(
-            1, 2
-        )  # [N, T, C, V, M], the order in which views are stored: flattened without a copy
+        x = x.transpose(1, 2)
+        # [N T, C V M]: no copy for views, which are stored like this
         x = self.input_norm(x.flatten(2).flatten(0, 1)).view(x.shape)
         x = x.permute(0, 4, 2, 1, 3)  # [N, M, C, T, V]
         return self.blocks(x.flatten(0, 1)).unflatten(0, x.shape[:2])
