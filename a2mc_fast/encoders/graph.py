@@ -29,8 +29,9 @@ def spatial_partitions(skeleton: Skeleton, kind: Partition = "hop_clipped") -> T
     away, towards = _outward(skeleton), _inward(skeleton)
     if kind == "hop_clipped":
         parents = torch.tensor(skeleton.parents)
-        # joints whose parent is the root or one of its neighbours: the root is its own parent
-        near = parents[parents] == parents[parents][parents]
+        grandparents = parents[parents]
+        # whose parent is the root or its neighbour; the root is its own parent
+        near = parents[grandparents] == grandparents
         away, towards = away + towards * ~near, towards * near
     partitions = torch.stack((torch.eye(skeleton.num_joints), away, towards))
     return partitions / partitions.sum((0, 1))
