@@ -92,7 +92,8 @@ class Problem:
         def plain(form: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> object:
             unit = F.normalize(self.rows, dim=1).requires_grad_()
             parts = form(key, basic, weak, strong, unit, mix, 0.03)
-            (gradient,) = torch.autograd.grad(sum(part.mean() for part in parts), unit)
+            weak_, strong_, basic_ = (part.mean() for part in parts)
+            (gradient,) = torch.autograd.grad(weak_ + strong_ + basic_, unit)
             return reference.bank_step(self.rows, self.velocity, gradient, **STEP)
 
         def triton() -> object:

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from a2mc_fast.encoders.count import parameters_and_macs
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -26,6 +25,7 @@ from a2mc_fast.config import Config, EncoderConfig, RunConfig, demo, preset
 from a2mc_fast.data import Clips
 from a2mc_fast.data.synthetic import synthetic_clips
 from a2mc_fast.encoders.bigru import BiGRU
+from a2mc_fast.encoders.count import parameters_and_macs
 from a2mc_fast.model import Branch
 from a2mc_fast.runlog import peak_memory
 from a2mc_fast.trainer import Trainer
@@ -40,7 +40,7 @@ ENCODERS = {
     "bigru": EncoderConfig() if CUDA else EncoderConfig(hidden=64, layers=1),
     "stgcn": EncoderConfig(name="stgcn", channels=16 if CUDA else 4),
     "dsta": EncoderConfig(name="dsta", size="full" if CUDA else "small"),
-    "scd": EncoderConfig(name="scd", width=2048 if CUDA else 128),
+    "scd": EncoderConfig(name="scd", width=2048 if CUDA else 64),
 }
 
 
@@ -50,12 +50,13 @@ def setting(encoder: str) -> Config:
         return replace(preset("ntu60-xsub"), data="", synthetic=demo().synthetic, encoder=ENCODERS[encoder])
     config = demo()
     recurrent = encoder == "bigru"
+    frames = 64 if recurrent else 16
     return replace(
         config,
-        views=replace(config.views, frames=64, min_frames=64) if recurrent else config.views,
+        views=replace(config.views, frames=frames, min_frames=frames),
         encoder=ENCODERS[encoder],
         bank=replace(config.bank, size=1024),
-        optim=replace(config.optim, batch_size=64 if recurrent else 8),
+        optim=replace(config.optim, batch_size=64 if recurrent else 4),
         run=RunConfig(threads=1),
     )
 
