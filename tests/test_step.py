@@ -3,6 +3,7 @@ that are not finite are caught on the device, and levels of a feature meet their
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -176,6 +177,7 @@ def test_weights_stand_still_from_the_first_step_that_is_not_finite(
 class TwoHalves(BiGRU):
     """A feature of three levels: its halves and the whole, contrasted crosswise."""
 
+    @functools.wraps(BiGRU.__init__)
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         width = self.feature_dim // 2
