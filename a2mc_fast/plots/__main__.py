@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from a2mc_fast.errors import InputError, exit_on_error, require
+from a2mc_fast.errors import exit_on_error, require
+from a2mc_fast.plots.output import write_picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from a2mc_fast.plots.runs import Opened
-
-SUFFIXES = (".png", ".pdf", ".svg")
-_LIBRARIES = ("matplotlib", "sklearn")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,24 +132,6 @@ class Neighbours(OfRun):
 Picture = Curves | Tsne | Confusion | Attack | Neighbours
 
 
-def write(picture: Picture) -> None:
-    """Draw a picture and write its file. `InputError` where the extra is missing or the input is bad."""
-    suffix = picture.out.suffix.lower()
-    require(suffix in SUFFIXES, f"--out {picture.out}: the suffix must be {', '.join(SUFFIXES)}")
-    try:
-        from a2mc_fast.plots.style import save
-
-        drawn = picture.draw()
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in _LIBRARIES:
-            raise
-        raise InputError(
-            f"pictures need {error.name}, which is not installed: pip install 'a2mc_fast[plots]'"
-        ) from None
-    save(drawn, picture.out)
-    print(f"wrote {picture.out}")
-
-
 def main(args: list[str] | None = None) -> None:
     """The command line: PICTURE INPUT ... [--FLAG VALUE ...]."""
     with exit_on_error():
@@ -162,7 +142,8 @@ def main(args: list[str] | None = None) -> None:
             | Annotated[Attack, tyro.conf.subcommand("attack")]
             | Annotated[Neighbours, tyro.conf.subcommand("neighbours")]
         )
-        write(tyro.cli(pictures, args=args, prog="python -m a2mc_fast.plots"))
+        picture: Picture = tyro.cli(pictures, args=args, prog="python -m a2mc_fast.plots")
+        write_picture(picture.out, picture.draw)
 
 
 if __name__ == "__main__":

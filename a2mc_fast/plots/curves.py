@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
@@ -108,7 +109,7 @@ def _accuracy(ax: Axes, tested: list[dict[str, Any]]) -> None:
         )  # fmt: skip
     ax.annotate(
         f"{accuracy[-1]:.1f}", (at[-1], accuracy[-1]), (-3, 4), textcoords="offset points", ha="right",
-        fontsize=7.5,
+        fontsize=7.5, path_effects=[withStroke(linewidth=2, foreground="white")],
     )  # fmt: skip
 
 
@@ -124,7 +125,7 @@ def _stages(ax: Axes, steps: list[dict[str, Any]], *, name_them: bool) -> None:
     ]
     for number, (step, _, _) in enumerate(drops):
         ax.axvline(
-            step, color=GREY, lw=0.9, linestyle=(0, (1, 1)),
+            step, color=GREY, lw=0.9, linestyle=(0, (1, 1)), zorder=0.5,
             label="learning rate drops" if name_them and not number else None,
         )  # fmt: skip
     if name_them:

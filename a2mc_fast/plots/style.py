@@ -1,4 +1,4 @@
-"""The look shared by every picture, and how a picture becomes a file.
+"""The look shared by every picture.
 
 Colours are Okabe and Ito's, which differ for colour-blind readers and in grey; each is paired with a line
 style, marker or hatch of its own. Sizes are for print: text of 8 points in a figure at most 7.2 inches wide.
@@ -7,13 +7,10 @@ style, marker or hatch of its own. Sizes are for print: text of 8 points in a fi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
-
-from a2mc_fast.files import atomic_path
 
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 YELLOW, BLUE, VERMILION, PURPLE, GREY = "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#8C8C8C"
@@ -70,14 +67,6 @@ def figure(height: float, width: float = WIDTH) -> Figure:
     """An empty figure in inches that finds room for its own labels."""
     use()
     return Figure(figsize=(width, height), layout="constrained")
-
-
-def save(picture: Figure, out: Path) -> None:
-    """Write the figure as its suffix says, whole or not at all; equal figures give equal files."""
-    kind = out.suffix.removeprefix(".").lower()
-    undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind)
-    with atomic_path(out) as temporary:
-        picture.savefig(temporary, format=kind, metadata=undated, bbox_inches="tight", pad_inches=0.05)
 
 
 def shorten(text: str, most: int) -> str:
