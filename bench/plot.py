@@ -82,7 +82,8 @@ def read(path: Path) -> Recorded:
     content = read_json(path)
     benchmarks = content.get("benchmarks") if isinstance(content, dict) else None
     require(
-        isinstance(benchmarks, list) and all(isinstance(b, dict) and "name" in b for b in benchmarks),
+        isinstance(benchmarks, list)
+        and all(isinstance(b, dict) and "name" in b and "median" in b.get("stats", ()) for b in benchmarks),
         f"{path} is not a file of pytest --benchmark-json",
     )
     info = content.get("machine_info") or {}
@@ -229,7 +230,7 @@ def speed(paths: tuple[Path, ...]) -> Figure:
         "pytest bench -s --benchmark-json bench/results/NAME.json",
     )
 
-    heights = [2.0] * len(curves)
+    heights = [2.25] * len(curves)
     heights += [1.0 + 0.35 * len(stepped)] if stepped else []
     heights += [0.6 + 0.2 * len(found) for _, found in compared]
     picture = style.figure(sum(heights) + 0.15 * len(recorded))

@@ -125,11 +125,12 @@ def read_confusion(path: Path) -> Confusion:
         and bool((counts >= 0).all() and np.isfinite(counts).all()),
         f"{path}: confusion must be a square list of rows of counts",
     )
-    names = tuple(map(str, content.get("class_names") or ()))
+    listed = content.get("class_names") or []
     require(
-        len(names) in (0, len(counts)),
-        f"{path}: {len(names)} class names for {len(counts)} classes",
+        isinstance(listed, list) and len(listed) in (0, len(counts)),
+        f"{path}: class_names must be a list of no or {len(counts)} names",
     )
+    names = tuple(map(str, listed))
     return Confusion(counts=counts, names=names, title=_title(path, content))
 
 

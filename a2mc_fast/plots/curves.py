@@ -118,18 +118,15 @@ def _stages(ax: Axes, steps: list[dict[str, Any]], *, name_them: bool) -> None:
     end = max((r["step"] for r in steps if r.get("stage") == "warm-up"), default=0)
     if end:
         ax.axvspan(0, end, color="#EFEFEF", lw=0, zorder=0, label="warm-up (MoCo)" if name_them else None)
-    drops = [
-        (before["step"], before["lr"], after["lr"])
-        for before, after in pairwise(steps)
-        if after["lr"] < before["lr"]
-    ]
+    rates = [(record["step"], record["lr"]) for record in steps if "lr" in record]
+    drops = [(step, old, new) for (step, old), (_, new) in pairwise(rates) if new < old]
     for number, (step, _, _) in enumerate(drops):
         ax.axvline(
             step, color=GREY, lw=0.9, linestyle=(0, (1, 1)), zorder=0.5,
             label="learning rate drops" if name_them and not number else None,
         )  # fmt: skip
     if name_them:
-        last = steps[-1]["step"]
+        last = rates[-1][0] if rates else 0
         for step, old, new in drops:
             side = -1 if step > 0.9 * last else 1
             ax.annotate(

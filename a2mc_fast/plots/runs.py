@@ -17,6 +17,8 @@ from a2mc_fast.data import Clips
 from a2mc_fast.errors import InputError, require
 from a2mc_fast.train import load_clips, pick_device
 
+_NUMBERS = ("loss", "loss_weak", "loss_strong", "loss_basic", "lr", "knn_top1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
@@ -76,6 +78,8 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
             record["step"] = int(record["step"])
+            for name in record.keys() & set(_NUMBERS):
+                record[name] = float(record[name])
         except (ValueError, KeyError, TypeError):
             if number == len(lines):
                 break
