@@ -64,14 +64,16 @@ class OfRun:
     """Protocol; empty = that of the run."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = the GPU if there is one."""
-    seed: int = 0
-    """Seed of what is random in the picture."""
 
     def open(self) -> Opened:
         from a2mc_fast.plots.runs import open_run
 
-        require(0 <= self.seed < 2**31, f"--seed must be in 0 .. 2^31 - 1, got {self.seed}")
         return open_run(self.run, self.data, self.split, self.device)
+
+
+def check_seed(seed: int) -> None:
+    """Refuse what the generators cannot take."""
+    require(0 <= seed < 2**31, f"--seed must be in 0 .. 2^31 - 1, got {seed}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +90,7 @@ class Tsne(OfRun):
     def draw(self) -> Figure:
         from a2mc_fast.plots.tsne import tsne
 
-        return tsne(self.open(), classes=self.classes, untrained=self.untrained, seed=self.seed)
+        return tsne(self.open(), classes=self.classes, untrained=self.untrained)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +101,15 @@ class Attack(OfRun):
     """Name or number of the clip; empty = the first test clip."""
     frames: int = 6
     """Frames to show, evenly spread."""
+    seed: int = 0
+    """Seed of the two views."""
     out: Path = Path("attack.png")
     """Picture to write; the suffix is .png, .pdf or .svg."""
 
     def draw(self) -> Figure:
         from a2mc_fast.plots.attack import attack
 
+        check_seed(self.seed)
         require(1 <= self.frames <= 12, f"--frames must be 1 to 12, got {self.frames}")
         return attack(self.open(), clip=self.clip, frames=self.frames, seed=self.seed)
 
@@ -119,12 +124,15 @@ class Neighbours(OfRun):
     """Neighbours to show, from the training clips."""
     frames: int = 3
     """Frames of every clip, evenly spread."""
+    seed: int = 0
+    """Seed of the choice of queries."""
     out: Path = Path("neighbours.png")
     """Picture to write; the suffix is .png, .pdf or .svg."""
 
     def draw(self) -> Figure:
         from a2mc_fast.plots.neighbours import neighbours
 
+        check_seed(self.seed)
         require(1 <= self.frames <= 6, f"--frames must be 1 to 6, got {self.frames}")
         return neighbours(self.open(), queries=self.queries, k=self.k, frames=self.frames, seed=self.seed)
 

@@ -50,7 +50,7 @@ def curves(runs: Sequence[Path]) -> Figure:
         _losses(loss, steps)
         _accuracy(knn, tested)
         for ax in (loss, knn):
-            _stages(ax, steps, name_them=ax is loss)
+            _stages(ax, steps, name_them=ax is loss, factors=ax is loss and len(runs) <= 2)
             ax.set_xlim(0, log[-1]["step"])
         _epochs(loss, run, steps)
         loss.set_title(shorten(run_name(run), 40), pad=8)
@@ -106,6 +106,7 @@ def _accuracy(ax: Axes, tested: list[dict[str, Any]]) -> None:
         ax.annotate(
             "untrained", (1, accuracy[0]), (-2, -2), xycoords=("axes fraction", "data"),
             textcoords="offset points", ha="right", va="top", fontsize=7, color="#5A5A5A",
+            path_effects=[withStroke(linewidth=2, foreground="white")],
         )  # fmt: skip
     ax.annotate(
         f"{accuracy[-1]:.1f}", (at[-1], accuracy[-1]), (-3, 4), textcoords="offset points", ha="right",
@@ -113,8 +114,8 @@ def _accuracy(ax: Axes, tested: list[dict[str, Any]]) -> None:
     )  # fmt: skip
 
 
-def _stages(ax: Axes, steps: list[dict[str, Any]], *, name_them: bool) -> None:
-    """Shade the warm-up, and mark where the learning rate changes."""
+def _stages(ax: Axes, steps: list[dict[str, Any]], *, name_them: bool, factors: bool) -> None:
+    """Shade the warm-up, and mark where the learning rate drops, where there is room with the factor."""
     end = max((r["step"] for r in steps if r.get("stage") == "warm-up"), default=0)
     if end:
         ax.axvspan(0, end, color="#EFEFEF", lw=0, zorder=0, label="warm-up (MoCo)" if name_them else None)
@@ -125,7 +126,7 @@ def _stages(ax: Axes, steps: list[dict[str, Any]], *, name_them: bool) -> None:
             step, color=GREY, lw=0.9, linestyle=(0, (1, 1)), zorder=0.5,
             label="learning rate drops" if name_them and not number else None,
         )  # fmt: skip
-    if name_them:
+    if factors:
         last = rates[-1][0] if rates else 0
         for step, old, new in drops:
             side = -1 if step > 0.9 * last else 1

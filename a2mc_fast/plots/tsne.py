@@ -20,7 +20,7 @@ _DEFAULT_CLASSES, _MOST_CLASSES = 10, 20
 _MOST_PERPLEXITY = 30
 
 
-def tsne(run: Opened, *, classes: Sequence[int] = (), untrained: bool = False, seed: int = 0) -> Figure:
+def tsne(run: Opened, *, classes: Sequence[int] = (), untrained: bool = False) -> Figure:
     """The test clips of some classes (default: the first ten) as points whose neighbours have like features.
 
     With `untrained`, the encoder before training is shown beside. Raises `InputError` for a class that the
@@ -33,7 +33,7 @@ def tsne(run: Opened, *, classes: Sequence[int] = (), untrained: bool = False, s
     panels = picture.subplots(1, len(branches), squeeze=False)[0]
     for ax, branch, name in zip(panels, branches, ("untrained", "trained")[-len(branches) :]):
         features = encode(branch, run.views, index)
-        points = embedding(torch.nn.functional.normalize(features, dim=1).cpu().numpy(), seed)
+        points = embedding(torch.nn.functional.normalize(features, dim=1).cpu().numpy())
         pure = neighbour_agreement(features, run.clips.labels[index])
         _scatter(ax, points, labels, run.clips.class_names)
         ax.set_title(f"{name}\nnearest neighbour of the same class: {pure:.0f} %")
@@ -64,10 +64,10 @@ def chosen(run: Opened, classes: Sequence[int]) -> tuple[torch.Tensor, NDArray[n
     return test[keep], labels[keep].cpu().numpy()
 
 
-def embedding(features: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
-    """t-SNE from the first two principal components. [n, F] -> [n, 2]"""
+def embedding(features: NDArray[np.float32]) -> NDArray[np.float32]:
+    """t-SNE from the first two principal components, the same every time. [n, F] -> [n, 2]"""
     perplexity = min(_MOST_PERPLEXITY, (len(features) - 1) / 3)
-    return TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(features)
+    return TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(features)
 
 
 def neighbour_agreement(features: torch.Tensor, labels: torch.Tensor) -> float:
