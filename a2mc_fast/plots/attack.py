@@ -96,7 +96,7 @@ def attacked_stages(run: Opened, number: int, seed: int) -> list[Stage]:
     length = float(torch.linalg.vector_norm(rho, dim=(1, 3)).max())
     clips = {
         "original": whole,
-        f"attacked, moved by up to {length:.2f} m per person and frame (original in grey)": whole + rho,
+        f"attacked, ‖ρ‖ up to {length:.2f} m per person and frame (original in grey)": whole + rho,
         "weak view of the attacked clip": views.make(index, "weak", weak, step, rho),
         "strong view of the attacked clip": views.make(index, "strong", strong, step, rho),
     }
