@@ -350,6 +350,21 @@ def test_the_attack_reaches_every_coordinate(name: str, options: dict[str, Any])
         assert torch.equal(value, before[key]), key
 
 
+@each_encoder
+def test_half_precision_stays_near(name: str, options: dict[str, Any]) -> None:
+    encoder = build_encoder(name, SMALL, **options)
+    for module in encoder.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    x = torch.randn(4, 3, 8, 5, 2)
+    exact = encoder(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = encoder(x)
+    rounded.float().square().sum().backward()
+    assert (rounded - exact).norm() < 0.15 * exact.norm()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters())
+
+
 def test_dropout_in_all_blocks_but_the_first() -> None:
     encoder = STGCN(SMALL, channels=2)
     assert [m.p for m in encoder.modules() if isinstance(m, nn.Dropout)] == [0] + [0.5] * 9
