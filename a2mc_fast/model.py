@@ -21,6 +21,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from a2mc_fast import rng
 from a2mc_fast.attack import semantic_attack
@@ -189,12 +190,13 @@ class A2MC(nn.Module):
         self, x0: Tensor, x3: Tensor, x1: Tensor | None = None, x2: Tensor | None = None
     ) -> dict[str, Features]:
         """f0 of the key encoder; f3, f1, f2 of the query encoder in one pass over all its views: by bank."""
-        with torch.no_grad():
+        with torch.no_grad(), record_function("key"):
             keys = self.key(x0)
         views = [x for x in (x3, x1, x2) if x is not None]
-        # joined in the order in which views are stored
-        together = torch.cat([x.transpose(1, 2) for x in views]).transpose(1, 2)
-        queries = {k: f.chunk(len(views)) for k, f in self.query(together, views=len(views)).items()}
+        with record_function("query"):
+            # joined in the order in which views are stored
+            together = torch.cat([x.transpose(1, 2) for x in views]).transpose(1, 2)
+            queries = {k: f.chunk(len(views)) for k, f in self.query(together, views=len(views)).items()}
         places = iter(range(len(views)))
         at = [None if x is None else next(places) for x in (x3, x1, x2)]
 

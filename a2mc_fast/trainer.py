@@ -131,16 +131,20 @@ class Trainer:
         torch.manual_seed(rng.combine(config.seed, step) ^ self.world.rank)
         return self._run()
 
+    def launch_steps(self) -> None:
+        """From now on the host launches every operation of a step: slower, but a profile can name them."""
+        self._stream, self._phase = None, ""
+
     def _warmup_step(self) -> dict[str, Tensor]:
         """MoCo on the bank as it fills: the basic views' contrast alone, keys written into the next rows."""
         model = self.model
         index, (draw0, draw3, _, _) = self._share()
-        with record_function("key update"):
+        with record_function("key"):
             model.update_key()
         with record_function("views"):
             x0, x3 = self._make_view(index.repeat(2), "weak", draw0 + draw3, self._time).chunk(2)
-        with record_function("features"):
-            features = model.features(x0, x3)
+        features = model.features(x0, x3)
+        with record_function("ranks"):
             joint = model.gathered(features)
         with record_function("loss"):
             losses = model.warmup_losses(features if model.ranks is None else joint)
@@ -153,7 +157,7 @@ class Trainer:
         """A²MC, Fig. 2. The named phases show in a profile; `bench/bench_step.py` sums them."""
         model, config, time = self.model, self.config, self._time
         index, (draw0, draw3, draw1, draw2) = self._share()
-        with record_function("key update"):
+        with record_function("key"):
             model.update_key()
 
         # two basic views; a weak and a strong view of the attacked clip
@@ -170,8 +174,8 @@ class Trainer:
                 x2 = self._make_view(index, config.views.strong, draw2, time, rho)
 
         # f0 from the key encoder, f3, f1 and f2 from the query encoder
-        with record_function("features"):
-            features = model.features(x0, x3, x1, x2)
+        features = model.features(x0, x3, x1, x2)
+        with record_function("ranks"):
             joint = model.gathered(features)
         with record_function("loss"):
             losses = self._losses(features if model.ranks is None else joint)
@@ -193,7 +197,7 @@ class Trainer:
             self.scaler.scale(losses.total).backward()
         gradients = [p.grad for p in self.model.query.parameters() if p.grad is not None]
         joint = torch.stack([part.detach() for part in losses])
-        with record_function("all-reduce"):
+        with record_function("ranks"):
             self.world.average_([*gradients, joint, *self._statistics])
         losses = Losses(*joint)
         with record_function("optimizer"):

@@ -1,14 +1,13 @@
 """Loss with gradients, and the bank's ascent: the Triton kernels against compiled, eager and literal torch.
 
 `pytest bench/bench_kernels.py -s` sweeps K, N and the number of mixing shares around the paper's size, all
-forms in one run after a check that they agree. On a GPU the times come from CUDA events with the second-level
-cache flushed (median, 20 and 80 %), with the memory a call allocates beyond its inputs; on a CPU, where the
-kernels do not run, the torch forms are timed at the smaller sizes.
+forms in one run after a check that they agree, with the memory a call allocates beyond its inputs and the
+distance from the memory's limit. On a CPU, where the kernels do not run, the torch forms are timed at the
+smaller sizes.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,9 +21,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from bench.baselines import literal_mixing_contrast, whole_logits_mixing_contrast
+from bench.harness import CUDA, DEVICE, Form, report
 
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
 D, PAPER_MIX = 128, (0.4, 0.3, 0.2, 0.1)
 LITERAL_LIMIT = 30e9  # bytes of mixed banks beyond which the literal form is left out
 STEP = {"lr": 3.0, "momentum": 0.9, "weight_decay": 1e-4}
@@ -91,56 +89,24 @@ class Problem:
         key, mix = self.key, self.size.mix
         basic, weak, strong = (a.detach() for a in self.anchors)
 
-        def eager() -> object:
+        def plain(form: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> object:
             unit = F.normalize(self.rows, dim=1).requires_grad_()
-            parts = reference.mixing_contrast(key, basic, weak, strong, unit, mix, 0.03)
-            (gradient,) = torch.autograd.grad(sum(part.mean() for part in parts), unit)
+            parts = form(key, basic, weak, strong, unit, mix, 0.03)
+            weak_, strong_, basic_ = (part.mean() for part in parts)
+            (gradient,) = torch.autograd.grad(weak_ + strong_ + basic_, unit)
             return reference.bank_step(self.rows, self.velocity, gradient, **STEP)
 
         def triton() -> object:
             return bank_ascent(self.rows, self.velocity, key, basic, weak, strong, mix, 0.03, **STEP)
 
-        return ({"triton": triton} if CUDA else {}) | {"eager": eager}
+        return ({"triton": triton} if CUDA else {}) | {
+            "compiled": lambda: plain(self.compiled),
+            "eager": lambda: plain(reference.mixing_contrast),
+        }
 
-
-def milliseconds(function: Callable[[], object]) -> tuple[float, float, float]:
-    """Median, 20 and 80 % of repeated calls."""
-    if CUDA:
-        from triton.testing import do_bench
-
-        return tuple(do_bench(function, quantiles=[0.5, 0.2, 0.8]))
-    function()
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        function()
-        times.append(1e3 * (time.perf_counter() - start))
-    return sorted(times)[2], min(times), max(times)
-
-
-def allocated(function: Callable[[], object]) -> int:
-    """Bytes that a call allocates at its peak, results included; 0 on a CPU."""
-    if not CUDA:
-        return 0
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def report(benchmark: BenchmarkFixture, title: str, forms: dict[str, Callable[[], object]]) -> None:
-    """Measure every form, print a table, and keep the numbers with the record."""
-    rows = {name: (*milliseconds(form), allocated(form) / 2**20) for name, form in forms.items()}
-    best = next(iter(rows.values()))[0]
-    print(f"\n{title}\n{'':10}{'median ms':>12}{'20 %':>10}{'80 %':>10}{'MiB':>10}{'ratio':>8}")
-    for name, (median, low, high, memory) in rows.items():
-        print(f"{name:10}{median:12.4f}{low:10.4f}{high:10.4f}{memory:10.1f}{median / best:8.1f}")
-    benchmark.extra_info.update(
-        {name: dict(zip(("ms", "p20", "p80", "MiB"), row)) for name, row in rows.items()}
-    )
-    benchmark.pedantic(next(iter(forms.values())), rounds=3, warmup_rounds=1)
+    @property
+    def bank_bytes(self) -> int:
+        return 4 * self.size.k * D
 
 
 @pytest.mark.parametrize("size", SWEEP, ids=str)
@@ -154,7 +120,9 @@ def test_loss_and_gradients(benchmark: BenchmarkFixture, size: Size) -> None:
             assert worst < (5e-3 if name == "triton" else 1e-3), (
                 f"{name} differs by {worst:.1e}: no speed for it"
             )
-    report(benchmark, f"loss with gradients, {size}", forms)  # type: ignore[arg-type]
+    problem = Problem(size)
+    # the bank is read once
+    report(benchmark, f"loss with gradients, {size}", problem.losses(), problem.bank_bytes)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("size", SWEEP, ids=str)
@@ -167,4 +135,19 @@ def test_ascent(benchmark: BenchmarkFixture, size: Size) -> None:
     for name, velocity in stepped.items():
         worst = ((velocity - stepped["eager"]).norm() / stepped["eager"].norm()).item()
         assert worst < 5e-3, f"{name} differs by {worst:.1e}: no speed for it"
-    report(benchmark, f"ascent, {size}", Problem(size).ascents())
+    problem = Problem(size)
+    # the rows are read for the softmax, then rows and velocity are read and written
+    report(benchmark, f"ascent, {size}", problem.ascents(), 5 * problem.bank_bytes)
+
+
+def test_loss_gradients_and_ascent(benchmark: BenchmarkFixture) -> None:
+    """All that a step of the paper's size does with its bank."""
+    problem = Problem(Size())
+    losses, ascents = problem.losses(), problem.ascents()
+    forms: dict[str, Form] = {
+        name: lambda name=name: (losses[name](), ascents[name]())  # type: ignore[misc]
+        for name in ascents
+    }
+    if "literal" in losses:
+        forms["literal"] = lambda: (losses["literal"](), ascents["eager"]())
+    report(benchmark, f"loss, gradients and ascent, {problem.size}", forms, 6 * problem.bank_bytes)

@@ -1,9 +1,11 @@
-"""The whole training step: time by phase, clips per second, and the same step as public code takes it.
+"""The whole training step of every encoder: time by phase, clips per second, arithmetic, memory; and the same
+step as public code takes it.
 
-`pytest bench/bench_step.py -s` runs on the machine's GPU, or at a size for two CPU cores. The phases are
-those that `Trainer.step` names, read from a profile. The baseline is a trainer written the way public
-skeleton code is: views made clip by clip in numpy, the GRU called frame by frame, every mixed bank stored, a
-wait for the device in each step.
+`pytest bench/bench_step.py -s` runs on the machine's GPU at the paper's size, or at a size for one CPU core.
+The phases are those that the trainer names, read from a profile of launched steps; the step itself is timed
+as it trains, captured as a CUDA graph on a GPU. The baseline is a trainer written the way public skeleton
+code is: views made clip by clip in numpy, the GRU called frame by frame, every mixed bank stored, a wait for
+the device in each step.
 """
 
 from __future__ import annotations
@@ -23,24 +25,38 @@ from a2mc_fast.config import Config, EncoderConfig, RunConfig, demo, preset
 from a2mc_fast.data import Clips
 from a2mc_fast.data.synthetic import synthetic_clips
 from a2mc_fast.encoders.bigru import BiGRU
+from a2mc_fast.encoders.count import parameters_and_macs
 from a2mc_fast.model import Branch
+from a2mc_fast.runlog import peak_memory
 from a2mc_fast.trainer import Trainer
 from bench.baselines import feeder_pair, literal_mixing_contrast
+from bench.harness import CUDA, DEVICE, copy_bandwidth, milliseconds, product_rate
 
-PHASES = ("views", "attack", "key update", "features", "loss", "backward", "optimizer", "bank")
-CUDA = torch.cuda.is_available()
+PHASES = ("views", "attack", "key", "query", "loss", "backward", "optimizer", "bank")
+# forward passes that a step costs per clip: key 1; three query views forward and, twice as much, backward;
+# the attack forward and, for the input alone, backward
+PASSES = 1 + 3 * 3 + 2
+ENCODERS = {
+    "bigru": EncoderConfig() if CUDA else EncoderConfig(hidden=64, layers=1),
+    "stgcn": EncoderConfig(name="stgcn", channels=16 if CUDA else 4),
+    "dsta": EncoderConfig(name="dsta", size="full" if CUDA else "small"),
+    "scd": EncoderConfig(name="scd", width=2048 if CUDA else 64),
+}
 
 
-def setting() -> Config:
-    """The paper's run on a GPU; on a CPU a narrow encoder and a small bank."""
+def setting(encoder: str) -> Config:
+    """The paper's run on a GPU; on a CPU narrow encoders, small batches and a small bank."""
     if CUDA:
-        return replace(preset("ntu60-xsub"), data="", synthetic=demo().synthetic)
+        return replace(preset("ntu60-xsub"), data="", synthetic=demo().synthetic, encoder=ENCODERS[encoder])
     config = demo()
+    recurrent = encoder == "bigru"
+    frames = 64 if recurrent else 16
     return replace(
         config,
-        views=replace(config.views, frames=64, min_frames=64),
-        encoder=EncoderConfig(hidden=64, layers=1),
+        views=replace(config.views, frames=frames, min_frames=frames),
+        encoder=ENCODERS[encoder],
         bank=replace(config.bank, size=1024),
+        optim=replace(config.optim, batch_size=64 if recurrent else 4),
         run=RunConfig(threads=1),
     )
 
@@ -51,19 +67,22 @@ def synchronize() -> None:
 
 
 def seconds_per_step(trainer: Trainer, first: int, count: int) -> float:
-    """Mean of `count` steps after three that warm up."""
-    for step in range(first, first + 3):
+    """Mean of `count` steps after some that warm up, compile and capture."""
+    warm = 5 if CUDA else 1
+    for step in range(first, first + warm):
         trainer.step(step)
     synchronize()
     start = time.perf_counter()
-    for step in range(first + 3, first + 3 + count):
+    for step in range(first + warm, first + warm + count):
         trainer.step(step)
     synchronize()
     return (time.perf_counter() - start) / count
 
 
 def phases(trainer: Trainer, first: int, count: int) -> dict[str, float]:
-    """Milliseconds per step of every named phase."""
+    """Milliseconds per step of every named phase, of steps whose operations the host launches."""
+    trainer.launch_steps()
+    trainer.step(first)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if CUDA else [])]
     with profile(activities=activities) as measured:
         for step in range(first, first + count):
@@ -76,26 +95,80 @@ def phases(trainer: Trainer, first: int, count: int) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def data() -> Clips:
-    return synthetic_clips(clips=1000, device="cuda" if CUDA else "cpu")
+    return synthetic_clips(clips=1000, device=DEVICE)
 
 
-@pytest.fixture
-def trainer(data: Clips) -> Trainer:
-    config = setting()
+def new_trainer(data: Clips, encoder: str) -> Trainer:
+    config = setting(encoder)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     return Trainer(config, data)
 
 
-def test_step_by_phase(benchmark: BenchmarkFixture, trainer: Trainer) -> None:
-    first, count = trainer.config.warmup_steps, 20 if CUDA else 10
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_step_by_phase(benchmark: BenchmarkFixture, data: Clips, encoder: str) -> None:
+    trainer = new_trainer(data, encoder)
+    config = trainer.config
+    first, count = config.warmup_steps, 20 if CUDA else 3
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
     seconds = benchmark.pedantic(seconds_per_step, (trainer, first, count), rounds=1)
-    table = phases(trainer, first, 5)
-    batch = trainer.config.optim.batch_size
-    print(f"\n{1e3 * seconds:.1f} ms per step, {batch / seconds:,.0f} clips/s")
-    for name, milliseconds in sorted(table.items(), key=lambda item: -item[1]):
-        print(f"  {name:<11} {milliseconds:8.2f} ms  {milliseconds / sum(table.values()):6.1%}")
-    benchmark.extra_info.update({"milliseconds": 1e3 * seconds, "clips per second": batch / seconds, **table})
+    memory = peak_memory(trainer.device)
+    table = phases(trainer, first, 5 if CUDA else 2)
+    batch = config.optim.batch_size
+    parameters, macs = parameters_and_macs(trainer.model.query.encoder, config.views.frames)
+    rate = 2 * macs * PASSES * batch / seconds
+    limit = product_rate(torch.bfloat16 if CUDA else torch.float32)
+    print(
+        f"\n{encoder}, {parameters / 1e6:.2f} M parameters, {macs / 1e9:.3f} GMACs per clip, batch {batch}, "
+        f"K {config.bank.size}\n{1e3 * seconds:.1f} ms per step, {batch / seconds:,.0f} clips/s, "
+        f"{rate / 1e12:.3f} TFLOP/s ({rate / limit:.0%} of a large product's), {memory / 2**30:.2f} GiB"
+    )
+    for name, milliseconds_ in sorted(table.items(), key=lambda item: -item[1]):
+        print(f"  {name:<11} {milliseconds_:8.2f} ms  {milliseconds_ / sum(table.values()):6.1%}")
+    around = 1 - sum(table[name] for name in ("attack", "key", "query", "backward")) / sum(table.values())
+    print(f"  around the encoder: {around:.1%}")
+    benchmark.extra_info.update(
+        {
+            "phases": table,
+            "ms": 1e3 * seconds,
+            "clips per second": batch / seconds,
+            "TFLOP/s": rate / 1e12,
+            "share of a large product's rate": rate / limit,
+            "MiB": memory / 2**20,
+            "batch": batch,
+        }
+    )
+
+
+def test_optimizer_and_key_update(benchmark: BenchmarkFixture) -> None:
+    """SGD with momentum and decay, then the key encoder's moving average, over the BiGRU's parameters.
+
+    Fused SGD reads weight, gradient and momentum and writes two of them, the average reads two and writes
+    one: 32 bytes per parameter. One kernel for both would still move 28, so it could gain at most 1.14 times.
+    """
+    sizes = [49_457_580 // (1 if CUDA else 16) // 8] * 8
+    weights = [torch.randn(n, device=DEVICE, requires_grad=True) for n in sizes]
+    average = [w.detach().clone() for w in weights]
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    optimizer = torch.optim.SGD(weights, lr=0.01, momentum=0.9, weight_decay=1e-4, fused=True)
+    rate = torch.tensor(0.01, device=DEVICE)
+    optimizer.param_groups[0]["lr"] = rate
+
+    @torch.no_grad()
+    def step() -> None:
+        optimizer.step()
+        torch._foreach_lerp_(average, weights, 1e-3)
+
+    measured = milliseconds(step)
+    reached = 32 * sum(sizes) / (1e-3 * measured.median) / copy_bandwidth()
+    print(
+        f"\n{sum(sizes) / 1e6:.1f} M parameters: {measured.median:.3f} ms, "
+        f"{reached:.0%} of a copy's bandwidth"
+    )
+    benchmark.extra_info.update({"ms": measured.median, "share of a copy's bandwidth": reached})
+    benchmark.pedantic(step, rounds=3, warmup_rounds=1)
 
 
 class PublicTrainer:
@@ -170,9 +243,10 @@ class PublicTrainer:
         return loss.item()
 
 
-def test_against_a_public_style_trainer(benchmark: BenchmarkFixture, trainer: Trainer) -> None:
+def test_against_a_public_style_trainer(benchmark: BenchmarkFixture, data: Clips) -> None:
+    trainer = new_trainer(data, "bigru")
     first = trainer.config.warmup_steps
-    ours = seconds_per_step(trainer, first, 10)
+    ours = seconds_per_step(trainer, first, 20 if CUDA else 10)
     public = PublicTrainer(trainer)
     public.step(first)
     synchronize()

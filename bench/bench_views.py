@@ -1,7 +1,8 @@
-"""Basic views per second: batched on the device, against a numpy feeder that makes them clip by clip.
+"""Views: compiled against launched one by one, and against a numpy feeder that makes them clip by clip.
 
-`pytest bench/bench_views.py -s` runs both on one core, on clips of the built-in set's length, in one run.
-Both give the recurrent encoder's input, two views of each of 64 clips at a time.
+`pytest bench/bench_views.py -s` makes the four views of a step on the machine's GPU, or on one core, with the
+distance from the memory's limit; and on one core in any case, in one run with the feeder, two basic views of
+each of 64 clips.
 """
 
 from __future__ import annotations
@@ -20,16 +21,17 @@ from a2mc_fast.config import ViewConfig
 from a2mc_fast.data import Clips
 from a2mc_fast.skeleton import NTU25
 from bench.baselines import feeder_pair
+from bench.harness import DEVICE, report
 
 CLIPS, FRAMES, BATCH = 512, 64, 64
 
 
-def clips() -> Clips:
+def clips(device: str = "cpu") -> Clips:
     """Random clips of 60 to 140 frames."""
     random = np.random.default_rng(0)
     lengths = random.integers(60, 141, CLIPS)
     joints = random.standard_normal((lengths.sum(), 2, NTU25.num_joints, 3), np.float32)
-    return Clips.pack(joints, lengths, np.zeros(CLIPS, np.int64), NTU25)
+    return Clips.pack(joints, lengths, np.zeros(CLIPS, np.int64), NTU25, device=device)
 
 
 def least_seconds(function: Callable[[int], object], rounds: int) -> float:
@@ -79,3 +81,26 @@ def test_basic_views(benchmark: BenchmarkFixture, one_core: object) -> None:
         f"\nbatch {BATCH}: {fast:,.0f} views/s, numpy feeder {slow:,.0f}/s, {fast / slow:.1f} times as many"
     )
     assert fast > 8 * slow  # ten times as many on a quiet machine
+
+
+def test_views_of_a_step(benchmark: BenchmarkFixture, one_core: object) -> None:
+    """Two basic views, a weak and a strong view of 64 attacked clips."""
+    views = Views(clips(DEVICE), ViewConfig(frames=FRAMES), 0)
+    index = torch.arange(BATCH, device=DEVICE) * 7 % CLIPS
+    step = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    rho = 0.01 * torch.randn_like(views.whole(index))
+
+    def make() -> list[torch.Tensor]:
+        draw0, draw3, draw1, draw2 = views.draw(step, BATCH)
+        return [
+            views.make(index.repeat(2), "weak", draw0 + draw3, step),
+            views.make(index, "weak", draw1, step, rho),
+            views.make(index, "strong", draw2, step, rho),
+        ]
+
+    compiled = torch.compile(make, dynamic=False)
+    for got, expected in zip(compiled(), make(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    # two frames are read for each that is written, and two of the perturbation for the attacked views
+    traffic = (4 * 3 + 2 * 2) * 4 * rho.numel()
+    report(benchmark, "four views of 64 clips", {"compiled": compiled, "eager": make}, traffic)

@@ -1,4 +1,4 @@
-"""What only a GPU can show: the captured step equals the launched one, runs repeat to the bit, nothing waits."""
+"""What only a GPU can show: the captured step equals the launched one, runs repeat to the bit, none waits."""
 
 from __future__ import annotations
 

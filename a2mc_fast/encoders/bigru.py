@@ -8,7 +8,6 @@ outputs concatenated, which is how `time_mode="forward_pair"` computes it: six c
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -100,10 +99,3 @@ class BiGRU(Encoder):
             require(source in state, f"the reference state dict has no {source}")
             mapped[name] = state[source][..., order] if reads_input else state[source]
         self.load_state_dict(mapped)
-
-
-def parameters_and_macs(encoder: BiGRU, frames: int) -> tuple[int, int]:
-    """Parameters, and multiply-accumulates of one clip of `frames` frames (matrix products only)."""
-    parameters = sum(p.numel() for p in encoder.parameters())
-    products = sum(math.prod(p.shape) for n, p in encoder.named_parameters() if ".weight_" in n)
-    return parameters, products * frames

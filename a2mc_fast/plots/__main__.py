@@ -1,0 +1,158 @@
+"""Pictures: `python -m a2mc_fast.plots curves|tsne|confusion|attack|neighbours ... --out FILE`.
+
+torch and matplotlib are imported when a picture is drawn, so that `--help` and wrong flags answer at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from a2mc_fast.errors import exit_on_error, require
+from a2mc_fast.plots.output import write_picture
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from a2mc_fast.plots.runs import Opened
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curves:
+    """Loss, its parts and kNN accuracy over the steps of runs (the paper's Fig. 8, 9)."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of one to four runs, shown side by side."""
+    out: Path = Path("curves.png")
+    """Picture to write; the suffix is .png, .pdf or .svg."""
+
+    def draw(self) -> Figure:
+        from a2mc_fast.plots.curves import curves
+
+        return curves(self.runs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Confusion:
+    """Confusion matrices of evaluation results (Fig. 10)."""
+
+    results: tyro.conf.Positional[tuple[Path, ...]]
+    """One to four JSON files of a2mc_fast.evaluate."""
+    classes: tuple[int, ...] = ()
+    """Show these classes only; none = all."""
+    out: Path = Path("confusion.png")
+    """Picture to write; the suffix is .png, .pdf or .svg."""
+
+    def draw(self) -> Figure:
+        from a2mc_fast.plots.confusion import confusion
+
+        return confusion(self.results, self.classes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfRun:
+    """What every picture of a trained encoder asks for."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run, or a checkpoint."""
+    data: str = ""
+    """Packed clips; empty = the data of the run."""
+    split: str = ""
+    """Protocol; empty = that of the run."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto = the GPU if there is one."""
+
+    def open(self) -> Opened:
+        from a2mc_fast.plots.runs import open_run
+
+        return open_run(self.run, self.data, self.split, self.device)
+
+
+def check_seed(seed: int) -> None:
+    """Refuse what the generators cannot take."""
+    require(0 <= seed < 2**31, f"--seed must be in 0 .. 2^31 - 1, got {seed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tsne(OfRun):
+    """t-SNE of the features of test clips (Fig. 4)."""
+
+    classes: tuple[int, ...] = ()
+    """Classes to show; none = the first ten."""
+    untrained: bool = False
+    """Also show the encoder as it was before training."""
+    out: Path = Path("tsne.png")
+    """Picture to write; the suffix is .png, .pdf or .svg."""
+
+    def draw(self) -> Figure:
+        from a2mc_fast.plots.tsne import tsne
+
+        return tsne(self.open(), classes=self.classes, untrained=self.untrained)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack(OfRun):
+    """A clip before and after the attack, its views, and their class distributions (Fig. 3)."""
+
+    clip: str = ""
+    """Name or number of the clip; empty = the first test clip."""
+    frames: int = 6
+    """Frames to show, evenly spread."""
+    seed: int = 0
+    """Seed of the two views."""
+    out: Path = Path("attack.png")
+    """Picture to write; the suffix is .png, .pdf or .svg."""
+
+    def draw(self) -> Figure:
+        from a2mc_fast.plots.attack import attack
+
+        check_seed(self.seed)
+        require(1 <= self.frames <= 12, f"--frames must be 1 to 12, got {self.frames}")
+        return attack(self.open(), clip=self.clip, frames=self.frames, seed=self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neighbours(OfRun):
+    """Query clips and their nearest neighbours as skeleton strips (Fig. 11)."""
+
+    queries: int = 5
+    """Test clips to ask with, of different classes."""
+    k: int = 4
+    """Neighbours to show, from the training clips."""
+    frames: int = 3
+    """Frames of every clip, evenly spread."""
+    seed: int = 0
+    """Seed of the choice of queries."""
+    out: Path = Path("neighbours.png")
+    """Picture to write; the suffix is .png, .pdf or .svg."""
+
+    def draw(self) -> Figure:
+        from a2mc_fast.plots.neighbours import neighbours
+
+        check_seed(self.seed)
+        require(1 <= self.frames <= 6, f"--frames must be 1 to 6, got {self.frames}")
+        return neighbours(self.open(), queries=self.queries, k=self.k, frames=self.frames, seed=self.seed)
+
+
+Picture = Curves | Tsne | Confusion | Attack | Neighbours
+
+
+def main(args: list[str] | None = None) -> None:
+    """The command line: PICTURE INPUT ... [--FLAG VALUE ...]."""
+    with exit_on_error():
+        pictures = (
+            Annotated[Curves, tyro.conf.subcommand("curves")]
+            | Annotated[Tsne, tyro.conf.subcommand("tsne")]
+            | Annotated[Confusion, tyro.conf.subcommand("confusion")]
+            | Annotated[Attack, tyro.conf.subcommand("attack")]
+            | Annotated[Neighbours, tyro.conf.subcommand("neighbours")]
+        )
+        picture: Picture = tyro.cli(pictures, args=args, prog="python -m a2mc_fast.plots")
+        write_picture(picture.out, picture.draw)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Confusion matrices of evaluation results (the paper's Fig. 10)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from numpy.typing import NDArray
+
+from a2mc_fast.errors import InputError, require
+from a2mc_fast.files import read_json
+from a2mc_fast.plots.style import GREY, class_label, figure, shorten
+
+_MOST_RESULTS = 4
+_NUMBERS_UP_TO, _NAMES_UP_TO = 20, 30  # classes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Confusion:
+    """What an evaluation says of its predictions."""
+
+    counts: NDArray[np.float64]
+    """[classes, classes], row = true class, column = predicted class."""
+    names: tuple[str, ...]
+    title: str
+
+
+def confusion(results: Sequence[Path], classes: Sequence[int] = ()) -> Figure:
+    """Predictions per true class in percent, one panel per result.
+
+    With `classes`, only their rows and columns are shown; percents are still of all predictions. Raises
+    `InputError` where a file holds no confusion matrix or lacks a class.
+    """
+    require(
+        1 <= len(results) <= _MOST_RESULTS,
+        f"confusion shows 1 to {_MOST_RESULTS} results, got {len(results)}",
+    )
+    loaded = [read_confusion(path) for path in results]
+    for path, one in zip(results, loaded):
+        wrong = [c for c in classes if not 0 <= c < len(one.counts)]
+        require(
+            not wrong,
+            f"--classes {wrong[0] if wrong else ''}: {path} has classes 0 to {len(one.counts) - 1}",
+        )
+    columns = min(len(loaded), 2)
+    rows = -(-len(loaded) // columns)
+    side = 7.2 / columns if columns > 1 else 5.4
+    picture = figure(rows * side * 0.98, width=side * columns)
+    panels = picture.subplots(rows, columns, squeeze=False).ravel()
+    for ax in panels[len(loaded) :]:
+        ax.remove()
+    for ax, one in zip(panels, loaded):
+        image = _panel(ax, one, list(classes) or list(range(len(one.counts))), crowded=columns > 1)
+    picture.colorbar(
+        image, ax=panels[: len(loaded)], shrink=0.6, aspect=30, label="share of the true class's clips (%)"
+    )
+    return picture
+
+
+def _panel(ax: Axes, one: Confusion, shown: list[int], *, crowded: bool) -> AxesImage:
+    """One matrix as a heat map, with numbers and names where there is room."""
+    percent = row_percent(one.counts)[np.ix_(shown, shown)]
+    color_map = matplotlib.colormaps["Blues"].with_extremes(bad="white")
+    image = ax.imshow(np.ma.masked_invalid(percent), vmin=0, vmax=100, cmap=color_map, aspect="equal")
+    for row in np.flatnonzero(np.isnan(percent[:, 0])).tolist():
+        ax.axhspan(row - 0.5, row + 0.5, facecolor="white", edgecolor=GREY, hatch="////", lw=0)
+        if len(shown) <= _NUMBERS_UP_TO:
+            ax.text(
+                (len(shown) - 1) / 2, float(row), "no clips", ha="center", va="center", fontsize=6,
+                bbox={"facecolor": "white", "lw": 0, "pad": 1},
+            )  # fmt: skip
+    if len(shown) <= _NUMBERS_UP_TO:
+        size = min(7.0, (62 if crowded else 100) / len(shown))
+        for (row, column), value in np.ndenumerate(percent):
+            if value >= 0.5:  # blank where it would round to zero
+                dark = value > 55
+                ax.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=size,
+                        color="white" if dark else "black")  # fmt: skip
+    if len(shown) <= _NAMES_UP_TO and one.names:
+        size = min(7.5, (110 if crowded else 180) / len(shown))
+        labels = [class_label(c, one.names, 22) for c in shown]
+        ax.set_xticks(range(len(shown)), labels, rotation=90, fontsize=size)
+        ax.set_yticks(range(len(shown)), labels, fontsize=size)
+    else:
+        every = max(1, -(-len(shown) // (12 if crowded else 24)))
+        places = range(0, len(shown), every)
+        ax.set_xticks(places, [str(shown[p]) for p in places])
+        ax.set_yticks(places, [str(shown[p]) for p in places])
+    ax.set(xlabel="predicted class", ylabel="true class")
+    ax.set_title(one.title)
+    ax.spines[["top", "right"]].set_visible(True)
+    return image
+
+
+def row_percent(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Counts as percents of their row; a row without clips is NaN."""
+    total = counts.sum(1, keepdims=True)
+    return np.divide(100 * counts, total, out=np.full_like(counts, np.nan), where=total > 0)
+
+
+def read_confusion(path: Path) -> Confusion:
+    """The matrix of an evaluation's JSON file. `InputError` if it has none or it is no matrix of counts."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path} not found; make it with: python -m a2mc_fast.evaluate PROTOCOL RUN")
+    content: Any = read_json(path)
+    if not isinstance(content, dict) or "confusion" not in content:
+        raise InputError(
+            f"{path} holds no confusion matrix: give the JSON file of a classification by a2mc_fast.evaluate"
+        )
+    try:
+        counts = np.array(content["confusion"], np.float64)
+    except (TypeError, ValueError):
+        counts = np.empty(0)
+    require(
+        counts.ndim == 2
+        and counts.shape[0] == counts.shape[1] > 0
+        and bool((counts >= 0).all() and np.isfinite(counts).all()),
+        f"{path}: confusion must be a square list of rows of counts",
+    )
+    listed = content.get("class_names") or []
+    require(
+        isinstance(listed, list) and len(listed) in (0, len(counts)),
+        f"{path}: class_names must be a list of no or {len(counts)} names",
+    )
+    names = tuple(map(str, listed))
+    return Confusion(counts=counts, names=names, title=_title(path, content))
+
+
+def _title(path: Path, content: dict[str, Any]) -> str:
+    """Run, protocol, split, and the accuracy that the matrix itself shows."""
+    counts = np.array(content["confusion"], np.float64)
+    top1 = 100 * counts.trace() / max(counts.sum(), 1e-9)
+    run = Path(str(content.get("run") or path.stem)).name
+    what = " ".join(str(content[key]) for key in ("protocol", "split") if content.get(key))
+    return f"{shorten(run, 30)}: {what}\ntop-1 {top1:.1f} % of {counts.sum():.0f} clips"

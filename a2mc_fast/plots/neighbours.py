@@ -1,0 +1,152 @@
+"""Query clips and their nearest neighbours as skeleton strips (the paper's Fig. 11)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from a2mc_fast import rng
+from a2mc_fast.errors import require
+from a2mc_fast.plots.runs import Opened
+from a2mc_fast.plots.skeletons import Array, Room, draw_strip, even_frames, extent, legend_lines, persons_seen
+from a2mc_fast.plots.style import BLUE, VERMILION, WIDTH, class_label, figure
+from a2mc_fast.protocols import encode
+
+_MOST_QUERIES, _MOST_NEIGHBOURS = 12, 6
+_TITLE = 0.42  # inches above a strip
+_FLAT = 0.3  # height by width below which a strip shows one frame less
+_BORDERS: dict[bool, dict[str, Any]] = {
+    True: {"edgecolor": BLUE, "lw": 1.1, "linestyle": "-"},
+    False: {"edgecolor": VERMILION, "lw": 1.1, "linestyle": (0, (3, 2))},
+}
+
+
+class Match(NamedTuple):
+    """A query among the test clips and its nearest training clips."""
+
+    query: int
+    neighbours: list[int]
+    similarity: list[float]  # cosine, highest first
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """A query and its neighbours as they are drawn."""
+
+    clips: list[Array]
+    persons: list[list[int]]
+    labels: list[int]
+    moments: list[int]
+    room: Room
+
+
+def neighbours(run: Opened, *, queries: int = 5, k: int = 4, frames: int = 3, seed: int = 0) -> Figure:
+    """A row per query: the test clip, then its k nearest training clips with their cosine similarity.
+
+    A neighbour of the query's class has a solid blue frame and a tick, any other a dashed red one and a
+    cross.
+    """
+    require(1 <= queries <= _MOST_QUERIES, f"--queries must be 1 to {_MOST_QUERIES}, got {queries}")
+    require(1 <= k <= _MOST_NEIGHBOURS, f"--k must be 1 to {_MOST_NEIGHBOURS}, got {k}")
+    found = nearest(run, queries, k, seed)
+    rows = [_row(run, match, frames) for match in found]
+    # every row is as high as its strips need at the width of a column
+    heights = [WIDTH / (k + 1) * _shape(row.room, row.moments) + _TITLE for row in rows]
+    picture = figure(sum(heights) + 0.35)
+    grid = picture.subplots(len(rows), k + 1, squeeze=False, height_ratios=heights)
+    for axes, match, row, height in zip(grid, found, rows, heights):
+        weight = 0.75 if height > 0.9 else 0.55
+        for place, (ax, clip, persons) in enumerate(zip(axes, row.clips, row.persons)):
+            draw_strip(
+                ax, clip, run.clips.skeleton, row.moments, persons, slot=row.room, weight=weight,
+                bar=place == 0,
+            )  # fmt: skip
+            ax.set_xticks([])
+            name = class_label(row.labels[place], run.clips.class_names, 22)
+            if place == 0:
+                ax.set_title(f"query\n{name}", fontsize=7, fontweight="bold")
+            else:
+                same = row.labels[place] == row.labels[0]
+                similarity = f"cosine {match.similarity[place - 1]:.3f}"
+                ax.set_title(f"{'✓' if same else '✗'} {name}\n{similarity}", fontsize=7)
+                _border(ax, same)
+    legend: list[Artist] = list(
+        legend_lines(1 + max(person for row in rows for seen in row.persons for person in seen))
+    )
+    legend += [
+        Patch(facecolor="none", label=f"{mark} {text} class", **_BORDERS[same])
+        for same, mark, text in ((True, "✓", "the query's"), (False, "✗", "another"))
+    ]
+    picture.legend(handles=legend, loc="outside lower center", ncols=len(legend))
+    return picture
+
+
+def _row(run: Opened, match: Match, frames: int) -> _Row:
+    """A query and its neighbours as they are drawn, all in the room that the largest needs."""
+    shown = torch.tensor([match.query, *match.neighbours], device=run.device)
+    clips = [clip.cpu().numpy() for clip in run.views.whole(shown)]
+    persons = [persons_seen(clip) for clip in clips]
+    room, moments = _room(clips, persons, frames)
+    if frames > 2 and _shape(room, moments) < _FLAT:
+        # two persons far apart would be tiny
+        room, moments = _room(clips, persons, frames - 1)
+    return _Row(
+        clips=clips,
+        persons=persons,
+        labels=run.clips.labels[shown].tolist(),
+        moments=moments,
+        room=room,
+    )
+
+
+def _room(clips: list[Array], persons: list[list[int]], frames: int) -> tuple[Room, list[int]]:
+    """The room of one frame that fits them all, and the frames."""
+    moments = even_frames(clips[0].shape[1], frames)
+    left, right, low, high = zip(*(extent([c], moments, seen) for c, seen in zip(clips, persons)))
+    return (min(left), max(right), min(low), max(high)), moments
+
+
+def _shape(room: Room, moments: list[int]) -> float:
+    """Height of a strip by its width."""
+    left, right, low, high = room
+    return (high - low) / (len(moments) * (right - left + 0.1))
+
+
+def nearest(run: Opened, queries: int, k: int, seed: int) -> list[Match]:
+    """Random test clips, of as many classes as possible, and their nearest training clips."""
+    gallery, test = run.labelled("train"), run.labelled("test")
+    require(len(gallery) >= k, f"--k {k}: there are only {len(gallery)} training clips")
+    chosen = spread_over_classes(test, run.clips.labels[test], queries, seed)
+    branch = run.saved.build(run.device).query
+    known = F.normalize(encode(branch, run.views, gallery), dim=1)
+    asked = F.normalize(encode(branch, run.views, chosen), dim=1)
+    similarity, place = (asked @ known.T).topk(k, 1)
+    return [Match(int(q), gallery[p].tolist(), s.tolist()) for q, p, s in zip(chosen, place, similarity)]
+
+
+def spread_over_classes(index: torch.Tensor, labels: torch.Tensor, count: int, seed: int) -> torch.Tensor:
+    """`count` clips in random order, no class twice before every class has come once. [n] -> [count]"""
+    order = rng.permutation(seed, 0, rng.STREAM_EVALUATE, len(index), index.device).tolist()
+    turns: dict[int, int] = {}
+    rank = []
+    for place in order:
+        label = int(labels[place])
+        turns[label] = turns.get(label, -1) + 1
+        rank.append(turns[label])
+    first = np.argsort(rank, kind="stable")[:count]
+    return index[torch.tensor([order[i] for i in first], device=index.device)]
+
+
+def _border(ax: Axes, same: bool) -> None:
+    """The frame that says whether a neighbour has the query's class."""
+    for spine in ax.spines.values():
+        look = _BORDERS[same]
+        spine.set(visible=True, color=look["edgecolor"], lw=look["lw"], linestyle=look["linestyle"])
