@@ -147,13 +147,11 @@ def _checksum(text: dict[str, str], tensors: dict[str, Tensor]) -> str:
 def _not_finite(tensors: dict[str, Tensor]) -> str:
     """Name of the first tensor with a NaN or an infinity; empty if there is none."""
     for name, tensor in tensors.items():
-        # a NaN spreads to both ends of the range
-        if (
-            tensor.is_floating_point()
-            and tensor.numel()
-            and not torch.stack(tensor.aminmax()).isfinite().all()
-        ):
-            return name
+        if tensor.is_floating_point() and tensor.numel():
+            # in numpy, which stays in this thread and leaves torch's to the training; a NaN spreads to both
+            values = (tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()).numpy()
+            if not math.isfinite(values.min()) or not math.isfinite(values.max()):
+                return name
     return ""
 
 
