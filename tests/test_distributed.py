@@ -28,6 +28,7 @@ from a2mc_fast.checkpoint import FILE
 from a2mc_fast.config import AttackConfig, BankConfig, Config, LossConfig, RunConfig, preset
 from a2mc_fast.data import Clips
 from a2mc_fast.distributed import ALONE, World, join
+from a2mc_fast.encoders import build_encoder
 from a2mc_fast.encoders.joint_norm import join_batch_norms
 from a2mc_fast.errors import InputError
 from a2mc_fast.trainer import Trainer
@@ -279,6 +280,45 @@ def test_joint_batch_norm_equals_one_over_the_joint_batch(
     for number, expected in enumerate(alone):
         got = np.concatenate([r[number] for r in ranks]) if number < 3 else ranks[1][number]
         np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-8, err_msg=str(number))
+
+
+ENCODERS: dict[str, dict[str, Any]] = {
+    "bigru": {"hidden": 6, "layers": 1},
+    "stgcn": {"channels": 2},
+    "dsta": {"size": "small"},
+    "scd": {"width": 16, "heads": 2},
+}
+
+
+def encoded(world: World, name: str, x: torch.Tensor) -> list[Any]:
+    """Features of this rank's clips, as two views, and the gradient of the joint batch; in float64."""
+    encoder = build_encoder(name, SMALL, persons=1, frames=8, **ENCODERS[name]).double()
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # whose random numbers are each rank's own
+    outer = torch.nn.Sequential(encoder)
+    join_batch_norms(outer, world)
+    views = [view[world.part(len(view))] for view in x.chunk(2)]
+    feature = encoder(torch.cat(views), views=2)
+    feature.pow(3).mean().backward()
+    gradients = [p.grad for p in outer.parameters() if p.grad is not None]
+    world.average_(gradients)
+    both = torch.stack(feature.detach().chunk(2), 1)
+    return [both.numpy(), *(g.numpy() for g in gradients)]
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoders_see_the_joint_batch(name: str, two: Ranks) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 8, 5, 1, dtype=torch.float64)
+    torch.manual_seed(0)
+    alone = encoded(ALONE, name, x)
+    ranks = two(encoded, name, x)
+    for number, expected in enumerate(alone):
+        got = np.concatenate([r[0] for r in ranks]) if number == 0 else ranks[1][number]
+        np.testing.assert_allclose(
+            got, expected, atol=1e-9 * np.abs(expected).max() + 1e-12, err_msg=str(number)
+        )
 
 
 # set up wrongly
