@@ -18,7 +18,7 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)  # what each round adds to the key
 _ROUNDS = 10
 
 # streams of the training step; evaluation and the attack use their own
-STREAM_ORDER, STREAM_VIEWS, STREAM_NOISE, STREAM_EVALUATE, STREAM_KMEANS = range(5)
+STREAM_ORDER, STREAM_VIEWS, STREAM_NOISE, STREAM_EVALUATE, STREAM_KMEANS, STREAM_SUBSET = range(6)
 
 
 def philox(seed: int, step: Tensor | int, stream: int, count: int, device: torch.device | str) -> Tensor:
