@@ -15,7 +15,18 @@ from a2mc_fast.errors import require
 from a2mc_fast.files import read_json
 
 FORMAT = "a2mc-evaluation/1"
-_COLUMNS = ("run", "protocol", "data", "split", "stream", "encoder", "best", "last", "macro", "untrained")
+_COLUMNS = (
+    "run",
+    "protocol",
+    "data",
+    "split",
+    "stream",
+    "encoder",
+    "best %",
+    "last %",
+    "macro %",
+    "untrained %",
+)
 _TEXT = 6  # columns that hold no number
 
 
@@ -35,7 +46,7 @@ def _is_result(content: Any) -> bool:
     return isinstance(content, dict) and content.get("format") == FORMAT
 
 
-def mean_and_std(runs: list[dict[str, float]]) -> dict[str, float]:
+def mean_and_std(runs: list[dict[str, Any]]) -> dict[str, float]:
     """Mean of every accuracy over the runs and, of two or more, the standard deviation of a sample."""
     result = {}
     for name in [name for name in runs[0] if name.startswith("top1")]:
