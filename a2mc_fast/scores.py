@@ -65,7 +65,7 @@ class Tests:
 
 def accuracy(predicted: Tensor, labels: Tensor) -> float:
     """Share of correct labels, in percent."""
-    return 100 * (predicted == labels).float().mean().item()
+    return 100 * (predicted == labels).double().mean().item()
 
 
 def confusion_matrix(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
@@ -77,7 +77,7 @@ def confusion_matrix(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
 def per_class(confusion: Tensor) -> list[float | None]:
     """Accuracy of each class in percent; None for a class without test clips."""
     total = confusion.sum(1)
-    share = 100 * confusion.diagonal() / total.clamp_min(1)
+    share = 100 * confusion.diagonal().double() / total.clamp_min(1)
     return [value if count else None for value, count in zip(share.tolist(), total.tolist())]
 
 
