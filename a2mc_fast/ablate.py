@@ -111,6 +111,9 @@ def row_configs(config: Config) -> dict[str, Config]:
         for count in range(len(_SHARES) + 1)
     }
     rows: dict[str, Config] = {**_ablations(config), "full": config, **shares}
+    # the preset of B1 has no warm-up, which is MoCo as B1 is; here every row takes the same number of steps
+    warmup = config.bank.warmup_steps
+    rows = {n: replace(row, bank=replace(row.bank, warmup_steps=warmup)) for n, row in rows.items()}
     return {name: rows[name] for name in get_args(RowName)}
 
 
