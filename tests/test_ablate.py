@@ -83,6 +83,12 @@ def test_rows_are_trained_once_and_averaged(
     assert (tmp_path / "ablation" / "full-seed0" / "linear.json").stat().st_mtime_ns == before
     again = json.loads((tmp_path / "ablation" / "ablation.json").read_text())
     assert again["rows"]["full"]["runs"][0] == result["rows"]["full"]["runs"][0]
+    # a result of another checkpoint is not taken for this one's
+    path = tmp_path / "ablation" / "b1-seed0" / "knn.json"
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps({**saved, "top1": -1.0, "checkpoint_sha256": "another"}))
+    main([*args, "--rows", "b1"])
+    assert json.loads(path.read_text())["top1"] == saved["top1"]
     # another protocol setting is evaluated anew, on the same runs
     main([*args, "--rows", "b1", "--linear.epochs", "3"])
     assert trained == ["own-l1"]
