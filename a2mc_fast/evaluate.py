@@ -254,7 +254,9 @@ def evaluate(options: Evaluation) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - start, 2),
     }
     if options.untrained:
-        untrained = options.measure(loaded.build_untrained(device).query, views, config.split).entries
+        # the list of neighbours is the trained encoder's
+        plain = replace(options, neighbours="") if isinstance(options, Knn) else options
+        untrained = plain.measure(loaded.build_untrained(device).query, views, config.split).entries
         result["untrained"] = accuracies(untrained)
     result |= {
         "checkpoint_sha256": sha256(loaded.path),

@@ -20,7 +20,7 @@ from a2mc_fast.errors import require
 from a2mc_fast.model import Branch
 from a2mc_fast.protocol_config import FinetuneConfig, SemiConfig
 from a2mc_fast.protocols import check_classes, encode, labelled_split, training_crops
-from a2mc_fast.scores import Outcome, Tests
+from a2mc_fast.scores import Outcome, Validation
 
 
 def finetune(
@@ -54,7 +54,7 @@ def finetune(
         fused=cuda,
     )
     scaler = torch.amp.GradScaler("cuda", enabled=cuda and branch.config.precision == "fp16")
-    tests = Tests(labels[test], progress)
+    validation = Validation(labels[test], progress)
     branch.train()
     for epoch in range(config.epochs):
         optimizer.param_groups[0]["lr"] = learning_rate(config, epoch)
@@ -69,8 +69,8 @@ def finetune(
             scaler.update()
         if (epoch + 1) % config.validate_every == 0 or epoch + 1 == config.epochs:
             with torch.no_grad():
-                tests.add(epoch + 1, classifier(encode(branch, crops, test)))
-    return tests.outcome()
+                validation.add(epoch + 1, classifier(encode(branch, crops, test)))
+    return validation.outcome()
 
 
 def semi_supervised(

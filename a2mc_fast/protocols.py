@@ -18,7 +18,7 @@ from a2mc_fast.config import ViewConfig
 from a2mc_fast.errors import require
 from a2mc_fast.model import Branch
 from a2mc_fast.protocol_config import LinearConfig
-from a2mc_fast.scores import Outcome, Tests, accuracy
+from a2mc_fast.scores import Outcome, Validation, accuracy
 
 _CHUNK = 256  # clips encoded at a time
 _KNN_BUDGET = 2**24  # similarities held at a time
@@ -172,7 +172,7 @@ def linear_evaluation(
         device=device,
     )
     lr = config.learning_rate(branch.config.encoder.name)
-    tests = Tests(labels[test], progress)
+    validation = Validation(labels[test], progress)
     for epoch in range(config.epochs):
         order = rng.permutation(config.seed, epoch, rng.STREAM_EVALUATE, len(train), device)
         if cached is not None:
@@ -185,5 +185,5 @@ def linear_evaluation(
             batches, labels[train[order]], batch_size=config.batch_size, lr=lr * 0.1 ** config.drops(epoch)
         )
         if (epoch + 1) % config.validate_every == 0 or epoch + 1 == config.epochs:
-            tests.add(epoch + 1, classifier.scores(test_features))
-    return tests.outcome()
+            validation.add(epoch + 1, classifier.scores(test_features))
+    return validation.outcome()

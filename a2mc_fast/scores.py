@@ -40,7 +40,7 @@ class Outcome:
         return self.scores.argmax(1)
 
 
-class Tests:
+class Validation:
     """Gathers the tests of one training into an `Outcome`; only they wait for the device."""
 
     def __init__(self, labels: Tensor, progress: Callable[[int, float], None]) -> None:

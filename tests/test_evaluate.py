@@ -184,6 +184,9 @@ def test_neighbours_are_listed(folder: Path, tmp_path: Path) -> None:
         labels = [n["label"] for n in near]
         right += max(labels, key=labels.count) == query["label"]  # the nearest of the tied
     assert result_of(tmp_path / "k.json")["top1"] == pytest.approx(100 * right / 12)
+    again = ["knn", str(folder / "joint"), "--untrained", "--top", "3", "--out", str(tmp_path / "k.json")]
+    main([*again, "--neighbours", str(tmp_path / "again.json")])
+    assert json.loads((tmp_path / "again.json").read_text()) == listed  # not those of the untrained encoder
     with (tmp_path / "n.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 36 and [row["rank"] for row in rows[:4]] == ["1", "2", "3", "1"]
