@@ -42,8 +42,9 @@ class Captured:
             else:
                 if self.graph is None:
                     self.graph = torch.cuda.CUDAGraph()
-                    # capturing records the work and does none of it
-                    with torch.cuda.graph(self.graph, stream=self.stream):
+                    # capturing records the work and does none of it; other threads, as that which watches
+                    # over NCCL, may go on asking the device
+                    with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
                         self._results = self.function()
                 self.graph.replay()
         current.wait_stream(self.stream)

@@ -1,37 +1,97 @@
-"""Evaluation protocols as functions of a frozen encoder and clips, all on the device.
+"""Protocols on a frozen encoder: kNN, which is retrieval, and linear evaluation, all on the device.
 
-Downstream tasks use the query encoder's feature before the head. Legend: n clips · F feature width.
+Downstream tasks use the query encoder's feature before the head. `finetune` trains the encoder too.
+Legend: n clips · F feature width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from a2mc_fast import rng
-from a2mc_fast.augment import Views
+from a2mc_fast.augment import Draws, Views
 from a2mc_fast.config import ViewConfig
 from a2mc_fast.distributed import ALONE, World
 from a2mc_fast.errors import require
 from a2mc_fast.model import Branch
+from a2mc_fast.protocol_config import LinearConfig
+from a2mc_fast.scores import Outcome, Validation, accuracy
 
 _CHUNK = 256  # clips encoded at a time
 _KNN_BUDGET = 2**24  # similarities held at a time
 
 
 @torch.no_grad()
-def encode(branch: Branch, views: Views, index: Tensor) -> Tensor:
-    """Features of the centre crop, in inference mode. index [n] -> [n, F] float32"""
+def encode(branch: Branch, views: Views, index: Tensor, draws: Draws | None = None) -> Tensor:
+    """Features in inference mode, of the centre crop or of random crops. index [n] -> [n, F] float32"""
     training = branch.training
     branch.eval()
-    features = [branch.feature(views.centered(part)).float() for part in index.split(_CHUNK)]
+    if draws is None:
+        crops = (views.centered(part) for part in index.split(_CHUNK))
+    else:
+        parts = zip(index.split(_CHUNK), draws.values.split(_CHUNK))
+        crops = (views.cropped(part, Draws(values)) for part, values in parts)
+    features = [branch.feature(x).float() for x in crops]
     branch.train(training)
     return torch.cat(features)
+
+
+def training_crops(views: Views, seed: int) -> Views:
+    """The views that classifiers train on: crops of 50 to 100 % and nothing else. (CMD, ISC)"""
+    frames, shortest = views.config.frames, views.config.min_frames
+    return Views(views.clips, ViewConfig(frames=frames, min_frames=shortest, min_ratio=0.5), seed)
+
+
+def labelled_split(views: Views, split: str) -> tuple[Tensor, Tensor]:
+    """(train, test) clip numbers of a protocol, labelled clips only. `InputError` if a side is empty."""
+    labels = views.clips.labels
+    train, test = (index[labels[index] >= 0] for index in views.clips.split(split))
+    require(len(train) > 0, f"protocol {split!r} has no labelled training clips")
+    require(len(test) > 0, f"protocol {split!r} has no labelled test clips")
+    return train, test
+
+
+def check_classes(views: Views, train: Tensor, test: Tensor, where: str, allow_missing: bool = False) -> None:
+    """`InputError` if a class that is tested has no training clip. train [n], test [m] clip numbers."""
+    labels = views.clips.labels
+    missing = sorted(set(labels[test].tolist()) - set(labels[train].tolist()))
+    if missing and not allow_missing:
+        names = [class_name(views.clips.class_names, c) for c in missing]
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        require(
+            False,
+            f"{where}: {len(missing)} of the tested classes have no training clip ({shown}); "
+            "--allow-missing goes on without them",
+        )
+
+
+def class_name(names: tuple[str, ...], number: int) -> str:
+    """A class as the data calls it, or "class 7"."""
+    return names[number] if names else f"class {number}"
+
+
+# kNN
+
+
+def nearest(gallery: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k most similar gallery rows of each query, nearest first: cosine similarity and row number, [Q, k].
+
+    gallery [G, F], queries [Q, F]
+    """
+    require(1 <= k <= len(gallery), f"k must be in 1 .. {len(gallery)} (the gallery's size), got {k}")
+    gallery, queries = F.normalize(gallery, dim=1), F.normalize(queries, dim=1)
+    parts = [(part @ gallery.T).topk(k, 1) for part in queries.split(max(1, _KNN_BUDGET // len(gallery)))]
+    return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
+
+
+def vote(neighbours: Tensor) -> Tensor:
+    """The label that most neighbours have; a tie goes to the nearest of the tied. [Q, k] labels -> [Q]"""
+    votes = (neighbours.unsqueeze(2) == neighbours.unsqueeze(1)).sum(2)
+    return neighbours.gather(1, votes.argmax(1, keepdim=True)).squeeze(1)
 
 
 def knn(gallery: Tensor, gallery_labels: Tensor, queries: Tensor, k: int = 1) -> Tensor:
@@ -39,19 +99,7 @@ def knn(gallery: Tensor, gallery_labels: Tensor, queries: Tensor, k: int = 1) ->
 
     gallery [G, F], labels [G], queries [Q, F] -> [Q]. A tie goes to the label of the nearest of the tied.
     """
-    require(1 <= k <= len(gallery), f"k must be in 1 .. {len(gallery)} (the gallery's size), got {k}")
-    gallery, queries = F.normalize(gallery, dim=1), F.normalize(queries, dim=1)
-    labels = []
-    for part in queries.split(max(1, _KNN_BUDGET // len(gallery))):
-        neighbours = gallery_labels[(part @ gallery.T).topk(k, 1).indices]  # [q, k], nearest first
-        votes = (neighbours.unsqueeze(2) == neighbours.unsqueeze(1)).sum(2)
-        labels.append(neighbours.gather(1, votes.argmax(1, keepdim=True)).squeeze(1))
-    return torch.cat(labels)
-
-
-def accuracy(predicted: Tensor, labels: Tensor) -> float:
-    """Share of correct labels, in percent."""
-    return 100 * (predicted == labels).float().mean().item()
+    return vote(gallery_labels[nearest(gallery, queries, k)[1]])
 
 
 def knn_accuracy(branch: Branch, views: Views, split: str, k: int = 1, world: World = ALONE) -> float:
@@ -68,54 +116,42 @@ def knn_accuracy(branch: Branch, views: Views, split: str, k: int = 1, world: Wo
     return accuracy(predicted, labels[test])
 
 
-def labelled_split(views: Views, split: str) -> tuple[Tensor, Tensor]:
-    """(train, test) clip numbers of a protocol, labelled clips only. `InputError` if a side is empty."""
-    labels = views.clips.labels
-    train, test = (index[labels[index] >= 0] for index in views.clips.split(split))
-    require(len(train) > 0, f"protocol {split!r} has no labelled training clips")
-    require(len(test) > 0, f"protocol {split!r} has no labelled test clips")
-    return train, test
+# linear evaluation
 
 
-@dataclass(frozen=True, kw_only=True)
-class LinearConfig:
-    """Linear evaluation (the paper's sec. IV-B; CMD, ISC)."""
+class LinearClassifier:
+    """Softmax regression on features, trained by SGD with momentum and no weight decay.
 
-    epochs: int = 80
-    """Passes over the training clips."""
-    lr: float = 0.1
-    """Learning rate of the classifier."""
-    milestones: tuple[int, ...] = (50, 70)
-    """Epochs after which it drops tenfold."""
-    batch_size: int = 64
-    """Clips per step."""
-    crop: Literal["random", "center"] = "random"
-    """Training clips: `random` crops of 50 to 100 %, encoded anew every epoch, or the `center` crop, once."""
-    validate_every: int = 5
-    """Epochs between tests; the last epoch always tests."""
-    seed: int = 0
-    """Seed of the classifier, its batch order and crops."""
+    The gradient is written out, so a step is five small operations: with features encoded once, their launch
+    is what training costs. Features [n, F + 1] end in a one, and the weight's last column is the bias.
+    """
 
-    def __post_init__(self) -> None:
-        require(self.epochs >= 1, f"epochs must be >= 1, got {self.epochs}")
-        require(self.lr > 0, f"lr must be > 0, got {self.lr}")
-        require(self.batch_size >= 1, f"batch-size must be >= 1, got {self.batch_size}")
-        require(self.crop in ("random", "center"), f"crop must be random or center, got {self.crop!r}")
-        require(self.validate_every >= 1, f"validate-every must be >= 1, got {self.validate_every}")
+    def __init__(self, width: int, classes: int, *, momentum: float, seed: int, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.normal(0.0, 0.01, (classes, width), generator=generator)
+        self.weight = F.pad(weight, (0, 1)).to(device)  # [classes, F + 1], the bias starts at 0
+        self.velocity = torch.zeros_like(self.weight)
+        self.momentum = momentum
 
+    @staticmethod
+    def extend(features: Tensor) -> Tensor:
+        """[n, F] -> [n, F + 1] with a last column of ones."""
+        return F.pad(features, (0, 1), value=1.0)
 
-@dataclass(frozen=True, kw_only=True)
-class LinearResult:
-    """Accuracies in percent."""
+    def train_epoch(self, features: Tensor, labels: Tensor, *, batch_size: int, lr: float) -> None:
+        """One pass over features [n, F + 1] and labels [n] in their order."""
+        targets = F.one_hot(labels, len(self.weight)).float()
+        for x, target in zip(features.split(batch_size), targets.split(batch_size)):
+            error = self.scores(x).softmax(1).sub_(target)  # the gradient of cross-entropy by the logits
+            torch.addmm(self.velocity, error.T, x, beta=self.momentum, alpha=1 / len(x), out=self.velocity)
+            self.weight.sub_(self.velocity, alpha=lr)
 
-    best: float
-    """Highest over the tests during training, as CMD and ISC report it."""
-    last: float
-    """After the last epoch."""
-    predicted: Tensor
-    """Labels of the test clips after the last epoch, [n]."""
+    def scores(self, features: Tensor) -> Tensor:
+        """Logits. [n, F + 1] -> [n, classes]"""
+        return features @ self.weight.T
 
 
+@torch.no_grad()
 def linear_evaluation(
     branch: Branch,
     views: Views,
@@ -123,43 +159,38 @@ def linear_evaluation(
     config: LinearConfig,
     *,
     progress: Callable[[int, float], None] = lambda epoch, accuracy: None,
-) -> LinearResult:
+) -> Outcome:
     """Train a linear classifier on the frozen encoder. `progress` hears of each test: (epoch, accuracy)."""
-    branch.eval()
     train, test = labelled_split(views, split)
-    labels = views.clips.labels
-    device = views.clips.device
-    test_features = encode(branch, views, test)
-    cached = encode(branch, views, train) if config.crop == "center" else None
-    crops = Views(views.clips, ViewConfig(frames=views.config.frames, min_ratio=0.5), config.seed)
+    check_classes(views, train, test, f"protocol {split!r}", config.allow_missing)
+    labels, device = views.clips.labels, views.clips.device
+    crops = training_crops(views, config.seed)
 
-    generator = torch.Generator().manual_seed(config.seed)
-    classifier = nn.Linear(test_features.shape[1], views.clips.num_classes)
-    nn.init.normal_(classifier.weight, std=0.01, generator=generator)
-    nn.init.zeros_(classifier.bias)
-    classifier.to(device)
-    optimizer = torch.optim.SGD(classifier.parameters(), lr=config.lr, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(config.milestones))
+    def features(index: Tensor, draws: Draws | None = None) -> Tensor:
+        return LinearClassifier.extend(encode(branch, crops, index, draws))
 
-    best, last, predicted = 0.0, 0.0, test
+    test_features = features(test)
+    cached = features(train) if config.crop == "center" and config.cache else None
+    classifier = LinearClassifier(
+        test_features.shape[1] - 1,
+        views.clips.num_classes,
+        momentum=config.momentum,
+        seed=config.seed,
+        device=device,
+    )
+    lr = config.learning_rate(branch.config.encoder.name)
+    validation = Validation(labels[test], progress)
     for epoch in range(config.epochs):
         order = rng.permutation(config.seed, epoch, rng.STREAM_EVALUATE, len(train), device)
-        for number, batch in enumerate(order.split(config.batch_size)):
-            if cached is not None:
-                features = cached[batch]
-            else:
-                draws = crops.draw(epoch * len(train) + number, len(batch), views=1)[0]
-                with torch.no_grad():
-                    features = branch.feature(crops.cropped(train[batch], draws)).float()
-            loss = F.cross_entropy(classifier(features), labels[train[batch]])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        schedule.step()
+        if cached is not None:
+            batches = cached[order]
+        elif config.crop == "center":
+            batches = features(train)[order]
+        else:
+            batches = features(train[order], crops.draw(epoch, len(train), views=1)[0])
+        classifier.train_epoch(
+            batches, labels[train[order]], batch_size=config.batch_size, lr=lr * 0.1 ** config.drops(epoch)
+        )
         if (epoch + 1) % config.validate_every == 0 or epoch + 1 == config.epochs:
-            with torch.no_grad():
-                predicted = classifier(test_features).argmax(1)
-            last = accuracy(predicted, labels[test])
-            best = max(best, last)
-            progress(epoch + 1, last)
-    return LinearResult(best=best, last=last, predicted=predicted)
+            validation.add(epoch + 1, classifier.scores(test_features))
+    return validation.outcome()

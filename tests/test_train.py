@@ -15,11 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from a2mc_fast import checkpoint
-from a2mc_fast.augment import Views
 from a2mc_fast.config import BankConfig, Config, OptimConfig, RunConfig, _ablations, demo, to_dict
 from a2mc_fast.data import Clips
 from a2mc_fast.evaluate import main as evaluate_main
-from a2mc_fast.protocols import LinearConfig, encode, knn, linear_evaluation
 from a2mc_fast.train import main as train_main
 from a2mc_fast.train import train
 from a2mc_fast.trainer import Trainer
@@ -231,66 +229,6 @@ def test_both_backends_take_the_same_steps(data: Path, tmp_path: Path, objective
         assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
     torch.testing.assert_close(fused.model.bank().rows, plain.model.bank().rows, rtol=1e-4, atol=1e-5)
     assert not torch.equal(plain.model.bank().velocity, torch.zeros_like(plain.model.bank().velocity))
-
-
-def test_knn_by_hand() -> None:
-    gallery = torch.tensor([[1.0, 0], [0, 2], [3, 0.1], [-1, 0]])
-    labels = torch.tensor([0, 1, 2, 1])
-    queries = torch.tensor([[5.0, 0], [0.1, 9], [1, 1]])
-    assert knn(gallery, labels, queries).tolist() == [0, 1, 2]
-    assert knn(gallery, labels, queries, k=4).tolist() == [1, 1, 1]  # the majority of all
-    with pytest.raises(ValueError, match=r"k must be in 1 \.\. 4"):
-        knn(gallery, labels, queries, k=5)
-
-
-def test_knn_equals_scikit_learn() -> None:
-    from sklearn.neighbors import KNeighborsClassifier
-
-    gallery, queries, labels = torch.randn(200, 16), torch.randn(150, 16), torch.randint(0, 7, (200,))
-    expected = KNeighborsClassifier(1, metric="cosine").fit(gallery, labels).predict(queries)
-    assert knn(gallery, labels, queries).tolist() == expected.tolist()
-
-
-@pytest.mark.parametrize("crop", ["random", "center"])
-def test_linear_evaluation_learns_and_leaves_the_encoder_alone(trained: Path, data: Path, crop: str) -> None:
-    """Clips whose class is a constant offset are told apart, and no tensor of the encoder changes."""
-    clips = Clips.load(data)
-    first = 0
-    for length, label in zip(clips.lengths.tolist(), clips.labels.tolist()):
-        clips.frames[first : first + length] *= 0.1
-        clips.frames[first : first + length, label % 3] += 2.0 * (label + 1)
-        first += length
-    branch = checkpoint.load(trained).build().query
-    before = {name: value.clone() for name, value in branch.state_dict().items()}
-    views = Views(clips, demo().views, 0)
-    config = LinearConfig(epochs=60, milestones=(50,), batch_size=8, crop=crop)  # type: ignore[arg-type]
-    result = linear_evaluation(branch, views, "xsub", config)
-    assert result.last >= 90 and result.best >= result.last
-    assert all(torch.equal(before[name], value) for name, value in branch.state_dict().items())
-
-
-def test_encoding_does_not_depend_on_the_batch(trained: Path, data: Path) -> None:
-    clips = Clips.load(data)
-    branch, views = checkpoint.load(trained).build().query, Views(clips, demo().views, 0)
-    together = encode(branch, views, torch.arange(40))
-    torch.testing.assert_close(encode(branch, views, torch.tensor([7])), together[7:8])
-
-
-def test_evaluate_writes_and_prints(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    evaluate_main(["knn", str(trained), "--untrained"])
-    evaluate_main(["linear", str(trained), "--epochs", "2", "--milestones", "1"])
-    printed = capsys.readouterr().out
-    knn_result = json.loads((trained / "knn.json").read_text())
-    linear_result = json.loads((trained / "linear.json").read_text())
-    assert f"{knn_result['top1']:.2f} %" in printed and "untrained" in printed
-    assert knn_result["top1"] == json.loads((trained / "result.json").read_text())["knn_top1"]
-    assert (
-        knn_result["untrained"]["top1"]
-        == json.loads((trained / "result.json").read_text())["knn_top1_untrained"]
-    )
-    assert (
-        linear_result["options"]["epochs"] == 2 and linear_result["top1_best"] >= linear_result["top1_last"]
-    )
 
 
 def refused(main: Callable[[list[str]], None], args: list[str], capsys: pytest.CaptureFixture[str]) -> str:

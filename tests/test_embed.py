@@ -1,0 +1,180 @@
+"""Use of a trained encoder: features of a data set and of one recording, and the exported program."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import a2mc_fast
+from a2mc_fast import checkpoint
+from a2mc_fast.augment import Views
+from a2mc_fast.data import Clips
+from a2mc_fast.embed import FORMAT, main
+from a2mc_fast.evaluate import sha256
+from a2mc_fast.inference import embed_clips, embed_recording, load_encoder
+from a2mc_fast.prepare import main as prepare
+from a2mc_fast.protocols import encode
+from a2mc_fast.skeleton import motion_stream
+from a2mc_fast.train import train
+from tests.conftest import SMALL
+from tests.test_evaluate import tiny_config
+from tests.test_train import refused
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Recordings raw.npz, packed as data.safetensors, and the run that was trained on them."""
+    folder = tmp_path_factory.mktemp("embed")
+    generator = np.random.default_rng(0)
+    lengths = np.arange(40) % 9 + 20
+    np.savez(
+        folder / "raw.npz",
+        joints=generator.standard_normal((lengths.sum(), 2, SMALL.num_joints, 3)).astype(np.float32),
+        lengths=lengths,
+        labels=np.arange(40) % 4,
+        parents=SMALL.parents,
+        mirror=SMALL.mirror,
+        center=SMALL.center,
+        axis_z=SMALL.axis_z,
+        axis_x=SMALL.axis_x,
+        split_xsub=np.arange(40) // 4 % 4 != 3,
+        class_names=np.array(["sit", "stand", "wave", "jump"]),
+    )
+    prepare(["npz", str(folder / "raw.npz"), str(folder / "data.safetensors"), "--workers", "1"])
+    train(tiny_config(folder / "data.safetensors", folder / "run", stream="motion"))
+    return folder
+
+
+@pytest.mark.parametrize("untrained", [False, True])
+def test_features_of_every_clip(folder: Path, tmp_path: Path, untrained: bool) -> None:
+    out = tmp_path / "features.safetensors"
+    data = folder / "data.safetensors"
+    main([str(folder / "run"), str(data), str(out), *(["--untrained"] if untrained else [])])
+    tensors, clips = load_file(out), Clips.load(data)
+    loaded = checkpoint.load(folder / "run")
+    branch = (loaded.build_untrained() if untrained else loaded.build()).query
+    expected = encode(branch, Views(clips, loaded.config.views, 0), torch.arange(40))
+    assert torch.equal(tensors["features"], expected) and tensors["features"].dtype == torch.float32
+    assert torch.equal(tensors["labels"], clips.labels)
+    assert torch.equal(tensors["split_xsub"], clips.splits["xsub"])
+    with safe_open(out, "pt") as file:
+        header = file.metadata()
+    assert header["format"] == FORMAT and json.loads(header["class_names"]) == [
+        "sit",
+        "stand",
+        "wave",
+        "jump",
+    ]
+    assert json.loads(header["names"]) == list(clips.names)
+    about = json.loads(header["about"])
+    assert about["steps"] == (0 if untrained else loaded.step) and about["stream"] == "motion"
+    assert about["checkpoint_sha256"] == sha256(folder / "run" / "checkpoint.safetensors")
+
+
+def test_data_is_that_of_the_run_unless_given(folder: Path, tmp_path: Path) -> None:
+    main([str(folder / "run"), str(tmp_path / "a.safetensors")])
+    main([str(folder / "run"), str(folder / "data.safetensors"), str(tmp_path / "b.safetensors")])
+    a, b = (load_file(tmp_path / f"{name}.safetensors") for name in "ab")
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_loading_takes_three_lines(folder: Path) -> None:
+    """In eval mode, with the stream inside, the same for any batch."""
+    encoder = a2mc_fast.load_encoder(folder / "run")
+    x = torch.randn(6, 3, encoder.frames, SMALL.num_joints, 2)
+    features = encoder(x)
+    assert features.shape == (6, encoder.feature_dim) and features.dtype == torch.float32
+    assert not encoder.training and not features.requires_grad
+    branch = checkpoint.load(folder / "run").build().query.eval()
+    torch.testing.assert_close(features, branch.encoder(motion_stream(x)))
+    torch.testing.assert_close(encoder(x[2:3]), features[2:3])
+    assert not any("head" in name for name in encoder.state_dict())
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        a2mc_fast.nothing  # noqa: B018
+
+
+def test_the_package_itself_stays_without_torch() -> None:
+    code = "import sys, a2mc_fast; assert 'torch' not in sys.modules; a2mc_fast.load_encoder; import torch"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_recording_is_embedded_as_prepare_would(folder: Path) -> None:
+    encoder = load_encoder(folder / "run")
+    raw = np.load(folder / "raw.npz")
+    clips = Clips.load(folder / "data.safetensors")
+    expected = embed_clips(encoder, clips)
+    ends = np.cumsum(raw["lengths"])
+    for clip in (0, 17):
+        joints = raw["joints"][ends[clip] - raw["lengths"][clip] : ends[clip]]
+        torch.testing.assert_close(embed_recording(encoder, joints), expected[clip])
+        packed = clips.frames[ends[clip] - raw["lengths"][clip] : ends[clip]].permute(0, 3, 2, 1)
+        torch.testing.assert_close(embed_recording(encoder, packed, normalize=False), expected[clip])
+        torch.testing.assert_close(embed_recording(encoder, torch.tensor(joints)), expected[clip])
+
+
+def test_persons_are_chosen_or_absent(folder: Path) -> None:
+    encoder = load_encoder(folder / "run")
+    joints = np.random.default_rng(1).standard_normal((30, 2, SMALL.num_joints, 3)).astype(np.float32)
+    joints[:, 0] *= 3  # spreads most, so it is person 0 either way
+    still = np.full((30, 1, SMALL.num_joints, 3), 0.5, np.float32)
+    both = embed_recording(encoder, joints)
+    torch.testing.assert_close(embed_recording(encoder, np.concatenate((still, joints), 1)), both)
+    absent = np.concatenate((joints[:, :1], np.zeros_like(still)), 1)
+    torch.testing.assert_close(embed_recording(encoder, joints[:, :1]), embed_recording(encoder, absent))
+    assert not torch.allclose(embed_recording(encoder, absent), both)
+
+
+@pytest.mark.parametrize(
+    ("shape", "value", "words"),
+    [
+        ((10, 2, 4, 3), 1.0, r"a recording is joints \[T, M, 5, 3\], got \[10, 2, 4, 3\]"),
+        ((10, 5, 3), 1.0, r"got \[10, 5, 3\]"),
+        ((0, 2, 5, 3), 1.0, "the recording is empty"),
+        ((10, 2, 5, 3), float("nan"), "not finite"),
+        ((10, 2, 5, 3), 0.0, "is all zeros"),
+    ],
+)
+def test_bad_recordings_are_refused(folder: Path, shape: tuple[int, ...], value: float, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        embed_recording(load_encoder(folder / "run"), np.full(shape, value, np.float32))
+
+
+def test_the_exported_program_gives_equal_features(folder: Path, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        main([str(folder / "run"), "--export", str(tmp_path / "encoder.pt2")])
+    extra = {"a2mc.json": ""}
+    program = torch.export.load(tmp_path / "encoder.pt2", extra_files=extra).module()
+    about, encoder = json.loads(extra["a2mc.json"]), load_encoder(folder / "run")
+    assert about["shape"] == ["N", 3, encoder.frames, 5, 2] and about["stream"] == "motion"
+    for count in (1, 2, 7):
+        x = torch.randn(count, *about["shape"][1:])
+        torch.testing.assert_close(program(x), encoder(x), rtol=0, atol=0)
+
+
+def test_bad_input_is_one_sentence(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(folder / "run")
+    out = str(tmp_path / "f.safetensors")
+    from tests.test_protocols import class_clips
+
+    class_clips().save(tmp_path / "one.safetensors")
+    for args, words in (
+        ([run, str(tmp_path / "one.safetensors"), out], "has 5 joints and 1 persons"),
+        ([run, str(tmp_path / "none.safetensors"), out], "not found; make it with"),
+        ([str(tmp_path), str(folder / "data.safetensors"), out], "is this the folder of a run"),
+    ):
+        error = refused(main, args, capsys)
+        assert words in error and error.count("\n") == 1, error
+    for args in ([run], [run, "a", "b", "c"], [run, out, "--export", "x.pt2"]):
+        said = " ".join(refused(main, args, capsys).replace("│", " ").split())
+        assert "give RUN [DATA] OUT.safetensors for features" in said
+    assert not Path(out).exists()
