@@ -212,7 +212,8 @@ def plan(
     known, blocks = passes[0].call.arguments, triton.cdiv(k, tile.bank)
     partial, summary = rows.new_empty(2, blocks), rows.new_empty(3)
     names = (
-        "weak_ptr", "strong_ptr", "basic_ptr", "N", "scale", "D", "QUERY", "PARTNER", "MIX", "LARGEST", "EVEN",
+        "weak_ptr", "strong_ptr", "basic_ptr", "N", "scale", "D", "QUERY", "PARTNER",
+        "MIX", "LARGEST", "EVEN",
     )  # fmt: skip
     ascend = {
         **{name: known[name] for name in names},
