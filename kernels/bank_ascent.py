@@ -8,8 +8,8 @@ bank rows W: with unit rows m = W / |W|,
     v <- momentum v - (g - m (m·g)) / |W| + decay W,    W <- W - lr v        (AdCo's descent on -L)
 
 (wT is L2's target, f3's distribution over the banks mixed with f2. If it is live, f3 pulls once more, by the
-weights of `bank_pass`'s second pass less their mean.) Rows and velocity are stepped in place. `summary_kernel` averages
-what the log shows, in a fixed order, on the device.
+weights of `bank_pass`'s second pass less their mean.) Rows and velocity are stepped in place.
+`summary_kernel` averages what the log shows, in a fixed order, on the device.
 Legend: N batch · K bank rows · D feature dim · J jobs, as in `bank_pass` · B blocks of bank rows.
 """
 

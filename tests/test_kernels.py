@@ -589,10 +589,11 @@ def mismatch(**options: Any) -> str:
     return verify.mismatch(torch.device(DEVICE), 16, PAPER_MIX, (0.07, 0.03), **options)
 
 
-def test_right_kernels_are_found_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert mismatch() == ""
-    monkeypatch.setattr(verify, "_CLIPS", 3)
-    assert mismatch(live_target=True) == ""
+@pytest.mark.parametrize("live", [False, True])
+def test_right_kernels_are_found_right(monkeypatch: pytest.MonkeyPatch, live: bool) -> None:
+    # the interpreter is slow, and right for any number
+    monkeypatch.setattr(verify, "_CLIPS", 5)
+    assert mismatch(live_target=live) == ""
 
 
 def test_broken_kernels_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
