@@ -380,6 +380,7 @@ class A2MC(nn.Module):
             reduction=bank.reduction,
             weight=depth,
             distill=loss.strong == "distill",
+            live_target=loss.live_target,
         )
 
     # other class layers of the attack
