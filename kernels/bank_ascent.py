@@ -7,9 +7,9 @@ bank rows W: with unit rows m = W / |W|,
     g = dL/dm = 1/(N τ) sum_n [w1_n f1_n + (w2_n - wT_n) f2_n + w3_n f3_n]   w: (1-λ)-weighted probabilities
     v <- momentum v - (g - m (m·g)) / |W| + decay W,    W <- W - lr v        (AdCo's descent on -L)
 
-(wT is L2's target, f3's distribution over the banks mixed with f2. If it is live, a third f3 pulls too, with
-the weights of `bank_pass`'s second pass.) Rows and velocity are stepped in place. `summary_kernel` averages
-what the log shows, in a fixed order, on the device.
+(wT is L2's target, f3's distribution over the banks mixed with f2. If it is live, f3 pulls once more, by the
+weights of `bank_pass`'s second pass less their mean.) Rows and velocity are stepped in place.
+`summary_kernel` averages what the log shows, in a fixed order, on the device.
 Legend: N batch · K bank rows · D feature dim · J jobs, as in `bank_pass` · B blocks of bank rows.
 """
 
@@ -46,11 +46,11 @@ _TILES = {
 }
 # with a live target, two similarities of each pair as well
 _LIVE_TILES = _TILES | {
-    ("tf32", 16): Tile(32, 32, 16, 4, 1),
-    ("tf32", 32): Tile(32, 32, 32, 8, 1),
-    ("tf32", 64): Tile(32, 32, 64, 4, 1),
-    ("tf32", 128): Tile(32, 32, 128, 8, 1),
-    ("tf32", 256): Tile(32, 16, 256, 8, 1),
+    ("tf32", 16): Tile(32, 32, 16, 4, 1, 255),
+    ("tf32", 32): Tile(32, 32, 32, 8, 1, 255),
+    ("tf32", 64): Tile(32, 32, 64, 4, 1, 255),
+    ("tf32", 128): Tile(32, 32, 128, 8, 1, 255),
+    ("tf32", 256): Tile(32, 16, 256, 8, 1, 255),
 }
 
 
@@ -118,6 +118,7 @@ def ascent_kernel(
             partner = tl.load(partner_ptr + tile, mask=here, other=0.0).to(tl.float32)
             gradient = tl.dot(w, partner, gradient, input_precision=PRECISION)
     if LIVE:
+        # what the target's probabilities gain by f2's logits: f3 pulls the rows, as in its own job
         for begin in range(0, N, BLOCK_N):
             n = begin + tl.arange(0, BLOCK_N)
             tile = n[:, None] * D + d[None, :]
@@ -212,7 +213,8 @@ def plan(
     known, blocks = passes[0].call.arguments, triton.cdiv(k, tile.bank)
     partial, summary = rows.new_empty(2, blocks), rows.new_empty(3)
     names = (
-        "weak_ptr", "strong_ptr", "basic_ptr", "N", "scale", "D", "QUERY", "PARTNER", "MIX", "LARGEST", "EVEN",
+        "weak_ptr", "strong_ptr", "basic_ptr", "N", "scale", "D", "QUERY", "PARTNER",
+        "MIX", "LARGEST", "EVEN",
     )  # fmt: skip
     ascend = {
         **{name: known[name] for name in names},

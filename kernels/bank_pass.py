@@ -73,8 +73,9 @@ _CROSS_TILES = _TILES | {
     ("tf32", 32): Tile(64, 32, 32, 4, 3),
     ("tf32", 64): Tile(64, 32, 64, 4, 3),
     ("tf32", 128): Tile(64, 16, 128, 4, 2),
-    ("tf32", 256): Tile(64, 16, 256, 8, 2),
+    ("tf32", 256): Tile(32, 16, 256, 4, 2),
 }
+_CROSS_TILES_WITHOUT_SUMS = _CROSS_TILES | {("tf32", 256): Tile(64, 16, 256, 8, 2)}
 
 
 @triton.jit
@@ -282,7 +283,8 @@ def plan_pass(
     own = () if cross else present(features)
     target = distill or cross
     (n, d), k = like.shape, len(bank)
-    tile = (_CROSS_TILES if cross else _TILES)[precision, width(d)]
+    weighted = _CROSS_TILES if with_sums else _CROSS_TILES_WITHOUT_SUMS
+    tile = (weighted if cross else _TILES)[precision, width(d)]
     jobs, blocks = len(own) + target, triton.cdiv(n, tile.rows)
     splits = max(1, resident_programs(bank.device) // (jobs * blocks))
     slab = triton.cdiv(triton.cdiv(k, splits), tile.bank) * tile.bank

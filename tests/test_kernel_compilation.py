@@ -36,15 +36,18 @@ class Problem(NamedTuple):
     live: bool = False  # whether the gradient flows through the target
 
 
-WIDE = [Problem(d=d) for d in (64, 128, 256)]
-IEEE = [Problem(d=d, precision="ieee") for d in (128, 256)]
+WIDE = [
+    *(Problem(d=d) for d in (64, 128, 256)),
+    Problem(d=256, precision="ieee"),
+    Problem(dtype="bfloat16"),
+]
 PROBLEMS = [
     *WIDE,
-    *IEEE,
-    Problem(dtype="bfloat16"),
+    Problem(precision="ieee"),
     Problem(mix=()),
+    Problem(mix=(0.37, 0.11)),
     Problem(n=1, k=1, d=3),
-    *(problem._replace(live=True) for problem in (*WIDE, *IEEE, Problem(dtype="bfloat16"), Problem(d=24))),
+    *(problem._replace(live=True) for problem in (*WIDE, Problem(d=24), Problem(n=1, k=1, d=3))),
 ]
 
 
@@ -145,6 +148,7 @@ def test_no_spills_and_shared_memory_fits(compiled: dict[str, list[dict[str, Any
     assert {row["kernel"] for row in rows} == {
         "bank_pass_kernel",
         "combine_kernel",
+        "live_target_kernel",
         "row_softmax_kernel",
         "ascent_kernel",
         "summary_kernel",
