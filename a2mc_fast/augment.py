@@ -19,6 +19,7 @@ from torch import Tensor
 from a2mc_fast import rng
 from a2mc_fast.config import ViewConfig
 from a2mc_fast.data.clips import Clips, interpolate
+from a2mc_fast.distributed import ALONE, World
 
 Kind = Literal["weak", "strong", "none"]
 _FILTER_REACH = 7  # frames on either side: the Gaussian filter has 15 taps
@@ -201,8 +202,9 @@ def present(x: Tensor) -> Tensor:
 class Views:
     """Makes views of a set of clips; holds what does not change from step to step."""
 
-    def __init__(self, clips: Clips, config: ViewConfig, seed: int) -> None:
-        self.clips, self.config, self.seed = clips, config, seed
+    def __init__(self, clips: Clips, config: ViewConfig, seed: int, world: World = ALONE) -> None:
+        """The ranks of `world` have the same clips, and share the work of encoding them."""
+        self.clips, self.config, self.seed, self.world = clips, config, seed, world
         self.mirror = torch.tensor(clips.skeleton.mirror, device=clips.device)
 
     def draw(self, step: Tensor | int, clips: int, views: int = 4) -> list[Draws]:

@@ -13,13 +13,13 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 import tyro
 from tyro.conf import Positional, arg, subcommand
 
-from a2mc_fast.config import to_dict
-from a2mc_fast.errors import exit_on_error, require
+from a2mc_fast.config import Config, to_dict
+from a2mc_fast.errors import exit_on_error, one_speaks, require
 from a2mc_fast.files import atomic_path, write_json
 from a2mc_fast.protocol_config import FinetuneConfig, LinearConfig, SemiConfig
 from a2mc_fast.results import FORMAT, accuracies, mean_and_std, read_results, table
@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # --help does not wait for torch
     from a2mc_fast.augment import Views
     from a2mc_fast.checkpoint import Checkpoint
     from a2mc_fast.data import Clips
+    from a2mc_fast.distributed import World
     from a2mc_fast.model import Branch
     from a2mc_fast.scores import Outcome, Scores
 
@@ -47,6 +48,8 @@ class Measured(NamedTuple):
 class Evaluation:
     """What every protocol asks for."""
 
+    encodes: ClassVar[bool] = False
+    """Whether most of the work is to encode clips, which ranks can share."""
     run: Annotated[Positional[Path], arg(metavar="RUN")]
     """Folder of the run, or a checkpoint."""
     data: str = ""
@@ -83,6 +86,7 @@ class Evaluation:
 class Knn(Evaluation):
     """k nearest neighbours by cosine similarity, which is retrieval (the paper's Table III)."""
 
+    encodes: ClassVar[bool] = True
     k: int = 1
     """Neighbours that vote."""
     neighbours: str = ""
@@ -106,7 +110,7 @@ class Knn(Evaluation):
         gallery, queries = encode(branch, views, train), encode(branch, views, test)
         _, rows = nearest(gallery, queries, self.k)
         predicted, truth = vote(clips.labels[train][rows]), clips.labels[test]
-        if self.neighbours:
+        if self.neighbours and views.world.main:
             listed = min(self.top, len(train))
             similarity, rows = nearest(gallery, queries, listed)
             _write_neighbours(Path(self.neighbours), clips, test, train[rows], similarity)
@@ -117,6 +121,8 @@ class Knn(Evaluation):
 @dataclass(frozen=True, kw_only=True)
 class Linear(LinearConfig, Evaluation):
     """A linear classifier on the frozen encoder (the paper's Table I)."""
+
+    encodes: ClassVar[bool] = True
 
     def shown(self, epoch: int, accuracy: float) -> None:
         """Tells the user on standard error how a training goes."""
@@ -214,25 +220,41 @@ class Compare:
 
 
 def evaluate(options: Evaluation) -> dict[str, Any]:
-    """Evaluate a run's query encoder and write the result. Returns what was written."""
-    from a2mc_fast import checkpoint
-    from a2mc_fast.augment import Views
-    from a2mc_fast.protocols import labelled_split
-    from a2mc_fast.runlog import machine
-    from a2mc_fast.scores import Scores
-    from a2mc_fast.train import load_clips, pick_device
+    """Evaluate a run's query encoder and write the result. Returns what was written.
 
-    loaded = checkpoint.load(options.run)
+    The ranks that torchrun started share the encoding of clips; rank 0 prints and writes.
+    """
+    from a2mc_fast import checkpoint
+    from a2mc_fast.distributed import join
+    from a2mc_fast.train import pick_device
+
+    with one_speaks():
+        loaded = checkpoint.load(options.run)
     config = replace(
         loaded.config,
         data=options.data or loaded.config.data,
         split=options.split or loaded.config.split,
         run=replace(loaded.config.run, device=options.device),
     )
-    device = pick_device(config)
+    with join(config, lambda: pick_device(config)) as world, one_speaks():
+        return _evaluate(options, loaded, config, world)
+
+
+def _evaluate(options: Evaluation, loaded: Checkpoint, config: Config, world: World) -> dict[str, Any]:
+    from a2mc_fast.augment import Views
+    from a2mc_fast.protocols import labelled_split
+    from a2mc_fast.runlog import machine
+    from a2mc_fast.scores import Scores
+    from a2mc_fast.train import load_clips
+
+    require(
+        world.alone or options.encodes,
+        f"{options.protocol} trains the encoder on one process: start it without torchrun",
+    )
+    device = world.device
     clips = load_clips(config, device)
     check_skeleton(loaded, clips, config.data or "the built-in set")
-    views = Views(clips, config.views, config.seed)
+    views = Views(clips, config.views, config.seed, world)
     about = {
         "protocol": options.protocol,
         "run": str(options.run),
@@ -263,6 +285,8 @@ def evaluate(options: Evaluation) -> dict[str, Any]:
         "config": to_dict(loaded.config),
         **machine(),
     }
+    if not world.main:
+        return result
     folder = options.run if options.run.is_dir() else options.run.parent
     path = Path(options.out) if options.out else folder / f"{options.protocol}.json"
     if scores is not None:
@@ -412,7 +436,8 @@ def main(args: list[str] | None = None) -> None:
             | Annotated[Ensemble, subcommand("ensemble")]
             | Annotated[Compare, subcommand("compare")]
         )
-        chosen = tyro.cli(protocols, args=args, prog="python -m a2mc_fast.evaluate")
+        with one_speaks():
+            chosen = tyro.cli(protocols, args=args, prog="python -m a2mc_fast.evaluate")
         if isinstance(chosen, Ensemble):
             ensemble(chosen)
         elif isinstance(chosen, Compare):

@@ -15,7 +15,6 @@ from torch import Tensor
 from a2mc_fast import rng
 from a2mc_fast.augment import Draws, Views
 from a2mc_fast.config import ViewConfig
-from a2mc_fast.distributed import ALONE, World
 from a2mc_fast.errors import require
 from a2mc_fast.model import Branch
 from a2mc_fast.protocol_config import LinearConfig
@@ -27,23 +26,32 @@ _KNN_BUDGET = 2**24  # similarities held at a time
 
 @torch.no_grad()
 def encode(branch: Branch, views: Views, index: Tensor, draws: Draws | None = None) -> Tensor:
-    """Features in inference mode, of the centre crop or of random crops. index [n] -> [n, F] float32"""
+    """Features in inference mode, of the centre crop or of random crops. index [n] -> [n, F] float32
+
+    Every rank encodes some of the clips, and gets the features of all.
+    """
+
+    def crop(place: Tensor) -> Tensor:
+        if draws is None:
+            return views.centered(index[place])
+        return views.cropped(index[place], Draws(draws.values[place]))
+
+    def features(places: Tensor) -> Tensor:
+        return torch.cat([branch.feature(crop(place)).float() for place in places.split(_CHUNK)])
+
     training = branch.training
     branch.eval()
-    if draws is None:
-        crops = (views.centered(part) for part in index.split(_CHUNK))
-    else:
-        parts = zip(index.split(_CHUNK), draws.values.split(_CHUNK))
-        crops = (views.cropped(part, Draws(values)) for part, values in parts)
-    features = [branch.feature(x).float() for x in crops]
+    result = views.world.spread(features, torch.arange(len(index), device=index.device))
     branch.train(training)
-    return torch.cat(features)
+    return result
 
 
 def training_crops(views: Views, seed: int) -> Views:
     """The views that classifiers train on: crops of 50 to 100 % and nothing else. (CMD, ISC)"""
     frames, shortest = views.config.frames, views.config.min_frames
-    return Views(views.clips, ViewConfig(frames=frames, min_frames=shortest, min_ratio=0.5), seed)
+    return Views(
+        views.clips, ViewConfig(frames=frames, min_frames=shortest, min_ratio=0.5), seed, views.world
+    )
 
 
 def labelled_split(views: Views, split: str) -> tuple[Tensor, Tensor]:
@@ -102,17 +110,11 @@ def knn(gallery: Tensor, gallery_labels: Tensor, queries: Tensor, k: int = 1) ->
     return vote(gallery_labels[nearest(gallery, queries, k)[1]])
 
 
-def knn_accuracy(branch: Branch, views: Views, split: str, k: int = 1, world: World = ALONE) -> float:
-    """kNN accuracy of a protocol in percent: training clips are the gallery, test clips the queries.
-
-    Every rank encodes some of the clips.
-    """
+def knn_accuracy(branch: Branch, views: Views, split: str, k: int = 1) -> float:
+    """kNN accuracy of a protocol in percent: training clips are the gallery, test clips the queries."""
     train, test = labelled_split(views, split)
     labels = views.clips.labels
-    gallery, queries = (
-        world.spread(lambda part: encode(branch, views, part), index) for index in (train, test)
-    )
-    predicted = knn(gallery, labels[train], queries, k)
+    predicted = knn(encode(branch, views, train), labels[train], encode(branch, views, test), k)
     return accuracy(predicted, labels[test])
 
 

@@ -64,7 +64,7 @@ class Trainer:
             for t in (norm.running_mean, norm.running_var)
             if local and t is not None
         ]
-        self.views = Views(clips, config.views, config.seed)
+        self.views = Views(clips, config.views, config.seed, world)
         cuda = self.device.type == "cuda"
         # what the step reads: a captured step cannot take arguments
         self._time = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -272,7 +272,7 @@ class Trainer:
             return None
         # its odd batch sizes are not worth compiling for
         with torch.compiler.set_stance("force_eager"):
-            return knn_accuracy(self.model.query, self.views, self.config.split, world=self.world)
+            return knn_accuracy(self.model.query, self.views, self.config.split)
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
         """Continue from a checkpoint. `InputError` if it was trained on other data."""

@@ -23,7 +23,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from a2mc_fast import distributed
+from a2mc_fast import distributed, evaluate, train
 from a2mc_fast.checkpoint import FILE
 from a2mc_fast.config import AttackConfig, BankConfig, Config, LossConfig, RunConfig, preset
 from a2mc_fast.data import Clips
@@ -31,6 +31,7 @@ from a2mc_fast.distributed import ALONE, World, join
 from a2mc_fast.encoders import build_encoder
 from a2mc_fast.encoders.joint_norm import join_batch_norms
 from a2mc_fast.errors import InputError
+from a2mc_fast.protocols import encode
 from a2mc_fast.trainer import Trainer
 from tests import processes
 from tests.conftest import SMALL
@@ -282,6 +283,21 @@ def test_joint_batch_norm_equals_one_over_the_joint_batch(
         np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-8, err_msg=str(number))
 
 
+def features(world: World, count: int, cropped: bool) -> Any:
+    """What every rank gets of clips that the ranks encode together."""
+    trainer = Trainer(small(), some_clips(), world)
+    draws = trainer.views.draw(3, count, views=1)[0] if cropped else None
+    return encode(trainer.model.query, trainer.views, torch.arange(count).flip(0), draws).detach().numpy()
+
+
+@pytest.mark.parametrize("count, cropped", [(35, False), (35, True), (1, False)])
+def test_ranks_encode_together(count: int, cropped: bool, two: Ranks, three: Ranks) -> None:
+    alone = features(ALONE, count, cropped)
+    for ranks in (two, three):
+        for got in ranks(features, count, cropped):
+            np.testing.assert_allclose(got, alone, atol=1e-6)
+
+
 ENCODERS: dict[str, dict[str, Any]] = {
     "bigru": {"hidden": 6, "layers": 1},
     "stgcn": {"channels": 2},
@@ -427,6 +443,8 @@ def flags(data: Path, folder: Path, *more: str) -> list[str]:
 
 def _rank(rank: int, size: int, port: int, args: list[str], output: str, trick: str, count: int) -> None:
     processes.TRICKS |= TRICKS
+    if args[0] in ("knn", "finetune"):
+        train.main = evaluate.main
     names = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()})
     distributed._LINGER = 0.0
@@ -498,6 +516,11 @@ def test_a_run_goes_on_with_another_number_of_ranks(data: Path, tmp_path: Path) 
         assert line.get("loss") == pytest.approx(same.get("loss"), rel=1e-5)
     ended = together(2, flags(data, folder, "--resume"), tmp_path)
     assert [code for code, _ in ended] == [0, 0] and "nothing to resume" in ended[0][1] and not ended[1][1]
+    ended = together(2, ["knn", str(folder)], tmp_path)
+    assert [code for code, _ in ended] == [0, 0] and "wrote" in ended[0][1] and not ended[1][1], ended
+    assert json.loads((folder / "knn.json").read_text())["top1"] == pytest.approx(lines[1][-1]["knn_top1"])
+    ended = together(2, ["finetune", str(folder)], tmp_path)
+    assert [code for code, _ in ended] == [2, 2] and "start it without torchrun" in ended[0][1], ended
 
 
 @pytest.mark.parametrize(
