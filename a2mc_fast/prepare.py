@@ -203,6 +203,7 @@ def prepare(wanted: Reading | Synthetic, command: str = "") -> None:
     Raises `InputError` for input of another format, without a usable recording, or an output that exists.
     """
     output = wanted.output
+    require(_is_text(output), f"{output} is not UTF-8, and a packed file's name must be; name another file")
     require(not output.is_dir(), f"{output} is a folder; name the file to write")
     require(wanted.overwrite or not output.exists(), f"{output} exists; replace it with --overwrite")
     start = time.perf_counter()
@@ -296,6 +297,15 @@ def _differences(source: Source, clips: Clips) -> list[str]:
         for what, count in source.expected.items()
         if found.get(what, 0) != count
     ]
+
+
+def _is_text(path: Path) -> bool:
+    """Whether the path's bytes are UTF-8, which safetensors needs to read it again."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _cores() -> int:

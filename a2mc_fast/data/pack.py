@@ -199,7 +199,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
         if info.st_size > limit:
             raise UnusableError("unreadable", f"{info.st_size:,} bytes are too many for one recording")
         with path.open("rb") as file:
-            return file.read(limit)
+            return file.read(info.st_size)
     except OSError as error:
         raise UnusableError("unreadable", os_reason(error)) from None
 
