@@ -83,11 +83,12 @@ def bounded(size: int) -> Iterator[None]:
 # -- the fuzzer, and that it notices
 
 
-@pytest.mark.parametrize("reader", fuzz.READERS)
+@pytest.mark.parametrize("reader", [reader for reader in fuzz.READERS if reader != "checkpoint"])
 def test_damaged_files_do_no_harm(reader: str) -> None:
     summary = fuzz.fuzz(reader, 100, seed=1)
     assert not summary.breaches
-    assert summary.count == 100 and 3 <= summary.accepted + summary.skipped <= 97 + 3 * bool(summary.skipped)
+    assert summary.count == summary.accepted + summary.skipped + summary.refused == 100
+    assert summary.accepted >= 3 and summary.skipped + summary.refused >= 30
 
 
 def _hang(path: Path) -> None:
@@ -165,8 +166,8 @@ PICKLES = {
     "colliding memo": b"]" + b"".join(b"p%d\n" % (k * (2**61 - 1)) for k in range(1, 30_000)) + b".",
     "long keys": b"\x80\x02}\x8b" + struct.pack("<I", 1 << 20) + b"\x01" * (1 << 20) + b"q\x00"
     + b"Ns" + b"h\x00Ns" * 30_000 + b".",
-    "deep lists": b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"}b.",
-    "deep tuples": b"\x80\x02)" + b"\x85" * 300_000 + b"Q.",
+    "deep lists": b"\x80\x02" + b"]" * 20_000 + b"a" * 19_999 + b"}b.",
+    "deep tuples": b"\x80\x02)" + b"\x85" * 30_000 + b"Q.",
     "a torch storage": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(X\x07\x00\x00\x00storageQtR.",
     "a pickle in a pickle": pickle.dumps(pickle.dumps([1])) [:-1] + b"cpickle\nloads\n\x85R.",
 }  # fmt: skip
@@ -207,7 +208,9 @@ def _shared_names() -> dict[str, Any]:
 
 PYSKL: dict[str, tuple[Callable[[], Any], str]] = {
     "shared names": (_shared_names, "share lists"),
-    "many splits": (lambda: {**pyskl_content(), "split": {f"{i}_train": [] for i in range(10_000)}}, "splits"),
+    "many splits": (
+        lambda: {**pyskl_content(), "split": {f"{i}_train": [] for i in range(10_000)}}, "splits",
+    ),
     "names and one long": (
         lambda: {**pyskl_content(), "split": {"xsub_train": ["x" * 100_000] + ["a"] * 100_000}}, "",
     ),
@@ -218,7 +221,8 @@ PYSKL: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: {**pyskl_content(), "split": {"xsub_train": np.array("a")}}, "xsub_train is not a list",
     ),
     "an endless array of nothing": (
-        lambda: {**pyskl_content(), "split": {"xsub_train": np.zeros((1 << 40, 0), "U1")}}, "damaged|not a list",
+        lambda: {**pyskl_content(), "split": {"xsub_train": np.zeros((1 << 40, 0), "U1")}},
+        "damaged|not a list",
     ),
     "unprintable protocol": (
         lambda: {**pyskl_content(), "split": {"\ud800\x1b_train": []}}, "cannot be a name",
@@ -299,16 +303,31 @@ def test_archive_packed_without_bound(tmp_path: Path, method: int) -> None:
 
 
 HOSTILE_ARRAYS: dict[str, tuple[dict[str, Any], str]] = {
-    "a million joints": (
-        {"parents": np.zeros(1_000_000, "i4"), "mirror": np.arange(1_000_000, dtype="i4")}, "1 to 1,000 joints"),
+    "too many joints": (
+        {"parents": np.zeros(200_000, "i4"), "mirror": np.arange(200_000, dtype="i4")},
+        "1 to 1,000 joints",
+    ),
     "a terabyte of names": ({"names": npy_claiming((1 << 38,))}, "claims"),
-    "axes of thousands of digits": (
-        {"joints": npy(np.zeros(3, "f4")).replace(b"'shape': (3,), ", b"'shape': (" + b"9" * 60 + b",), ")}, "claims|damaged"),
     "letters that are none": ({"names": np.full(3, 0xFFFFFFFF, "u4").view("U1")}, "no characters"),
     "64-bit labels": ({"labels": np.full(3, 2**64 - 1, "u8")}, "no usable recording"),
     "64-bit lengths": ({"lengths": np.array([2**64 - 1, 1, 15], "u8")}, "lengths sum"),
     "lengths that overflow": ({"lengths": np.array([2**62] * 3)}, "lengths sum"),
-    "lengths of nothing": ({"lengths": np.zeros(0, int), "labels": np.zeros(0, int), "joints": np.zeros((0, 1, 5, 3))}, "entries"),
+    "no clips": (
+        {"lengths": np.zeros(0, int), "labels": np.zeros(0, int), "joints": np.zeros((0, 1, 5, 3))},
+        "entries",
+    ),
+    "a million empty clips": (
+        {"lengths": np.zeros(10**6, "i1"), "labels": np.zeros(10**6, "i1"), "joints": np.zeros((0, 1, 5, 3))},
+        "would unpack",
+    ),
+    "a hundred thousand empty clips": (
+        {"lengths": np.zeros(10**5, "i1"), "labels": np.zeros(10**5, "i1"), "joints": np.zeros((0, 1, 5, 3))},
+        "frames in all",
+    ),
+    "more names than clips": ({"names": np.full(200_000, "\u0101")}, "names has 200,000 entries"),
+    "more names than joints": (
+        {"joint_names": np.full(200_000, "\u0101")}, "joint_names has 200,000 entries",
+    ),
     "objects": ({"labels": np.array([None, "x", 3])}, "object"),
     "text for joints": ({"joints": np.full((15, 1, 5, 3), "nan")}, "expected floats"),
     "a structure": ({"joints": np.zeros(15, "f4,i4")}, "holds"),
@@ -322,7 +341,7 @@ HOSTILE_ARRAYS: dict[str, tuple[dict[str, Any], str]] = {
 def test_own_archive_attack(tmp_path: Path, name: str) -> None:
     changes, sentence = HOSTILE_ARRAYS[name]
     path = archive(tmp_path / "x.npz", **own_members(**changes))
-    # members may unpack to 200 times the file and 16 MiB
+    # members may unpack to 100 times the file and 1 MiB
     with bounded(path.stat().st_size), pytest.raises(InputError, match=sentence):
         collect(open_npz(path))
 
@@ -421,11 +440,12 @@ def test_an_array_that_was_written_anew_is_read_anew(tmp_path: Path) -> None:
     assert not torch.equal(collect(open_agcn(folder)).clips.frames, first)
 
 
-def test_ctrgcn_of_text(tmp_path: Path) -> None:
+@pytest.mark.parametrize("joints", [np.full((2, 4, 150), "a"), np.zeros((2, 0, 150))], ids=["text", "empty"])
+def test_ctrgcn_of_text_or_nothing(tmp_path: Path, joints: np.ndarray) -> None:
     hot = np.eye(2)
     np.savez(
         tmp_path / "NTU60_CS.npz",
-        x_train=np.full((2, 4, 150), "a"),
+        x_train=joints,
         y_train=hot,
         x_test=np.ones((2, 4, 150)),
         y_test=hot,
@@ -489,10 +509,16 @@ def test_what_is_no_file_is_skipped_at_once(tmp_path: Path, kind: str) -> None:
 
 def packed_tensors(**changes: Any) -> dict[str, torch.Tensor]:
     made = {
-        "joints": torch.ones(15, 1, 5, 3), "lengths": torch.tensor([4, 6, 5]), "labels": torch.tensor([0, 1, -1]),
-        "parents": torch.tensor(SMALL.parents), "mirror": torch.tensor(SMALL.mirror), "center": torch.tensor(1),
-        "axis_z": torch.tensor([0, 1]), "axis_x": torch.tensor([3, 4]), "split_xsub": torch.ones(3, dtype=torch.bool),
-    }  # fmt: skip
+        "joints": torch.ones(15, 1, 5, 3),
+        "lengths": torch.tensor([4, 6, 5]),
+        "labels": torch.tensor([0, 1, -1]),
+        "parents": torch.tensor(SMALL.parents),
+        "mirror": torch.tensor(SMALL.mirror),
+        "center": torch.tensor(1),
+        "axis_z": torch.tensor([0, 1]),
+        "axis_x": torch.tensor([3, 4]),
+        "split_xsub": torch.ones(3, dtype=torch.bool),
+    }
     return {**made, **changes}
 
 
@@ -538,8 +564,9 @@ def test_packed_clips_attack(
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[", "[" * 100_000, "9" * 5000, '{"a": ' * 50_000, "\ufeff{}", '{"bank": {"lr": 1' + "0" * 400 + "}}",
-     '{"bank": {"lr": NaN}}', '{"views": {"noise_std": Infinity}}', '{"optim": {"lr": -1e999}}', '{"seed": 1e3}',
+    ["", "[", "[" * 100_000, "9" * 5000, '{"a": ' * 50_000, "\ufeff{}",
+     '{"bank": {"lr": 1' + "0" * 400 + "}}", '{"bank": {"lr": NaN}}', '{"views": {"noise_std": Infinity}}',
+     '{"optim": {"lr": -1e999}}', '{"seed": 1e3}',
      '{"views": []}', '{"loss": {"mix": {"0": 1}}}', '{"loss": {"mix": [[]]}}', '{"stream": []}', "null",
      '{"seed": true}', '{"\\ud800": 1}', '{"data": null}'],
 )  # fmt: skip
@@ -648,8 +675,15 @@ def test_any_text_is_bodies_or_unusable(text: list[str]) -> None:
         assert error.reason in ("unreadable", "no frames", "wrong joint count")
 
 
-@given(hnp.arrays(np.float64, st.tuples(st.integers(1, 3), st.integers(1, 5), st.just(25), st.just(3)),
-                  elements=st.floats(-1e3, 1e3).filter(lambda x: abs(x) > 1e-3), fill=st.just(1.0)))  # fmt: skip
+poses = hnp.arrays(
+    np.float64,
+    st.tuples(st.integers(1, 3), st.integers(1, 5), st.just(25), st.just(3)),
+    elements=st.floats(1e-3, 1e3) | st.floats(-1e3, -1e-3),
+    fill=st.just(1.0),
+)
+
+
+@given(poses)
 def test_any_recording_comes_back(joints: np.ndarray) -> None:
     np.testing.assert_allclose(parse_skeleton(skeleton_text(joints).encode()), joints[:, :4], rtol=1e-6)
 
@@ -681,7 +715,7 @@ leaves = [
 ]
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(st.sampled_from(leaves), json_values | st.sampled_from(fuzz.SCALARS))
 def test_any_configuration_is_refused_or_comes_back(place: tuple[str, str], value: Any) -> None:
     content = to_dict(Config())
@@ -709,9 +743,16 @@ recordings = st.builds(
 def test_what_prepare_skips_loading_refuses(recording: Recording, class_names: tuple[str, ...]) -> None:
     """One rule for both."""
     source = Source(
-        name="test", jobs=[recording], total=1, read=lambda job: [job], protocols=("p",), persons=1, skeleton=SMALL,
-        normalized=True, class_names=class_names,
-    )  # fmt: skip
+        name="test",
+        jobs=[recording],
+        total=1,
+        read=lambda job: [job],
+        protocols=("p",),
+        persons=1,
+        skeleton=SMALL,
+        normalized=True,
+        class_names=class_names,
+    )
 
     def accepted(make: Callable[[], Clips | Collected]) -> bool:
         try:

@@ -21,12 +21,13 @@ from a2mc_fast.data import ntu, pku
 from a2mc_fast.data.normalize import choose_bodies
 from a2mc_fast.data.npy import Archive, map_npy
 from a2mc_fast.data.pack import Recording, Skip, Source, existing_file, existing_folder
-from a2mc_fast.data.rules import MAX_PROTOCOLS, NAME_RULE, is_name
+from a2mc_fast.data.rules import MAX_LABEL, MAX_PROTOCOLS, NAME_RULE, is_name
 from a2mc_fast.data.unpickle import as_array, as_numbers, as_texts, load_pickle
 from a2mc_fast.errors import InputError, require
 from a2mc_fast.skeleton import NTU25, Skeleton
 
 _JOINTS = NTU25.num_joints
+_FEW = 1000  # clips
 
 
 class _Row(NamedTuple):
@@ -174,7 +175,7 @@ def open_ctrgcn(file: str | Path, protocol: str = "") -> Source:
         with archive.rows(f"x_{part}") as rows:
             shape, dtype = rows.shape, rows.dtype
         require(
-            dtype.kind == "f" and len(shape) == 3 and shape[2] == 2 * _JOINTS * 3,
+            dtype.kind == "f" and len(shape) == 3 and shape[1] > 0 and shape[2] == 2 * _JOINTS * 3,
             f"{path}: x_{part} is {dtype} {list(shape)}, expected floats [N, T, {2 * _JOINTS * 3}]",
         )
         sizes[part] = shape
@@ -318,6 +319,11 @@ def open_npz(file: str | Path) -> Source:
         f"{path}: joints has {shape[2]} joints, parents {skeleton.num_joints}",
     )
     require(min(lengths, default=0) >= 0, f"{path}: a length is negative")
+    # empty clips are skipped one by one, but they take no space in the file
+    require(
+        count <= 2 * shape[0] + _FEW,
+        f"{path}: lengths holds {count:,} clips, joints {shape[0]:,} frames in all",
+    )
     require(
         sum(lengths) == shape[0],
         f"{path}: lengths sum to {sum(lengths):,}, joints holds {shape[0]:,} frames",
@@ -331,8 +337,8 @@ def open_npz(file: str | Path) -> Source:
         for key in sorted(archive)
         if key.startswith("split_")
     }
-    names = _texts(archive, "names") or tuple(f"clip {number}" for number in range(count))
-    class_names = _texts(archive, "class_names")
+    names = _texts(archive, "names", count) or tuple(f"clip {number}" for number in range(count))
+    class_names = _texts(archive, "class_names", MAX_LABEL + 1)
     sizes = {key: len(values) for key, values in {**columns, **masks}.items()}
     for key, size in {"labels": len(labels), "names": len(names), **sizes}.items():
         require(size == count, f"{path}: {key} has {size:,} entries for {count:,} clips")
@@ -376,14 +382,14 @@ def _own_skeleton(archive: Archive) -> Skeleton:
             center=int(archive.array("center", "iu", ndim=0)),
             axis_z=axes[0],
             axis_x=axes[1],
-            joint_names=_texts(archive, "joint_names"),
+            joint_names=_texts(archive, "joint_names", len(parents)),
         )
     except InputError as error:
         raise InputError(f"{archive.path}: {str(error).removeprefix(f'{archive.path}: ')}") from None
 
 
-def _texts(archive: Archive, key: str) -> tuple[str, ...]:
-    return tuple(archive.texts(key)) if key in archive else ()
+def _texts(archive: Archive, key: str, most: int) -> tuple[str, ...]:
+    return tuple(archive.texts(key, most)) if key in archive else ()
 
 
 def _as_it_is(result: Recording) -> Iterable[Recording]:

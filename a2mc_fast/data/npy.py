@@ -26,7 +26,7 @@ _READ_HEADER = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
-_MAX_RATIO, _SLACK = 200, 1 << 24  # an archive may unpack to this many times its size, plus this many bytes
+_MAX_RATIO, _SLACK = 100, 1 << 20  # an archive may unpack to this many times its size, plus this many bytes
 _MAX_MEMBERS = 1000  # each is looked up in the list of all
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # what numpy writes; others unpack without a bound
 _MAX_AXES, _MAX_AXIS = 32, 1 << 62
@@ -172,8 +172,11 @@ class Archive:
             )
             return rows.all()
 
-    def texts(self, name: str) -> list[str]:
-        """A whole array of strings, [N]."""
+    def texts(self, name: str, most: int) -> list[str]:
+        """A whole array of strings, [N] with N up to `most`; none are made of a longer one."""
+        with self.rows(name) as rows:
+            count = math.prod(rows.shape)
+        require(count <= most, f"{self.path}: {name} has {count:,} entries, expected up to {most:,}")
         try:
             return texts(self.array(name, "U", ndim=1))
         except InputError:
