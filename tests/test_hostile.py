@@ -57,7 +57,7 @@ from tests.test_readers import (
     write_pku,
 )
 
-SECONDS = 10.0  # an attack that works takes minutes, one that fails some hundredths of a second
+SECONDS = 30.0  # an attack that works takes minutes, one that fails some hundredths of a second
 settings.register_profile(
     "bounded", derandomize=True, deadline=None, max_examples=60, suppress_health_check=list(HealthCheck)
 )
@@ -66,7 +66,7 @@ settings.load_profile("bounded")
 
 @contextmanager
 def bounded(size: int) -> Iterator[None]:
-    """Fail beyond ten seconds, or beyond 64 MiB + 64 bytes per byte of a file of `size` bytes."""
+    """Fail beyond thirty seconds, or beyond 64 MiB + 64 bytes per byte of a file of `size` bytes."""
     alarm = signal.signal(signal.SIGALRM, fuzz._alarm)
     tracemalloc.start()
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
