@@ -261,7 +261,7 @@ def test_pyskl_clips_that_break_the_rule_are_skipped(tmp_path: Path) -> None:
     content = pyskl_content()
     for number, (changes, _) in enumerate(bad):
         content["annotations"].append(_annotation(**{"frame_dir": f"new {number:02d}", **changes}))
-    digits = "A" + "1" * 40 + "N" + "2" * 40 + "-L_0"  # once read as the number of a performer
+    digits = "A01N" + "2" * 40 + "-L_0"  # once read as the number of a performer
     content["annotations"] += [_annotation(frame_dir=digits), _annotation(frame_dir=digits)]
     path = tmp_path / "x.pkl"
     path.write_bytes(pickle.dumps(content))
@@ -388,6 +388,8 @@ def test_flags_that_are_neither_true_nor_false(tmp_path: Path) -> None:
         open_npz(archive(tmp_path / "x.npz", **own_members(split_xsub=odd, split_odd=npy(np.ones(3, bool)))))
     )
     assert [part.tolist() for part in made.clips.split("xsub")] == [[0, 1], [2]]
+    flags = Archive(tmp_path / "x.npz").array("split_xsub", "b", ndim=1)
+    assert flags.view(np.uint8).tolist() == [1, 1, 0]
     made.clips.save(tmp_path / "x.safetensors")
     whole = (tmp_path / "x.safetensors").read_bytes()
     header = int.from_bytes(whole[:8], "little")
@@ -777,6 +779,16 @@ def test_names_that_come_twice(tmp_path: Path) -> None:
     assert [(s.name, s.reason) for s in made.skipped] == [("a", "listed twice")]
     with pytest.raises(InputError, match="two clips are called a"):
         Clips.pack(np.ones((2, 1, 5, 3), np.float32), [1, 1], [0, 0], SMALL, names=["a", "a"])
+
+
+def test_names_that_are_none_are_skipped(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", **own_archive(names=np.array(["a", "", "c\x1b"])))
+    made = collect(open_npz(tmp_path / "x.npz"))
+    assert made.clips.names == ("a",)
+    assert [(s.name, s.reason) for s in made.skipped] == [
+        ("", "name not understood"),
+        ("c\\x1b", "name not understood"),
+    ]
 
 
 @given(st.text(max_size=2000) | st.text(alphabet="\x00\ud800\u202e\n", max_size=600))
