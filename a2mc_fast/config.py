@@ -8,6 +8,7 @@ A full run is a `Config`; presets are functions that return one, and every field
 from __future__ import annotations
 
 import dataclasses
+import sys
 import typing
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -487,6 +488,9 @@ def from_dict(content: dict[str, Any], kind: type = Config, where: str = "config
     return kind(**values)
 
 
+_LARGEST = sys.float_info.max
+
+
 def _typed(value: Any, hint: Any, where: str) -> Any:
     """`value` from JSON as the field's type."""
     if dataclasses.is_dataclass(hint):
@@ -498,7 +502,9 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     if origin is tuple:
         require(isinstance(value, list | tuple), f"{where} must be a list, got {value!r}")
         return tuple(_typed(item, args[0], where) for item in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        # false for NaN too; JSON knows no infinity, but Python's parser reads it and numbers of any size
+        require(abs(value) <= _LARGEST, f"{where} must be a finite number, got {value!r:.40}")
         return float(value)
     matches = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
     require(matches, f"{where} must be {hint.__name__}, got {value!r}")
