@@ -6,6 +6,7 @@ A recording that cannot be used is skipped and named in the report beside the ou
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shlex
 import sys
@@ -250,6 +251,7 @@ def prepare(wanted: Reading | Synthetic, command: str = "") -> None:
         "frames": len(clips.frames),
         "classes": clips.num_classes,
         "splits": _splits(clips),
+        "repeated": _repeated(clips),
         **facts,
         "skipped": len(skipped),
         "reasons": dict(Counter(skip.reason for skip in skipped)),
@@ -276,6 +278,9 @@ def _print(report: Mapping[str, Any], path: Path, size: int, speed: str) -> None
         print(one_line(f"{name:<10}{value}"))
     for sentence in (*report.get("differences", ()), *report.get("notes", ())):
         print(one_line(sentence))
+    for name, count in report["repeated"].items():
+        tested = report["splits"][name]["test"]
+        print(one_line(f"{name}: {count:,} of {tested:,} test clips equal a training clip, bit for bit"))
     if report.get("shortened"):
         print(f"{report['shortened']:,} clips were cut to the frame limit")
 
@@ -285,6 +290,21 @@ def _splits(clips: Clips) -> dict[str, dict[str, int]]:
     return {
         name: {"train": int(mask.sum()), "test": int((~mask).sum())} for name, mask in clips.splits.items()
     }
+
+
+def _repeated(clips: Clips) -> dict[str, int]:
+    """Test clips that equal a training clip bit for bit, for each protocol that has any."""
+    import numpy as np
+
+    ends = clips.lengths.cumsum(0).tolist()
+    recordings = np.split(clips.frames.numpy(), ends[:-1])
+    digests = [hashlib.blake2b(recording.tobytes(), digest_size=16).digest() for recording in recordings]
+    found = {}
+    for name in clips.splits:
+        train, test = clips.split(name)
+        known = {digests[i] for i in train.tolist()}
+        found[name] = sum(digests[i] in known for i in test.tolist())
+    return {name: count for name, count in found.items() if count}
 
 
 def _differences(source: Source, clips: Clips) -> list[str]:
