@@ -36,7 +36,6 @@ _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-_MAX_JOINTS = 1024
 # a model may need this many elements beside those in its checkpoint: small tables that it makes anew
 _SPARE_ELEMENTS = 1 << 18
 
@@ -325,8 +324,6 @@ def _parse(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> Ch
     fields: dict[str, Any] = {
         k: tuple(v) if isinstance(v, list) else v for k, v in header["skeleton"].items()
     }
-    joints = len(fields["parents"])
-    require(joints <= _MAX_JOINTS, f"{path}: a skeleton of {joints} joints (at most {_MAX_JOINTS})")
     return Checkpoint(
         path=path,
         step=count(header["step"], "step", 0),

@@ -93,6 +93,11 @@ def read(path: Path) -> Recorded:
     return Recorded(path=path, machine=", ".join(p for p in parts if p), benchmarks=list(benchmarks or []))
 
 
+def recorded_files() -> tuple[Path, ...]:
+    """The benchmarks recorded with the project; its records of fuzzing and soaking are no benchmarks."""
+    return tuple(path for path in sorted(RESULTS.glob("*.json")) if "benchmarks" in read_json(path))
+
+
 def extra(benchmark: dict[str, Any]) -> dict[str, Any]:
     """What a benchmark says beyond pytest-benchmark's own statistics."""
     return benchmark.get("extra_info") or {}
@@ -215,7 +220,7 @@ def speed(paths: tuple[Path, ...]) -> Figure:
     """One figure of all files: sweeps, steps by phase, comparisons; a caption names the machines."""
     from a2mc_fast.plots import style
 
-    recorded = [read(path) for path in paths or tuple(sorted(RESULTS.glob("*.json")))]
+    recorded = [read(path) for path in paths or recorded_files()]
     curves = [
         (one, name, {axis: varied(points, axis) for axis in _AXES})
         for one in recorded

@@ -13,7 +13,19 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 
 from a2mc_fast.errors import InputError
-from bench.plot import PHASES, RESULTS, Point, baseline, main, ratios, read, speed, steps, sweeps, varied
+from bench.plot import (
+    PHASES,
+    Point,
+    baseline,
+    main,
+    ratios,
+    read,
+    recorded_files,
+    speed,
+    steps,
+    sweeps,
+    varied,
+)
 
 Write = Callable[..., Path]
 
@@ -174,7 +186,7 @@ def test_comparisons_count_rates_then_memory_then_time(write: Write) -> None:
 
 
 def test_the_recorded_files_are_drawn(tmp_path: Path) -> None:
-    recorded = [read(path) for path in sorted(RESULTS.glob("*.json"))]
+    recorded = [read(path) for path in recorded_files()]
     assert sum(map(len, map(sweeps, recorded))) >= 2 and sum(map(len, map(steps, recorded))) >= 1
     picture = speed(())
     named = "".join(ax.get_title(loc="left") for ax in picture.axes)
@@ -191,7 +203,7 @@ def test_bad_files_are_one_sentence(write: Write, tmp_path: Path, capsys: pytest
     for path, words in (
         (tmp_path / "none.json", "none.json not found; make it with: pytest bench"),
         (tmp_path / "other.json", "is not a file of pytest --benchmark-json"),
-        (tmp_path / "broken.json", "is not a JSON file"),
+        (tmp_path / "broken.json", "is not JSON"),
         (write(benchmark("test_x")), "holds nothing to draw"),
     ):
         with pytest.raises(SystemExit) as stopped:
