@@ -4,8 +4,8 @@ It reads pytest-benchmark files as `bench/conftest.py` records them, and of each
 
 - every entry that is an object with `ms`, `p20`, `p80`: one form of a problem whose size the benchmark's id
   gives, e.g. [N64-K4096-mix4] -> time over K, over N and over the number of mixing shares;
-- `phases`, or the phases' own names: milliseconds of each part of a training step -> stacked bars, beside
-  them `clips per second` and `MFU` where they are there;
+- `phases`: milliseconds of each part of a training step -> stacked bars, beside them `milliseconds`, `clips
+  per second` and `MFU` where they are there;
 - `ratio` or `times faster`, and benchmarks whose id is a form (`ours` and others) -> how many times faster.
 """
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).parent / "results"
 
-PHASES = ("views", "attack", "key update", "features", "loss", "backward", "optimizer", "bank")
+PHASES = ("views", "attack", "key", "query", "loss", "backward", "optimizer", "bank")
 _FORMS = {
     "ours": "ours",
     "triton": "Triton kernel (ours)",
@@ -127,7 +127,7 @@ def sweeps(recorded: Recorded) -> dict[str, list[Point]]:
         forms = {
             name: _quantiles(value)
             for name, value in extra(benchmark).items()
-            if isinstance(value, dict) and "ms" in value and name not in PHASES
+            if isinstance(value, dict) and "ms" in value
         }
         if forms and size_of(benchmark):
             point = Point(size=size_of(benchmark), forms=forms)
@@ -160,8 +160,7 @@ def steps(recorded: Recorded) -> list[Step]:
     result = []
     for benchmark in recorded.benchmarks:
         info = extra(benchmark)
-        table = info.get("phases", {name: info[name] for name in PHASES if name in info})
-        phases = {n: float(v["ms"] if isinstance(v, dict) else v) for n, v in table.items()}
+        phases = {name: float(value) for name, value in info.get("phases", {}).items()}
         if phases:
             notes = {name.lower().replace("_", " "): value for name, value in info.items()}
             said = []
@@ -172,7 +171,8 @@ def steps(recorded: Recorded) -> list[Step]:
                     said.append(f"{notes[name]:,.0f} clips/s")
             if isinstance(notes.get("mfu"), float):
                 said.append(f"MFU {notes['mfu']:.1%}")
-            result.append(Step(name=recorded.path.stem, phases=phases, note=", ".join(said)))
+            name = f"{recorded.path.stem} {_identity(benchmark)}".strip()
+            result.append(Step(name=name, phases=phases, note=", ".join(said)))
     return result
 
 
@@ -320,14 +320,14 @@ def draw_sweep(ax: Axes, points: list[Point], axis: str) -> None:
 
 
 def draw_steps(ax: Axes, found: list[Step]) -> None:
-    """A bar per step, stacked by phase."""
+    """A bar per step, stacked by phase. Shares, since steps of different encoders differ a hundredfold."""
     from a2mc_fast.plots.style import COLORS, HATCHES
 
     names = list(dict.fromkeys(name for step in found for name in (*PHASES, *step.phases)))
     names = [name for name in names if any(name in step.phases for step in found)]
     left = [0.0] * len(found)
     for number, name in enumerate(names):
-        widths = [step.phases.get(name, 0.0) for step in found]
+        widths = [100 * step.phases.get(name, 0.0) / sum(step.phases.values()) for step in found]
         ax.barh(
             range(len(found)), widths, left=left, height=0.6, label=name, color=COLORS[number % len(COLORS)],
             hatch=HATCHES[number % len(HATCHES)], edgecolor="white", linewidth=0.5,
@@ -336,9 +336,10 @@ def draw_steps(ax: Axes, found: list[Step]) -> None:
     for place, (step, end) in enumerate(zip(found, left)):
         ax.annotate(step.note, (end, place), (4, 0), textcoords="offset points", va="center", fontsize=7)
     ax.set_yticks(range(len(found)), [step.name for step in found])
-    ax.set_xlim(0, 1.4 * max(left))
+    ax.set_xlim(0, 160)
+    ax.set_xticks(range(0, 101, 20))
     ax.set_ylim(len(found) - 0.5, -0.5)
-    ax.set_xlabel("time under the profiler (ms per step)")
+    ax.set_xlabel("share of the step under the profiler (%)")
     ax.figure.legend(loc="outside lower center", ncols=len(names), handlelength=1.4, columnspacing=1.2)
 
 
