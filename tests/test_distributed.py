@@ -198,6 +198,12 @@ def test_a_bank_shared_by_ranks_equals_a_whole_one(name: str, two: Ranks, three:
             assert_close(other, {n: v for n, v in first.items() if n in other}, 0)
 
 
+@pytest.mark.parametrize("name", ["infonce", "live"])
+def test_kernels_know_a_bank_shared_by_ranks(name: str, two: Ranks) -> None:
+    run = RunConfig(backend="triton", shard_bank=True)
+    assert_close(two(trained, replace(CONFIGS[name], run=run))[0], trained(ALONE, CONFIGS[name]), 1e-5)
+
+
 def levels_trained(world: World, config: Config) -> State:
     from a2mc_fast.encoders import build
 
@@ -358,7 +364,7 @@ def test_ranks_must_share_evenly_and_be_told_the_same(two: Ranks, three: Ranks) 
     seed = replace(config, seed=1)
     for said in three(refused, config, seed):
         assert said.startswith("ranks 1, 2 got other flags or other data than rank 0")
-    with pytest.raises(InputError, match=r"run\.shard_bank is plain torch"):
+    with pytest.raises(InputError, match=r"run\.shard_bank knows own mixing alone"):
         small(run=RunConfig(shard_bank=True), loss=LossConfig(mixing="tiled"))
 
 
