@@ -8,6 +8,7 @@ A full run is a `Config`; presets are functions that return one, and every field
 from __future__ import annotations
 
 import dataclasses
+import sys
 import typing
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -390,7 +391,8 @@ class Config:
 def _paper(preset: str, data: str, split: str, *, epochs: int = 450, milestone: int = 350) -> Config:
     """The paper's run on one protocol (sec. IV-B)."""
     optim = OptimConfig(epochs=epochs, milestones=(milestone,))
-    return Config(preset=preset, data=data, split=split, optim=optim)
+    # an epoch takes a GPU some seconds, and a checkpoint has 600 MB
+    return Config(preset=preset, data=data, split=split, optim=optim, run=RunConfig(checkpoint_every=10))
 
 
 def own_data() -> Config:
@@ -484,6 +486,9 @@ def from_dict(content: dict[str, Any], kind: type = Config, where: str = "config
     return kind(**values)
 
 
+_LARGEST = sys.float_info.max
+
+
 def _typed(value: Any, hint: Any, where: str) -> Any:
     """`value` from JSON as the field's type."""
     if dataclasses.is_dataclass(hint):
@@ -495,7 +500,9 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     if origin is tuple:
         require(isinstance(value, list | tuple), f"{where} must be a list, got {value!r}")
         return tuple(_typed(item, args[0], where) for item in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        # false for NaN too; JSON knows no infinity, but Python's parser reads it and numbers of any size
+        require(abs(value) <= _LARGEST, f"{where} must be a finite number, got {value!r:.40}")
         return float(value)
     matches = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
     require(matches, f"{where} must be {hint.__name__}, got {value!r}")

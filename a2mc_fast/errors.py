@@ -15,8 +15,28 @@ EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
 
+_LONGEST = 500  # characters of a message
+
+
 class InputError(ValueError):
-    """Bad input. The message is one sentence: what, where, and what to do."""
+    """Bad input. The message is one sentence: what, where, and what to do.
+
+    Messages quote files, so a message is made one printable line: no control characters reach the terminal,
+    and of a very long one the middle is left out.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+def one_line(text: str, longest: int = _LONGEST) -> str:
+    """`text` with unprintable characters escaped as in Python's literals, cut in the middle to `longest`."""
+    for _ in range(2):  # escaping makes it longer again
+        if len(text) > longest:
+            text = f"{text[: longest - longest // 4 - 5]} ... {text[-(longest // 4) :]}"
+        if not text.isprintable():
+            text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return text
 
 
 def require(condition: bool, message: str) -> None:

@@ -6,6 +6,7 @@ A recording that cannot be used is skipped and named in the report beside the ou
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shlex
 import sys
@@ -19,8 +20,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg, subcommand
 
-from a2mc_fast.errors import exit_on_error, require
+from a2mc_fast.errors import exit_on_error, one_line, require
 from a2mc_fast.files import write_json
+
+_LONGEST_COMMAND = 10_000  # characters
 
 if TYPE_CHECKING:  # the readers import torch, for which --help does not wait
     from a2mc_fast.data import Clips
@@ -190,7 +193,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         config=(FlagCreatePairsOff,),
     )
     with exit_on_error():
-        prepare(wanted, shlex.join(["python", "-m", "a2mc_fast.prepare", *arguments]))
+        # a file's name may be no text, and the packed file's header is
+        command = one_line(shlex.join(["python", "-m", "a2mc_fast.prepare", *arguments]), _LONGEST_COMMAND)
+        prepare(wanted, command)
 
 
 def prepare(wanted: Reading | Synthetic, command: str = "") -> None:
@@ -199,6 +204,7 @@ def prepare(wanted: Reading | Synthetic, command: str = "") -> None:
     Raises `InputError` for input of another format, without a usable recording, or an output that exists.
     """
     output = wanted.output
+    require(_is_text(output), f"{output} is not UTF-8, and a packed file's name must be; name another file")
     require(not output.is_dir(), f"{output} is a folder; name the file to write")
     require(wanted.overwrite or not output.exists(), f"{output} exists; replace it with --overwrite")
     start = time.perf_counter()
@@ -245,6 +251,7 @@ def prepare(wanted: Reading | Synthetic, command: str = "") -> None:
         "frames": len(clips.frames),
         "classes": clips.num_classes,
         "splits": _splits(clips),
+        "repeated": _repeated(clips),
         **facts,
         "skipped": len(skipped),
         "reasons": dict(Counter(skip.reason for skip in skipped)),
@@ -268,9 +275,12 @@ def _print(report: Mapping[str, Any], path: Path, size: int, speed: str) -> None
         "time": speed,
     }
     for name, value in rows.items():
-        print(f"{name:<10}{value}")
+        print(one_line(f"{name:<10}{value}"))
     for sentence in (*report.get("differences", ()), *report.get("notes", ())):
-        print(sentence)
+        print(one_line(sentence))
+    for name, count in report["repeated"].items():
+        tested = report["splits"][name]["test"]
+        print(one_line(f"{name}: {count:,} of {tested:,} test clips equal a training clip, bit for bit"))
     if report.get("shortened"):
         print(f"{report['shortened']:,} clips were cut to the frame limit")
 
@@ -280,6 +290,21 @@ def _splits(clips: Clips) -> dict[str, dict[str, int]]:
     return {
         name: {"train": int(mask.sum()), "test": int((~mask).sum())} for name, mask in clips.splits.items()
     }
+
+
+def _repeated(clips: Clips) -> dict[str, int]:
+    """Test clips that equal a training clip bit for bit, for each protocol that has any."""
+    import numpy as np
+
+    ends = clips.lengths.cumsum(0).tolist()
+    recordings = np.split(clips.frames.numpy(), ends[:-1])
+    digests = [hashlib.blake2b(recording.tobytes(), digest_size=16).digest() for recording in recordings]
+    found = {}
+    for name in clips.splits:
+        train, test = clips.split(name)
+        known = {digests[i] for i in train.tolist()}
+        found[name] = sum(digests[i] in known for i in test.tolist())
+    return {name: count for name, count in found.items() if count}
 
 
 def _differences(source: Source, clips: Clips) -> list[str]:
@@ -292,6 +317,15 @@ def _differences(source: Source, clips: Clips) -> list[str]:
         for what, count in source.expected.items()
         if found.get(what, 0) != count
     ]
+
+
+def _is_text(path: Path) -> bool:
+    """Whether the path's bytes are UTF-8, which safetensors needs to read it again."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _cores() -> int:

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+MAX_JOINTS = 1000
+"""Joints V of any skeleton; the checks below take V^2 steps."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Skeleton:
     """A tree of V joints with its mirror image and its two normalisation axes."""
@@ -34,7 +38,10 @@ class Skeleton:
 
     def __post_init__(self) -> None:
         joints = range(len(self.parents))
-        require(len(joints) > 0, "a skeleton needs at least one joint, got an empty list of parents")
+        require(
+            0 < len(joints) <= MAX_JOINTS,
+            f"a skeleton has 1 to {MAX_JOINTS:,} joints, got {len(joints):,} parents",
+        )
         require(
             all(p in joints for p in self.parents),
             f"parents must name joints 0..{len(joints) - 1}: {self.parents}",

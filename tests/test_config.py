@@ -90,7 +90,7 @@ def test_cross_field_checks() -> None:
         OptimConfig(milestones=(9, 3))
     with pytest.raises(ValueError, match=r"loss\.mix must lie in \(0, 1\)"):
         LossConfig(mix=(1.0,))
-    with pytest.raises(ValueError, match=r"run\.backend triton knows own mixing alone"):
+    with pytest.raises(ValueError, match=r"run\.backend triton knows own mixing and features"):
         Config(loss=LossConfig(mixing="tiled"), run=RunConfig(backend="triton"))
     with pytest.raises(ValueError, match="queries names weak"):
         Config(bank=BankConfig(objective="infonce"), loss=LossConfig(weak="off"))

@@ -237,3 +237,22 @@ def test_help_does_not_wait_for_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "--exclude" in done.stdout
+
+
+def test_test_clips_that_are_training_clips_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = own_archive()
+    clip = content["joints"][: content["lengths"][0]]
+    other = clip.copy()
+    other[0, 0, 0, 0] += 0.01
+    content["joints"] = np.concatenate([clip, clip, other])
+    content["lengths"] = np.array([len(clip)] * 3)
+    for name in [name for name in content if name.startswith("split_")]:
+        del content[name]
+    content |= {"split_a": np.array([True, False, False]), "split_b": np.array([True, True, False])}
+    np.savez(tmp_path / "in.npz", **content)
+    run("npz", tmp_path / "in.npz", tmp_path / "out.safetensors")
+    assert json.loads((tmp_path / "out.report.json").read_text())["repeated"] == {"a": 1}
+    said = capsys.readouterr().out
+    assert "a: 1 of 2 test clips equal a training clip, bit for bit" in said and "b: 0" not in said

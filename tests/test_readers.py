@@ -361,11 +361,11 @@ def test_agcn_single_protocol_without_frame_counts_and_float_labels(tmp_path: Pa
         (lambda f: (f / "train_label.pkl").unlink(), "holds train_label.pkl"),
         (
             lambda f: np.save(f / "train_data_joint.npy", np.zeros((2, 3, 4, 20, 2), np.float32)),
-            "expected .N, 3, T, 25",
+            "expected floats .N, 3, T, 25",
         ),
         (lambda f: np.save(f / "train_data_joint.npy", np.zeros((9, 3, 4, 25, 2), np.float32)), "names 2"),
         (lambda f: np.save(f / "val_data_joint.npy", np.zeros((2, 3, 4, 25, 1), np.float32)), "1 persons"),
-        (lambda f: np.save(f / "val_data_joint.npy", np.array([None, {}])), "not a .npy file"),
+        (lambda f: np.save(f / "val_data_joint.npy", np.array([None, {}])), "holds object"),
         (lambda f: np.save(f / "val_num_frame.npy", np.array([1.5, 2])), "expected 2 integers"),
         (lambda f: (f / "train_label.pkl").write_bytes(pickle.dumps(["a", "b"])), "not a pair"),
         (lambda f: (f / "train_label.pkl").write_bytes(pickle.dumps((["a"], [1.5]))), "not a pair"),
@@ -515,7 +515,7 @@ def test_own_archive_of_another_form(tmp_path: Path, changes: dict[str, Any], se
     ("changes", "sentence"),
     [
         ({"y_test": None}, "has no y_test"),
-        ({"x_test": np.zeros((1, 300, 225), np.float32)}, "expected .N, T, 150"),
+        ({"x_test": np.zeros((1, 300, 225), np.float32)}, "expected floats .N, T, 150"),
         ({"y_test": np.ones((1, 60))}, "not one-hot"),
         ({"y_test": np.eye(60)}, "holds 1 clips, y_test 60"),
     ],

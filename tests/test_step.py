@@ -113,6 +113,7 @@ def elsewhere(make_clips: MakeClips, monkeypatch: pytest.MonkeyPatch) -> Callabl
         small(),
         small(run=RunConfig(backend="triton")),
         small(loss=LossConfig(live_target=True)),
+        small(loss=LossConfig(live_target=True), run=RunConfig(backend="triton")),
         small(loss=LossConfig(mixing="tiled", renormalize=True)),
         small("demo-b1"),
         small("demo-b3"),
@@ -120,7 +121,7 @@ def elsewhere(make_clips: MakeClips, monkeypatch: pytest.MonkeyPatch) -> Callabl
         small(stream="motion", attack=replace(preset("demo").attack, classifier="pseudo_labels")),
         small(views=ViewConfig(flip_mirror_x=True, filter_normalize=True)),
     ],
-    ids=["full", "triton", "live", "tiled", "b1", "b3", "a3", "motion", "mirror"],
+    ids=["full", "triton", "live", "live-triton", "tiled", "b1", "b3", "a3", "motion", "mirror"],
 )
 def test_the_step_stays_on_the_device(config: Config, elsewhere: Callable[[Config], Trainer]) -> None:
     trainer = elsewhere(config)
@@ -303,7 +304,7 @@ def test_the_fourth_call_is_captured_and_later_ones_replay(monkeypatch: pytest.M
             events.append("replay")
 
     @contextmanager
-    def recording(graph: Graph, stream: Stream) -> Iterator[None]:
+    def recording(graph: Graph, stream: Stream, capture_error_mode: str) -> Iterator[None]:
         events.append("capture")
         yield
         events.append("captured")

@@ -21,11 +21,13 @@ from a2mc_fast.data import ntu, pku
 from a2mc_fast.data.normalize import choose_bodies
 from a2mc_fast.data.npy import Archive, map_npy
 from a2mc_fast.data.pack import Recording, Skip, Source, existing_file, existing_folder
-from a2mc_fast.data.unpickle import as_array, load_pickle
+from a2mc_fast.data.rules import MAX_LABEL, MAX_PROTOCOLS, NAME_RULE, is_name
+from a2mc_fast.data.unpickle import as_array, as_numbers, as_texts, load_pickle
 from a2mc_fast.errors import InputError, require
 from a2mc_fast.skeleton import NTU25, Skeleton
 
 _JOINTS = NTU25.num_joints
+_FEW = 1000  # clips
 
 
 class _Row(NamedTuple):
@@ -59,6 +61,7 @@ def open_agcn(folder: str | Path, protocol: str = "") -> Source:
         not protocol or len(folders) == 1,
         f"{folder} holds {len(folders)} protocols; --protocol names only one",
     )
+    _mapped.cache_clear()  # a file may have been written anew
     labels = {part: _agcn_labels(folders[0] / f"{part}_label.pkl") for part in ("train", "val")}
     training: dict[str, frozenset[str]] = {}
     notes: list[str] = []
@@ -75,10 +78,10 @@ def open_agcn(folder: str | Path, protocol: str = "") -> Source:
     persons = 0
     for part, (names, classes) in labels.items():
         data = folders[0] / f"{part}_data_joint.npy"
-        shape = map_npy(data).shape
+        shape, dtype = (array := map_npy(data)).shape, array.dtype
         require(
-            len(shape) == 5 and shape[1] == 3 and shape[3] == _JOINTS,
-            f"{data} has shape {list(shape)}, expected [N, 3, T, {_JOINTS}, M]",
+            dtype.kind == "f" and len(shape) == 5 and shape[1] == 3 and shape[3] == _JOINTS and shape[4] > 0,
+            f"{data} is {dtype} {list(shape)}, expected floats [N, 3, T, {_JOINTS}, M]",
         )
         require(
             shape[0] == len(names), f"{data} holds {shape[0]:,} clips, {part}_label.pkl names {len(names):,}"
@@ -110,11 +113,14 @@ def _agcn_labels(path: Path) -> tuple[list[str], list[int]]:
     """Names without extension, and classes from 0, of a label file: the pickled pair (names, labels)."""
     content = load_pickle(existing_file(path, "the names and labels of an AGCN array"))
     try:
-        names, labels = (as_array(part) for part in content)
-        if names.dtype.kind != "U" or names.shape != labels.shape or names.ndim != 1 or (labels % 1).any():
-            raise ValueError(f"{names.dtype} {list(names.shape)} and {labels.dtype} {list(labels.shape)}")
+        names, labels = content
+        names, labels = as_texts(names), as_numbers(labels)
+        if len(names) != len(labels):
+            raise ValueError(f"{len(names):,} names, {len(labels):,} labels")
+        if not all(label % 1 == 0 for label in labels):  # infinity and NaN leave NaN
+            raise ValueError("a label is not a whole number")
         # PKU-MMD's names are "A01N02-L.txt_5"
-        return [re.sub(r"\.(skeleton|txt)", "", name) for name in names.tolist()], labels.astype(int).tolist()
+        return [re.sub(r"\.(skeleton|txt)", "", name) for name in names], [int(label) for label in labels]
     except (ValueError, TypeError) as error:
         raise InputError(f"{path} is not a pair of names and whole-numbered labels ({error})") from None
 
@@ -167,12 +173,13 @@ def open_ctrgcn(file: str | Path, protocol: str = "") -> Source:
     sizes: dict[str, tuple[int, ...]] = {}
     for part in labels:
         with archive.rows(f"x_{part}") as rows:
-            sizes[part] = rows.shape
-    for part, shape in sizes.items():
+            shape, dtype = rows.shape, rows.dtype
         require(
-            len(shape) == 3 and shape[2] == 2 * _JOINTS * 3,
-            f"{path}: x_{part} has shape {list(shape)}, expected [N, T, {2 * _JOINTS * 3}]",
+            dtype.kind == "f" and len(shape) == 3 and shape[1] > 0 and shape[2] == 2 * _JOINTS * 3,
+            f"{path}: x_{part} is {dtype} {list(shape)}, expected floats [N, T, {2 * _JOINTS * 3}]",
         )
+        sizes[part] = shape
+    for part, shape in sizes.items():
         require(
             shape[0] == len(labels[part]),
             f"{path}: x_{part} holds {shape[0]:,} clips, y_{part} {len(labels[part]):,}",
@@ -220,36 +227,50 @@ def open_pyskl(file: str | Path) -> Source:
     require(
         good and isinstance(content.get("split"), dict), f"{path} is not a dict of 'split' and 'annotations'"
     )
-    try:
-        listed = {str(key): frozenset(as_array(names).tolist()) for key, names in content["split"].items()}
-    except ValueError as error:
-        raise InputError(f"{path}: a split is not a list of names ({error})") from None
+    size = path.stat().st_size
+    require(
+        len(content["split"]) <= 2 * MAX_PROTOCOLS,
+        f"{path} has {len(content['split']):,} splits, {2 * MAX_PROTOCOLS} are the most",
+    )
+    listed: dict[str, frozenset[str]] = {}
+    entries = 0
+    for key, names in content["split"].items():
+        try:
+            listed[str(key)] = frozenset(chosen := as_texts(names))
+        except ValueError as error:
+            raise InputError(f"{path}: the split {key} is not a list of names ({error})") from None
+        entries += len(chosen)  # each takes a byte of the file or more, unless splits share a list
+        require(entries <= size, f"{path}: its splits share lists and would name {entries:,} clips; refused")
     training = {key.removesuffix("_train"): names for key, names in listed.items() if key.endswith("_train")}
     require(
         bool(training), f"{path} has no split called ..._train, only: {', '.join(sorted(listed)) or 'none'}"
     )
     jobs: dict[str, _Clip] = {}
     skipped: list[Skip] = []
+    taken = 0
     for number, annotation in enumerate(content["annotations"]):
         if not isinstance(annotation, dict) or not isinstance(annotation.get("frame_dir"), str):
             skipped.append(Skip(f"annotation {number}", "unreadable", "no dict with a name in 'frame_dir'"))
             continue
         name, label = annotation["frame_dir"], annotation.get("label")
-        if not isinstance(label, int | np.integer):
+        if not is_name(name):
+            skipped.append(Skip(name, "name not understood", NAME_RULE))
+        elif not isinstance(label, int | np.integer):
             skipped.append(Skip(name, "no label"))
         elif name in jobs:
             skipped.append(Skip(name, "listed twice"))
         else:
             train_in = tuple(protocol for protocol, names in training.items() if name in names)
             try:
-                jobs[name] = _Clip(name, int(label), as_array(annotation.get("keypoint")), train_in)
+                jobs[name] = _Clip(name, int(label), joints := as_array(annotation.get("keypoint")), train_in)
             except ValueError as error:
                 skipped.append(Skip(name, "no skeleton data", f"keypoint: {error}"))
-    size = sum(job.joints.nbytes for job in jobs.values())
-    require(
-        size <= 16 * path.stat().st_size,
-        f"{path}: its clips share arrays and would take {size:,} bytes in all; refused",
-    )
+                continue
+            taken += joints.nbytes
+            require(
+                taken <= 16 * size,
+                f"{path}: its clips share arrays and would take over {16 * size:,} bytes; refused",
+            )
     known = frozenset().union(*listed.values())
     unlisted = len(jobs.keys() - known)
     return Source(
@@ -266,7 +287,8 @@ def open_pyskl(file: str | Path) -> Source:
 
 def _read_pyskl(job: _Clip) -> Iterable[Recording | Skip]:
     joints = job.joints
-    if joints.dtype.kind != "f" or joints.ndim != 4 or joints.shape[3] != 3:
+    # an empty array may have axes of any length, and bodies would be added to them
+    if joints.dtype.kind != "f" or joints.ndim != 4 or joints.shape[3] != 3 or not joints.size:
         yield Skip(job.name, "no skeleton data", f"keypoint is {joints.dtype} {list(joints.shape)}")
         return
     joints = choose_bodies(joints.astype(np.float32).transpose(1, 0, 2, 3))  # [T, M, V, C]
@@ -284,7 +306,7 @@ def open_npz(file: str | Path) -> Source:
     archive = Archive(path)
     archive.need("joints", "lengths", "labels", "parents", "mirror", "center", "axis_z", "axis_x")
     skeleton = _own_skeleton(archive)
-    lengths, labels = (archive.array(key, "iu", ndim=1).astype(np.int64) for key in ("lengths", "labels"))
+    lengths, labels = (archive.array(key, "iu", ndim=1).tolist() for key in ("lengths", "labels"))
     count = len(lengths)
     with archive.rows("joints") as frames:
         shape, dtype = frames.shape, frames.dtype
@@ -296,10 +318,15 @@ def open_npz(file: str | Path) -> Source:
         shape[2] == skeleton.num_joints,
         f"{path}: joints has {shape[2]} joints, parents {skeleton.num_joints}",
     )
-    require(bool((lengths >= 0).all()), f"{path}: a length is negative")
+    require(min(lengths, default=0) >= 0, f"{path}: a length is negative")
+    # empty clips are skipped one by one, but they take no space in the file
     require(
-        sum(lengths.tolist()) == shape[0],
-        f"{path}: lengths sum to {sum(lengths.tolist()):,}, joints holds {shape[0]:,} frames",
+        count <= 2 * shape[0] + _FEW,
+        f"{path}: lengths holds {count:,} clips, joints {shape[0]:,} frames in all",
+    )
+    require(
+        sum(lengths) == shape[0],
+        f"{path}: lengths sum to {sum(lengths):,}, joints holds {shape[0]:,} frames",
     )
     columns = {
         key: archive.array(key, "iu", ndim=1) if key in archive else np.full(count, -1)
@@ -310,23 +337,19 @@ def open_npz(file: str | Path) -> Source:
         for key in sorted(archive)
         if key.startswith("split_")
     }
-    names = _texts(archive, "names") or tuple(f"clip {number}" for number in range(count))
-    class_names = _texts(archive, "class_names")
+    names = _texts(archive, "names", count) or tuple(f"clip {number}" for number in range(count))
+    class_names = _texts(archive, "class_names", MAX_LABEL + 1)
     sizes = {key: len(values) for key, values in {**columns, **masks}.items()}
     for key, size in {"labels": len(labels), "names": len(names), **sizes}.items():
         require(size == count, f"{path}: {key} has {size:,} entries for {count:,} clips")
 
-    def clips() -> Iterator[Recording | Skip]:
+    def clips() -> Iterator[Recording]:
         with archive.rows("joints") as frames:
-            for number, (name, length, label) in enumerate(zip(names, lengths.tolist(), labels.tolist())):
-                joints = frames.take(length)
-                if not -1 <= label < (len(class_names) or label + 1):
-                    yield Skip(name, "label out of range", f"label {label}, {len(class_names)} class names")
-                    continue
+            for number, (name, length, label) in enumerate(zip(names, lengths, labels)):
                 yield Recording(
                     name=name,
                     label=label,
-                    joints=joints,
+                    joints=frames.take(length),
                     subject=int(columns["subjects"][number]),
                     camera=int(columns["cameras"][number]),
                     setup=int(columns["setups"][number]),
@@ -359,17 +382,17 @@ def _own_skeleton(archive: Archive) -> Skeleton:
             center=int(archive.array("center", "iu", ndim=0)),
             axis_z=axes[0],
             axis_x=axes[1],
-            joint_names=_texts(archive, "joint_names"),
+            joint_names=_texts(archive, "joint_names", len(parents)),
         )
     except InputError as error:
         raise InputError(f"{archive.path}: {str(error).removeprefix(f'{archive.path}: ')}") from None
 
 
-def _texts(archive: Archive, key: str) -> tuple[str, ...]:
-    return tuple(archive.array(key, "U", ndim=1).tolist()) if key in archive else ()
+def _texts(archive: Archive, key: str, most: int) -> tuple[str, ...]:
+    return tuple(archive.texts(key, most)) if key in archive else ()
 
 
-def _as_it_is(result: Recording | Skip) -> Iterable[Recording | Skip]:
+def _as_it_is(result: Recording) -> Iterable[Recording]:
     yield result
 
 

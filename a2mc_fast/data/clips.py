@@ -23,13 +23,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
+from a2mc_fast.data.rules import MAX_COORDINATE, MAX_LABEL, MAX_PROTOCOLS, NAME_RULE, is_name, twice
 from a2mc_fast.errors import InputError, require
-from a2mc_fast.files import atomic_path
+from a2mc_fast.files import atomic_path, parse_json
 from a2mc_fast.skeleton import Skeleton
 
 FORMAT = "a2mc-clips/1"
 _OPTIONAL = ("subjects", "cameras", "setups")  # one int64 per clip
-_MAX_COORDINATE = 1e3  # metres; anything beyond is not a pose
 
 
 @dataclass(kw_only=True)
@@ -77,12 +77,11 @@ class Clips:
     ) -> Clips:
         """Check arrays in the archive's layout, joints [F, M, V, 3], and place them on `device`.
 
-        Raises `InputError`, beginning with `where`, for shapes that disagree, coordinates that are not finite
-        or beyond 1,000 m, empty or all-zero clips, labels below -1 or beyond the class names.
+        Raises `InputError`, beginning with `where`, for shapes that disagree and for clips that break the
+        rule of `a2mc_fast.data.rules`.
         """
         frames = torch.as_tensor(joints)
-        length = torch.as_tensor(np.asarray(lengths, dtype=np.int64))
-        label = torch.as_tensor(np.asarray(labels, dtype=np.int64))
+        length, label = _integers(lengths, f"{where}: lengths"), _integers(labels, f"{where}: labels")
         count = len(length)
         require(count > 0, f"{where}: holds no clips")
         require(
@@ -96,22 +95,32 @@ class Clips:
         )
         require(bool((length > 0).all()), f"{where}: clip {int((length <= 0).int().argmax())} has no frames")
         require(
-            int(length.sum()) == len(frames),
+            int(length.max()) <= len(frames)
+            and int(length.sum()) == len(frames),  # the sum alone may overflow
             f"{where}: lengths sum to {int(length.sum())}, joints hold {len(frames)} frames",
         )
         require(label.shape == length.shape, f"{where}: {len(label)} labels for {count} clips")
         require(
-            bool((label >= -1).all()),
+            int(label.min()) >= -1,
             f"{where}: labels must be -1 (unknown) or from 0, got {int(label.min())}",
         )
+        require(int(label.max()) <= MAX_LABEL, f"{where}: label {int(label.max())} is beyond {MAX_LABEL:,}")
         require(
             not class_names or int(label.max()) < len(class_names),
             f"{where}: label {int(label.max())} has no name, there are {len(class_names)} class names",
         )
         require(len(names) in (0, count), f"{where}: {len(names)} names for {count} clips")
         names = tuple(names) or tuple(f"clip {i}" for i in range(count))
+        double = twice(names)
+        require(double is None, f"{where}: two clips are called {double}")
+        for name in (*names, *(splits or {})):
+            require(is_name(name), f"{where}: {name!r:.80} cannot be a name: {NAME_RULE}")
+        require(
+            len(splits or {}) <= MAX_PROTOCOLS,
+            f"{where}: {len(splits or {})} protocols, {MAX_PROTOCOLS} are the most",
+        )
         masks = {name: torch.as_tensor(mask) for name, mask in (splits or {}).items()}
-        others = {name: torch.as_tensor(values) for name, values in (extra or {}).items()}
+        others = {n: _integers(values, f"{where}: {n}") for n, values in (extra or {}).items()}
         for name, values in (*masks.items(), *others.items()):
             require(
                 values.shape == length.shape,
@@ -137,7 +146,7 @@ class Clips:
 
     def _check_values(self, where: str) -> None:
         """Refuse clips that are not poses, naming the first."""
-        usable = (self._rows.abs() <= _MAX_COORDINATE).all(1)  # false for NaN and infinity too
+        usable = (self._rows.abs() <= MAX_COORDINATE).all(1)  # false for NaN and infinity too
         seen = self._rows.any(1)
         for bad, reason in (
             (self._frames_per_clip(~usable) > 0, "holds coordinates that are not finite or beyond 1,000 m"),
@@ -172,28 +181,35 @@ class Clips:
                 header = file.metadata() or {}
                 require(header.get("format") == FORMAT, f"{path} is not a packed clips file ({FORMAT})")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            text: dict[str, Any] = {
-                name: json.loads(header.get(name, "[]")) for name in ("names", "class_names", "joint_names")
-            }
-            skeleton = Skeleton(
-                parents=tuple(tensors["parents"].tolist()),
-                mirror=tuple(tensors["mirror"].tolist()),
-                center=int(tensors["center"]),
-                axis_z=tuple(tensors["axis_z"].tolist()),
-                axis_x=tuple(tensors["axis_x"].tolist()),
-                joint_names=tuple(text["joint_names"]),
+            parents, mirror, axis_z, axis_x = (
+                tuple(_integers(tensors[name], f"{path}: {name}").tolist())
+                for name in ("parents", "mirror", "axis_z", "axis_x")
             )
+            require(
+                len(axis_z) == len(axis_x) == 2 and tensors["center"].numel() == 1,
+                f"{path}: axis_z and axis_x must be two joints each, center one",
+            )
+            skeleton = Skeleton(
+                parents=parents,
+                mirror=mirror,
+                center=int(_integers(tensors["center"].view(1), f"{path}: center")),
+                axis_z=axis_z,
+                axis_x=axis_x,
+                joint_names=_texts(header, "joint_names", path),
+            )
+            splits = {n.removeprefix("split_"): t for n, t in tensors.items() if n.startswith("split_")}
             return cls.pack(
                 tensors["joints"],
-                tensors["lengths"].numpy(),
-                tensors["labels"].numpy(),
+                tensors["lengths"],
+                tensors["labels"],
                 skeleton,
+                # any byte may be there, and torch counts on 0 and 1
                 splits={
-                    n.removeprefix("split_"): t.numpy() for n, t in tensors.items() if n.startswith("split_")
+                    n: t.view(torch.uint8) != 0 if t.dtype == torch.bool else t for n, t in splits.items()
                 },
-                names=text["names"],
-                class_names=text["class_names"],
-                extra={n: tensors[n].numpy() for n in _OPTIONAL if n in tensors},
+                names=_texts(header, "names", path),
+                class_names=_texts(header, "class_names", path),
+                extra={n: tensors[n] for n in _OPTIONAL if n in tensors},
                 source=header.get("source", ""),
                 command=header.get("command", ""),
                 device=device,
@@ -203,10 +219,8 @@ class Clips:
             raise InputError(
                 f"{path} is damaged or not a safetensors file ({error}); prepare it again"
             ) from None
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise InputError(
-                f"{path} is not a complete packed clips file ({error!r}); prepare it again"
-            ) from None
+        except KeyError as error:
+            raise InputError(f"{path} holds no {error}; it is not a complete packed clips file") from None
 
     def save(self, path: str | Path) -> None:
         """Write the packed file, whole or not at all."""
@@ -267,6 +281,29 @@ class Clips:
         first = self.offsets[index]
         values = interpolate(self._rows, first, first + self.lengths[index] - 1, position)
         return values.unflatten(2, self.frames.shape[1:]).transpose(1, 2)
+
+
+def _integers(values: Any, where: str) -> Tensor:
+    """`values` as int64 [N]; `InputError` for other types, other shapes, and what does not fit."""
+    array = torch.as_tensor(values) if isinstance(values, Tensor) else np.asarray(values)
+    kind = str(array.dtype).removeprefix("torch.")
+    require(
+        array.ndim == 1 and (len(array) == 0 or kind.startswith(("int", "uint"))),
+        f"{where} must be integers [N], got {kind} {list(array.shape)}",
+    )
+    if kind == "uint64":  # beyond int64 it would become negative
+        require(all(v < 1 << 63 for v in array.tolist()), f"{where} holds a number of 64 bits")
+    return torch.as_tensor(array).long()
+
+
+def _texts(header: Mapping[str, str], name: str, path: Path) -> tuple[str, ...]:
+    """A list of strings that the header holds as JSON."""
+    values = parse_json(header.get(name, "[]"), f"{path}: {name}")
+    require(
+        isinstance(values, list) and all(isinstance(value, str) for value in values),
+        f"{path}: {name} is not a list of strings",
+    )
+    return tuple(values)
 
 
 def interpolate(rows: Tensor, first: Tensor, last: Tensor, position: Tensor) -> Tensor:

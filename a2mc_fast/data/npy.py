@@ -7,6 +7,7 @@ terabyte allocates nothing, and an archive that unpacks to far more than its siz
 from __future__ import annotations
 
 import math
+import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +26,10 @@ _READ_HEADER = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
-_MAX_RATIO, _SLACK = 200, 1 << 26  # an archive may unpack to this many times its size, plus this many bytes
+_MAX_RATIO, _SLACK = 100, 1 << 20  # an archive may unpack to this many times its size, plus this many bytes
+_MAX_MEMBERS = 1000  # each is looked up in the list of all
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # what numpy writes; others unpack without a bound
+_MAX_AXES, _MAX_AXIS = 32, 1 << 62
 
 
 @contextmanager
@@ -44,12 +48,41 @@ def damaged(path: Path, kind: str) -> Iterator[None]:
 def map_npy(path: Path) -> np.ndarray:
     """The array of a `.npy` file, read-only and mapped: only what is used is read."""
     existing_file(path, "a .npy file")
-    with damaged(path, "a .npy file"):
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not isinstance(array, np.memmap):  # np.load opens archives too
-            raise InputError(f"{path} is not a .npy file but an archive of them")
-        require(array.dtype.kind in _KINDS, f"{path} holds {array.dtype}, expected numbers")
-        return array
+    with path.open("rb") as file, damaged(path, "a .npy file"):
+        shape, fortran, dtype = _header(file, path.stat().st_size, str(path))
+        if not math.prod(shape):
+            return np.empty(shape, dtype)  # nothing to map
+        return np.memmap(file, dtype, "r", file.tell(), shape, "F" if fortran else "C")
+
+
+def _header(stream: IO[bytes], size: int, where: str) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """(shape, whether in Fortran order, dtype) of a `.npy` stream of `size` bytes, which it must fill."""
+    version = np.lib.format.read_magic(stream)
+    read_header = _READ_HEADER.get(version)
+    if read_header is None:
+        raise InputError(f"{where} has npy version {version}, expected 1.0 or 2.0")
+    shape, fortran, dtype = read_header(stream)
+    require(dtype.kind in _KINDS, f"{where} holds {dtype}, expected numbers or strings")
+    require(
+        len(shape) <= _MAX_AXES and all(0 <= axis <= _MAX_AXIS for axis in shape),
+        f"{where} claims a shape that no array has",
+    )
+    claimed, held = math.prod(shape) * dtype.itemsize, size - stream.tell()
+    require(
+        claimed == held,
+        f"{where} claims {list(shape)} of {dtype}, {claimed:,} bytes, but holds {held:,}",
+    )
+    return shape, fortran, dtype
+
+
+def texts(array: np.ndarray) -> list[str]:
+    """The strings of an array [N]. `ValueError` for another array, or codes that are no characters."""
+    if array.dtype.kind != "U" or array.ndim != 1:
+        raise ValueError(f"{array.dtype} {list(array.shape)} where strings were expected")
+    codes = np.ascontiguousarray(array).view(f"{array.dtype.byteorder}u4")
+    if codes.size and codes.max() > sys.maxunicode:  # numpy would make a string that Python cannot handle
+        raise ValueError("strings with codes that are no characters")
+    return array.tolist()
 
 
 class Rows:
@@ -58,18 +91,7 @@ class Rows:
     def __init__(self, stream: IO[bytes], size: int, path: Path, name: str) -> None:
         self._stream, self._path, self._where = stream, path, f"{path}: {name}"
         with damaged(path, _NPZ):
-            version = np.lib.format.read_magic(stream)
-            read_header = _READ_HEADER.get(version)
-            if read_header is None:
-                raise InputError(f"{self._where} has npy version {version}, expected 1.0 or 2.0")
-            self.shape, self._fortran, self.dtype = read_header(stream)
-            held = size - stream.tell()
-        require(self.dtype.kind in _KINDS, f"{self._where} holds {self.dtype}, expected numbers or strings")
-        claimed = math.prod(self.shape) * self.dtype.itemsize
-        require(
-            min(self.shape, default=0) >= 0 and claimed == held,
-            f"{self._where} claims {list(self.shape)} of {self.dtype}, {claimed:,} bytes, but holds {held:,}",
-        )
+            self.shape, self._fortran, self.dtype = _header(stream, size, self._where)
 
     def take(self, count: int) -> np.ndarray:
         """The next `count` rows."""
@@ -88,6 +110,8 @@ class Rows:
         with damaged(self._path, _NPZ):
             data = self._stream.read(size)
             require(len(data) == size, f"{self._where} ends early")
+            if self.dtype == np.bool_:  # any byte may be there, and torch counts on 0 and 1
+                return (np.frombuffer(data, np.uint8) != 0).reshape(shape)
             return np.frombuffer(data, self.dtype, math.prod(shape)).reshape(shape)
 
 
@@ -97,7 +121,16 @@ class Archive:
     def __init__(self, path: Path) -> None:
         self.path = existing_file(path, _NPZ)
         with path.open("rb") as file, damaged(path, _NPZ):
-            members = {info.filename: info.file_size for info in zipfile.ZipFile(file).infolist()}
+            infos = zipfile.ZipFile(file).infolist()
+        members = {info.filename: info.file_size for info in infos}
+        require(
+            len(members) == len(infos) <= _MAX_MEMBERS,
+            f"{path} holds {len(infos):,} arrays under {len(members):,} names; refused",
+        )
+        require(
+            all(info.compress_type in _METHODS for info in infos),
+            f"{path} is packed by a method that numpy does not write; save it with numpy.savez_compressed",
+        )
         size, unpacked = path.stat().st_size, sum(members.values())
         require(
             unpacked <= _MAX_RATIO * size + _SLACK,
@@ -138,3 +171,15 @@ class Archive:
                 + " or ".join(_WORDS[kind] for kind in kinds),
             )
             return rows.all()
+
+    def texts(self, name: str, most: int) -> list[str]:
+        """A whole array of strings, [N] with N up to `most`; none are made of a longer one."""
+        with self.rows(name) as rows:
+            count = math.prod(rows.shape)
+        require(count <= most, f"{self.path}: {name} has {count:,} entries, expected up to {most:,}")
+        try:
+            return texts(self.array(name, "U", ndim=1))
+        except InputError:
+            raise
+        except ValueError as error:
+            raise InputError(f"{self.path}: {name} holds {error}") from None

@@ -17,13 +17,22 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from a2mc_fast.data.normalize import choose_bodies
-from a2mc_fast.data.pack import Recording, Skip, Source, UnusableError, existing_file, existing_folder
-from a2mc_fast.errors import os_reason, require
+from a2mc_fast.data.pack import (
+    Recording,
+    Skip,
+    Source,
+    UnusableError,
+    existing_file,
+    existing_folder,
+    read_bytes,
+)
+from a2mc_fast.errors import require
 
 Dataset = Literal["ntu60", "ntu120"]
 _JOINTS = 25
 _MAX_BODIES = 4  # bodies read per frame
 _MAX_BYTES = 64 << 20  # a recording of 300 frames with four bodies takes under 4 MB of text
+_MAX_FRAMES = 20_000  # eleven minutes; that many with four bodies would not fit into _MAX_BYTES
 _NAME = re.compile(r"S(\d{3})C(\d{3})P(\d{3})R(\d{3})A(\d{3})", re.ASCII)
 
 
@@ -98,6 +107,8 @@ def parse_skeleton(text: bytes) -> np.ndarray:
     cursor = 0
     try:
         frames = int(lines[0])
+        if frames > _MAX_FRAMES:  # a frame without bodies is two bytes of text but 2,400 of array
+            raise UnusableError("unreadable", f"more than {_MAX_FRAMES:,} frames")
         cursor = 1
         for frame in range(frames):
             bodies = int(lines[cursor])
@@ -137,11 +148,7 @@ def read_skeleton(path: str | Path) -> np.ndarray:
 
     Raises `UnusableError` (an `InputError`) for a file without usable content.
     """
-    path = Path(path)
-    size = path.stat().st_size
-    if size > _MAX_BYTES:
-        raise UnusableError("unreadable", f"{size:,} bytes are too many for one recording")
-    return choose_bodies(parse_skeleton(path.read_bytes())).astype(np.float32)
+    return choose_bodies(parse_skeleton(read_bytes(Path(path), _MAX_BYTES))).astype(np.float32)
 
 
 def open_ntu(folder: str | Path, dataset: Dataset, exclude: str | Path | None = None) -> Source:
@@ -188,8 +195,6 @@ def _read(path: Path, dataset: Dataset) -> Iterable[Recording | Skip]:
         joints = read_skeleton(path)
     except UnusableError as error:
         yield Skip(path.stem, error.reason, error.detail)
-    except OSError as error:
-        yield Skip(path.stem, "unreadable", os_reason(error))
     else:
         yield Recording(
             name=path.stem,

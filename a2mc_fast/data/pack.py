@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import stat
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,22 +18,17 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from a2mc_fast.data.clips import Clips
 from a2mc_fast.data.normalize import MAX_FRAMES, normalize_clip
-from a2mc_fast.errors import InputError, require
+from a2mc_fast.data.rules import MAX_COORDINATE, MAX_LABEL, MAX_NAME, NAME_RULE, Reason, is_label, is_name
+from a2mc_fast.errors import InputError, one_line, os_reason, require
 from a2mc_fast.skeleton import NTU25, Skeleton
 
-Reason = Literal[
-    "unreadable", "name not understood", "listed twice", "excluded by the list", "no label",
-    "no skeleton data", "label out of range", "no frames", "wrong joint count", "wrong number of persons",
-    "not finite", "beyond 1,000 m", "no body",
-]  # fmt: skip
-_MAX_COORDINATE = 1e3  # metres
 _BATCH = 16  # jobs sent to a worker at once: keeps the cost of a message small beside the ~2 ms of a file
 _AHEAD = 3  # batches in flight per worker
 _WRITTEN = np.empty((0, 0, 0, 3), np.float32)  # stands in a recording for joints that have been written out
@@ -70,6 +66,11 @@ class Skip:
     name: str
     reason: Reason
     detail: str = ""
+
+    def __post_init__(self) -> None:
+        # both quote the file, and the report is bounded and printable whatever that holds
+        object.__setattr__(self, "name", one_line(self.name, MAX_NAME))
+        object.__setattr__(self, "detail", one_line(self.detail))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,11 +121,15 @@ def collect(
 ) -> Collected:
     """Read every job of `source` and pack the usable clips, in the order of the jobs.
 
-    `folder` holds the frames until all are read (600 bytes per frame of NTU, the system's folder for
-    temporary files by default). Raises `InputError` if no recording is usable.
+    Of several clips with one name the first is kept. `folder` holds the frames until all are read (600 bytes
+    per frame of NTU, the system's folder for temporary files by default). Raises `InputError` if no recording
+    is usable.
     """
     skipped, kept, lengths, shortened = list(source.skipped), [], [], 0
-    work = _Work(source.read, source.skeleton, source.persons, limit, source.normalized)
+    taken: set[str] = set()
+    work = _Work(
+        source.read, source.skeleton, source.persons, limit, source.normalized, len(source.class_names)
+    )
     bar = tqdm(
         total=source.total, unit=f" {source.unit}", desc=source.name, disable=None if progress else True
     )
@@ -135,6 +140,10 @@ def collect(
                 if isinstance(result, Skip):
                     skipped.append(result)
                     continue
+                if result.name in taken:
+                    skipped.append(Skip(result.name, "listed twice"))
+                    continue
+                taken.add(result.name)
                 waiting.write(np.ascontiguousarray(result.joints).data)
                 lengths.append(len(result.joints))
                 shortened += frames > limit
@@ -180,6 +189,21 @@ def existing_file(file: Path, kind: str) -> Path:
     return file
 
 
+def read_bytes(path: Path, limit: int) -> bytes:
+    """The content of a recording's file. `UnusableError` if there is none or it is beyond `limit` bytes."""
+    try:
+        info = path.stat()
+        # a pipe or a device could keep us waiting, or never end
+        if not stat.S_ISREG(info.st_mode):
+            raise UnusableError("unreadable", "not a file")
+        if info.st_size > limit:
+            raise UnusableError("unreadable", f"{info.st_size:,} bytes are too many for one recording")
+        with path.open("rb") as file:
+            return file.read(info.st_size)
+    except OSError as error:
+        raise UnusableError("unreadable", os_reason(error)) from None
+
+
 @dataclass(frozen=True)
 class _Work:
     """What a worker does with a batch of jobs."""
@@ -189,6 +213,8 @@ class _Work:
     persons: int
     limit: int
     normalized: bool
+    classes: int
+    """Number of class names, 0 where there are none."""
 
     def __call__(self, jobs: list[Any]) -> list[tuple[Recording | Skip, int]]:
         """Each result with the number of frames it was recorded with."""
@@ -198,6 +224,11 @@ class _Work:
     def _finish(self, result: Recording | Skip) -> tuple[Recording | Skip, int]:
         if isinstance(result, Skip):
             return result, 0
+        if not is_name(result.name):
+            return Skip(result.name, "name not understood", NAME_RULE), 0
+        if not is_label(result.label, self.classes):
+            highest = self.classes - 1 if self.classes else MAX_LABEL
+            return Skip(result.name, "label out of range", f"expected 0 to {highest:,}, or -1 if unknown"), 0
         frames = len(result.joints)
         try:
             joints = np.asarray(result.joints, np.float32)
@@ -226,7 +257,7 @@ class _Work:
         lowest, highest = float(joints.min()), float(joints.max())
         if not np.isfinite(lowest + highest):  # minimum and maximum are NaN if any value is
             raise UnusableError("not finite")
-        if max(-lowest, highest) > _MAX_COORDINATE:
+        if max(-lowest, highest) > MAX_COORDINATE:
             raise UnusableError("beyond 1,000 m", f"a coordinate of {max(-lowest, highest):.3g} m")
         if lowest == highest == 0:
             raise UnusableError("no body", "every coordinate is zero")

@@ -17,17 +17,26 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from a2mc_fast.data.pack import Recording, Skip, Source, UnusableError, existing_file, existing_folder
-from a2mc_fast.errors import InputError, os_reason, require
+from a2mc_fast.data.pack import (
+    Recording,
+    Skip,
+    Source,
+    UnusableError,
+    existing_file,
+    existing_folder,
+    read_bytes,
+)
+from a2mc_fast.errors import InputError, require
 
 Part = Literal["pku1", "pku2"]
 _CLASSES = 51
 _NUMBERS = 2 * 25 * 3  # per line of a skeleton file
-_MAX_BYTES = 512 << 20  # a video of 10,000 frames takes under 20 MB of text
+_MAX_BYTES = 128 << 20  # a video of 10,000 frames takes under 20 MB of text
+_MAX_OVERLAP = 8  # the clips of a video together have at most this many times its frames
 _CAMERAS = {"L": 1, "M": 2, "R": 3}
 _NAMES: dict[Part, re.Pattern[str]] = {
-    "pku1": re.compile(r"(?P<video>\d+)-(?P<view>[LMR])", re.ASCII),
-    "pku2": re.compile(r"A(?P<video>\d+)N(?P<subject>\d+)-(?P<view>[LMR])", re.ASCII),
+    "pku1": re.compile(r"(?P<video>\d{1,6})-(?P<view>[LMR])", re.ASCII),
+    "pku2": re.compile(r"A(?P<video>\d{1,6})N(?P<subject>\d{1,6})-(?P<view>[LMR])", re.ASCII),
 }
 _SPLIT_FILES = {
     "xsub": ("cross-subject.txt", "cross_subject.txt", "cross_subject_v2.txt"),
@@ -125,13 +134,14 @@ def read_video(video: _Video) -> Iterable[Recording | Skip]:
     """The actions of one video, named by video and label row (from 0)."""
     name = video.skeleton.stem
     try:
-        frames = parse_frames(_read_bytes(video.skeleton))
-        labels = _read_bytes(video.label).decode("utf-8", "replace").splitlines()
+        frames = parse_frames(read_bytes(video.skeleton, _MAX_BYTES))
+        labels = read_bytes(video.label, _MAX_BYTES).decode("utf-8", "replace").splitlines()
         if len(labels) > len(frames):
             raise UnusableError("unreadable", f"{len(labels):,} labels for {len(frames):,} frames")
     except UnusableError as error:
         yield Skip(name, error.reason, error.detail)
         return
+    room = _MAX_OVERLAP * len(frames)
     for row, line in enumerate(labels):
         if not line.strip():
             continue
@@ -145,6 +155,9 @@ def read_video(video: _Video) -> Iterable[Recording | Skip]:
             yield Skip(clip, "label out of range", f"class {action}, expected 1 to {_CLASSES}")
         elif start < 0:
             yield Skip(clip, "unreadable", f"starts at row {start}")
+        elif (room := room - len(frames[start : max(start, end)])) < 0:
+            detail = f"the actions before have {_MAX_OVERLAP} times the {len(frames):,} frames of the video"
+            yield Skip(clip, "unreadable", detail)
         else:
             yield Recording(
                 name=clip,
@@ -236,13 +249,3 @@ def _subfolder(folder: Path, word: str, flag: str) -> Path:
         f"{folder} has {len(found)} subfolders called *{word}*, expected one; give it with {flag}",
     )
     return found[0]
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        size = path.stat().st_size
-        if size > _MAX_BYTES:
-            raise UnusableError("unreadable", f"{size:,} bytes are too many for one video")
-        return path.read_bytes()
-    except OSError as error:
-        raise UnusableError("unreadable", os_reason(error)) from None

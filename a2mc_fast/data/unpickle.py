@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from a2mc_fast.data.npy import damaged
+from a2mc_fast.data.npy import damaged, texts
 from a2mc_fast.data.pack import existing_file
 from a2mc_fast.errors import InputError, require
 
+_MAX_ARGUMENTS = 8
 _DTYPE = re.compile(r"[<>|=]?([fiu][1248]|b1|[US]\d{1,6})", re.ASCII)
 _VALUES = {
     "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING",
@@ -45,12 +46,31 @@ def load_pickle(path: Path) -> Any:
 
 
 def as_array(value: Any) -> np.ndarray:
-    """A numpy array of a pickle, or a list of numbers or strings as one. `ValueError` for all else."""
+    """A numpy array of a pickle. `ValueError` for all else."""
     if isinstance(value, _Array) and value.content is not None:
         return value.content
-    if isinstance(value, list | tuple) and all(isinstance(v, str | int | float | np.generic) for v in value):
-        return np.array(value)
     raise ValueError(f"{type(value).__name__.strip('_')} where an array was expected")
+
+
+def as_texts(value: Any) -> list[str]:
+    """The strings of a list, or of an array [N]. `ValueError` for all else."""
+    if isinstance(value, list | tuple):
+        if not all(isinstance(text, str) for text in value):
+            raise ValueError("not all are strings")
+        return list(value)
+    return texts(as_array(value))
+
+
+def as_numbers(value: Any) -> list[int | float]:
+    """The numbers of a list, or of an array [N]. `ValueError` for all else."""
+    if isinstance(value, list | tuple):
+        if not all(isinstance(number, int | float | np.integer | np.floating) for number in value):
+            raise ValueError("not all are numbers")
+        return [n.item() if isinstance(n, np.generic) else n for n in value]
+    array = as_array(value)
+    if array.dtype.kind not in "fiub" or array.ndim != 1:
+        raise ValueError(f"{array.dtype} {list(array.shape)} where numbers were expected")
+    return array.tolist()
 
 
 class _DType:
@@ -61,13 +81,14 @@ class _DType:
             raise ValueError(f"an array of {code[:20]!r}")
         self.plain = np.dtype(code)
 
-    def restore(self, state: Any) -> None:
-        """state = (version, byte order, subarray, names, fields, item size, alignment, ...)."""
+    def restore(self, state: Any) -> int:
+        """state = (version, byte order, subarray, names, fields, item size, ...) -> bytes copied."""
         order, structure = state[1], state[2:5]
         if any(part is not None for part in structure):
             raise ValueError("an array of structures")
         if order != "|":
             self.plain = self.plain.newbyteorder(order)
+        return 0
 
 
 class _Array:
@@ -76,15 +97,17 @@ class _Array:
     def __init__(self, *_: object) -> None:
         self.content: np.ndarray | None = None
 
-    def restore(self, state: Any) -> None:
-        """state = (version, shape, dtype, whether in Fortran order, bytes)."""
+    def restore(self, state: Any) -> int:
+        """state = (version, shape, dtype, whether in Fortran order, bytes) -> bytes copied."""
         _, shape, dtype, fortran, data = state
+        copied = len(data) if isinstance(data, str) else 0
+        if copied:  # Python 2 wrote bytes as text
+            data = data.encode("latin1")
         self.content = _array(data, dtype, shape, "F" if fortran else "C")
+        return copied
 
 
 def _array(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
-    if isinstance(data, str):  # Python 2 wrote bytes as text
-        data = data.encode("latin1")
     if not (isinstance(data, bytes | bytearray) and isinstance(dtype, _DType)):
         raise TypeError("an array without bytes or dtype")
     return np.frombuffer(data, dtype.plain).reshape(shape, order=order)
@@ -105,7 +128,7 @@ def _scalar(dtype: Any, data: Any) -> Any:
 
 def _bytes(text: str = "", encoding: str = "latin1") -> bytes:
     if encoding != "latin1":
-        raise ValueError(f"text encoded as {encoding[:20]!r}")
+        raise ValueError("text in another encoding than latin1")
     return str.encode(text, "latin1")
 
 
@@ -151,8 +174,15 @@ class _Stack(list[Any]):
 
 
 def _run(content: mmap.mmap, path: Path) -> Any:
-    """Execute the program. Raises whatever a damaged one leads to."""
+    """Execute the program. Raises whatever a damaged one leads to.
+
+    Time and memory are bounded by a multiple of the file's size: nothing that is in the file once is copied
+    again and again, and no index or key is of a kind of which colliding ones are easily found.
+    """
     stack, memo = _Stack(), dict[Any, Any]()
+    room = 2 * len(
+        content
+    )  # bytes that may be copied; a plain pickle makes every text, number and array once
     argument: Any
     for instruction, argument, _ in pickletools.genops(content):  # type: ignore[arg-type]  # mmap reads too
         name = instruction.name
@@ -165,6 +195,8 @@ def _run(content: mmap.mmap, path: Path) -> Any:
                 case "MEMOIZE":
                     memo[len(memo)] = stack[-1]
                 case "PUT" | "BINPUT" | "LONG_BINPUT":
+                    if not 0 <= argument < len(content):
+                        raise ValueError("an entry of the memo that is never reached")
                     memo[argument] = stack[-1]
                 case "GET" | "BINGET" | "LONG_BINGET":
                     stack.append(memo[argument])
@@ -197,23 +229,33 @@ def _run(content: mmap.mmap, path: Path) -> Any:
                 case "GLOBAL":
                     stack.append(_allowed(argument, path))
                 case "STACK_GLOBAL":
-                    stack.append(_allowed("{} {}".format(*stack.take(2)), path))
+                    module, attribute = stack.take(2)
+                    if not (isinstance(module, str) and isinstance(attribute, str)):
+                        raise TypeError("a class whose name is no text")
+                    stack.append(_allowed(f"{module} {attribute}", path))
                 case "REDUCE":
                     function, arguments = stack.take(2)
                     if not any(function is ours for ours in _ALLOWED.values()):
                         raise TypeError(f"a call of {type(function).__name__}")
-                    stack.append(function(*arguments))
+                    if not isinstance(arguments, tuple) or len(arguments) > _MAX_ARGUMENTS:
+                        raise TypeError("a call with too many arguments")
+                    result = function(*arguments)
+                    if isinstance(result, bytes | np.generic):
+                        room -= len(result) if isinstance(result, bytes) else result.nbytes
+                    stack.append(result)
                 case "BUILD":
                     (state,) = stack.take(1)
                     if not isinstance(stack[-1], _DType | _Array):
                         raise TypeError(f"state for {type(stack[-1]).__name__}")
-                    stack[-1].restore(state)
+                    room -= stack[-1].restore(state)
                 case "PROTO" | "FRAME":
                     pass
                 case "STOP":
                     return stack.pop()
                 case _:
                     raise ValueError(f"the instruction {name}, which plain data do not need")
+            if room < 0:
+                raise ValueError("copies of one text")
     raise EOFError("the file ends early")
 
 
@@ -227,9 +269,12 @@ def _allowed(name: str, path: Path) -> Any:
 
 
 def _filled(target: Any, items: Any) -> Any:
-    """Fill a dict. Keys are strings or numbers, for hashing deeply nested tuples overruns the C stack."""
+    """Fill a dict. Keys are strings or short numbers: hashing nested tuples overruns the C stack, and hashing
+    long numbers takes long each time."""
     for key, value in zip(items[::2], items[1::2], strict=True):
         if not isinstance(key, str | int | float):
             raise TypeError(f"a dict key of type {type(key).__name__}")
+        if isinstance(key, int) and key.bit_length() > 32:
+            raise ValueError("a dict key of more than 32 bits")
         dict.__setitem__(target, key, value)
     return target

@@ -1,0 +1,720 @@
+"""A bounded, seeded fuzzer for everything that is read from files.
+
+`python -m tests.fuzz --reader pyskl --count 20000 --seed 0` damages small good files, some byte by byte, some
+within their structure (a zip's members, a pickle's objects, a header's JSON), and gives each to its reader.
+What must hold for every input: the reader returns valid data or raises `InputError` or `OSError` with one
+printable line; it takes bounded time and memory; it runs nothing and writes nothing outside its folder. Each
+breach is kept as a file and counted. `--reader all` runs every reader in a process of its own; `--out` adds
+the summaries to a JSON file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import pickle
+import random
+import re
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from a2mc_fast import checkpoint
+from a2mc_fast.config import Config, demo, from_dict, to_dict
+from a2mc_fast.data import Clips
+from a2mc_fast.data.arrays import open_agcn, open_ctrgcn, open_npz, open_pyskl
+from a2mc_fast.data.ntu import open_ntu
+from a2mc_fast.data.pack import Collected, Source, collect
+from a2mc_fast.data.pku import open_pku
+from a2mc_fast.errors import InputError
+from a2mc_fast.files import read_json, write_json
+from a2mc_fast.model import A2MC
+from tests.test_normalize import full_clip
+from tests.test_readers import (
+    NTU_NAMES,
+    own_archive,
+    pyskl_content,
+    write_agcn,
+    write_ntu,
+    write_pku,
+    write_split,
+)
+
+SECONDS = 5.0  # per input of some kilobytes; the slowest take some hundredths
+SLACK, FACTOR = 48 << 20, 64  # bytes of memory that an input may add: SLACK + FACTOR times its size
+MESSAGE = 600  # characters
+Data = bytes
+Mutator = Callable[[random.Random, Data], Data]
+
+# -- damage to bytes
+
+NUMBERS = (
+    b"0", b"-0", b"-1", b"1", b"2", b"3", b"24", b"25", b"26", b"255", b"300", b"65536", b"2147483648",
+    b"4294967296", b"1000000000000", b"1000000000000000000", b"9223372036854775807", b"-9223372036854775808",
+    b"18446744073709551616", b"nan", b"inf", b"-inf", b"1e308", b"-1e308", b"1e999", b"1e-320", b"0.5",
+    b"1_0", b"0x1f", b"1j", b"", b"True", b"None", b"null", b"9" * 400, b"9" * 5000, "\u0663".encode(),
+)  # fmt: skip
+TOKENS = (
+    b"\x00", b"\xff", b"\xff\xfe", b"\r", b"\n", b"\n\n\n\n", b" ", b",", b"\t", b'"', b"'", b"\\",
+    b"{", b"}", b"[", b"]", b"(", b")", b"[" * 3000, b"(" * 500, b"{" * 3000, b"-" * 9000,
+    b"../../../../tmp/x",
+    b"/etc/passwd", b"|O", b"<f4", b"<f8", b">f2", b"<U9", b"<M8", b"|S0", b"<U0", b"|V8", b"NaN",
+    b"Infinity", b"-Infinity",
+    b"\xed\xa0\x80", b"\\ud800", b"\x1b[31m", b"PK\x03\x04", b"PK\x05\x06", b"\x93NUMPY",
+)  # fmt: skip
+OPCODES = (
+    b"cos\nsystem\n", b"cbuiltins\neval\n", b"cposix\nsystem\n(Vtouch ran\ntR", b"cnumpy\nndarray\n",
+    b"cnumpy.core.multiarray\n_reconstruct\n", b"cnumpy\ndtype\n", b"c_codecs\nencode\n", b"(", b")", b"]",
+    b"}", b"0", b"1", b"2", b"e", b"a", b"s", b"u", b"t", b"l", b"d", b"R", b"b", b"o", b"\x81", b"\x92",
+    b"\x93",
+    b"\x94", b"h\x00", b"h\x01", b"h\x05", b"q\x00", b"Pid\n", b"Q", b"\x82\x01", b"N", b"\x88", b"\x85",
+    b"\x86", b"\x87", b"I1\n", b"K\x05", b"M\xff\xff", b"J\xff\xff\xff\xff", b"\x8a\x00",
+    b"\x8a\x10" + b"\x7f" * 16, b"Fnan\n", b"G" + struct.pack(">d", 1e308), b"X\x01\x00\x00\x00a",
+    b"\x8c\x02ok", b"C\x01x",
+    b"B\xff\xff\xff\x7f", b"\x8d" + struct.pack("<Q", 1 << 40), b"\x96" + struct.pack("<Q", 1 << 62),
+    b"r\xff\xff\xff\x7f",
+    b".", b"p99999999999999999999\n", b"g7\n", b"I" + b"7" * 5000 + b"\n",
+    b"\x8b\x10\x27\x00\x00" + b"\x01" * 10_000,
+)  # fmt: skip
+NUMBER = re.compile(rb"[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
+
+
+def flip(rng: random.Random, data: bytearray) -> None:
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+
+
+def set_byte(rng: random.Random, data: bytearray) -> None:
+    data[rng.randrange(len(data))] = rng.choice((0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)))
+
+
+def set_integer(rng: random.Random, data: bytearray) -> None:
+    size = rng.choice((2, 4, 8))
+    place = rng.randrange(len(data))
+    value = rng.choice((0, 1, 0xFF, 1 << 15, (1 << 31) - 1, 1 << 31, 1 << 40, (1 << 63) - 1, (1 << 64) - 1))
+    data[place : place + size] = (value % (1 << 8 * size)).to_bytes(size, rng.choice(("little", "big")))
+
+
+def set_float(rng: random.Random, data: bytearray) -> None:
+    place, form = rng.randrange(len(data)), rng.choice("efd")
+    value = rng.choice((float("nan"), float("inf"), -float("inf"), 6e4, -0.0, 1e-7))
+    packed = struct.pack(f"<{form}", 1e308 if form == "d" and rng.random() < 0.3 else value)
+    data[place : place + len(packed)] = packed
+
+
+def set_number(rng: random.Random, data: bytearray) -> None:
+    start = rng.randrange(len(data)) if rng.random() < 0.5 else rng.randrange(min(len(data), 200))
+    if found := NUMBER.search(data, start):
+        data[found.start() : found.end()] = rng.choice(NUMBERS)
+
+
+def insert(rng: random.Random, data: bytearray) -> None:
+    place = rng.randrange(len(data) + 1)
+    data[place:place] = rng.choice(TOKENS + NUMBERS + OPCODES)
+
+
+def delete(rng: random.Random, data: bytearray) -> None:
+    place = rng.randrange(len(data))
+    del data[place : place + rng.choice((1, 2, 4, 30, len(data) // 3))]
+
+
+def repeat(rng: random.Random, data: bytearray) -> None:
+    place, size = rng.randrange(len(data)), rng.choice((1, 8, 100, 1000))
+    data[place:place] = data[place : place + size] * rng.choice((1, 2, 20))
+
+
+def move(rng: random.Random, data: bytearray) -> None:
+    place, size = rng.randrange(len(data)), rng.choice((1, 2, 4, 8, 64))
+    part = data[place : place + size]
+    del data[place : place + size]
+    place = rng.randrange(len(data) + 1)
+    data[place:place] = part
+
+
+def swap_bytes(rng: random.Random, data: bytearray) -> None:
+    place, size = rng.randrange(len(data)), rng.choice((2, 4, 8, 64))
+    data[place : place + size] = data[place : place + size][::-1]
+
+
+def drop_line(rng: random.Random, data: bytearray) -> None:
+    lines = data.split(b"\n")
+    number = rng.randrange(len(lines))
+    lines[number : number + 1] = rng.choice(([], [lines[number]] * 2, [bytearray()]))
+    data[:] = b"\n".join(lines)
+
+
+def cut(rng: random.Random, data: bytearray) -> None:
+    del data[rng.randrange(len(data)) :]
+
+
+def noise(rng: random.Random, data: bytearray) -> None:
+    place = rng.randrange(len(data))
+    part = rng.randbytes(rng.choice((1, 16, 200)))
+    data[place : place + len(part)] = part
+
+
+DAMAGES = (
+    flip, flip, set_byte, set_integer, set_float, set_number, set_number, set_number, insert, insert, delete,
+    repeat, move, swap_bytes, drop_line, cut, noise,
+)  # fmt: skip
+LARGEST = 100_000  # bytes of an input; larger ones are cut
+
+
+def damage_bytes(rng: random.Random, data: Data) -> Data:
+    """One to six kinds of damage in a row."""
+    if rng.random() < 0.005:
+        return rng.choice((b"", b"\n", b"\x00" * 100, rng.randbytes(300), b"\n" * 3000, b"0\n" * 3000))
+    out = bytearray(data)
+    for _ in range(rng.choice((1, 1, 1, 2, 3, 6))):
+        if out:
+            rng.choice(DAMAGES)(rng, out)
+    return bytes(out[:LARGEST])
+
+
+# -- damage to values
+
+TEXTS = (
+    "", "x", NTU_NAMES[0], "A01N02-L_0", "A" + "9" * 5000 + "N1-L_0", "A1N" + "9" * 20 + "-L_3", "../../x",
+    "/etc/x", "\ud800", "a\nb", "\x1b[31m", "\x00", "é", "x" * 3000, "xsub_train", "\u202e", "none", "nan",
+    "NaN",
+)  # fmt: skip
+SCALARS = (
+    0, 1, -1, -2, 2, 3, 25, 59, 255, 65535, 65536, 2**31, 2**40, 10**18, 2**63 - 1, 2**63, -(2**63), 10**400,
+    True, False, None, 0.0, -0.0, 0.5, 1.5, 1e308, -1e308, 1e-320, float("nan"), float("inf"), -float("inf"),
+)  # fmt: skip
+DTYPES = ("<f2", "<f4", ">f4", "<f8", "<i8", "<u8", "<i4", "|u1", "|b1", "<U3", "|S3", "<c8", ">i8", "<i2")
+
+
+def odd_array(rng: random.Random) -> np.ndarray:
+    """An array of some type and shape, often with values that are none."""
+    shape = tuple(rng.choice((0, 1, 1, 2, 3, 4, 5, 6, 15, 25, 150)) for _ in range(rng.randrange(6)))
+    while np.prod(shape, dtype=float) > 20_000:
+        shape = shape[:-1]
+    dtype, size = np.dtype(rng.choice(DTYPES)), int(np.prod(shape))
+    array = np.frombuffer(rng.randbytes(size * dtype.itemsize), dtype).reshape(shape)
+    return np.asfortranarray(array) if rng.random() < 0.2 else array
+
+
+def odd_value(rng: random.Random, arrays: bool) -> Any:
+    """A value that is hardly what is expected."""
+    kind = rng.random()
+    if kind < 0.5:
+        return rng.choice(SCALARS)
+    if kind < 0.7:
+        return rng.choice(TEXTS)
+    if kind < 0.85 and arrays:
+        return odd_array(rng)
+    if kind < 0.95:
+        return [rng.choice(SCALARS + TEXTS) for _ in range(rng.choice((0, 1, 2, 3, 5, 500)))]
+    if kind < 0.98:
+        return {rng.choice(TEXTS): rng.choice(SCALARS)}
+    deep: Any = []
+    for _ in range(rng.choice((3, 60, 200))):
+        deep = [deep]
+    return deep
+
+
+def places(tree: Any) -> list[tuple[Any, Any]]:
+    """Every (container, key) of nested dicts and lists."""
+    found: list[tuple[Any, Any]] = []
+    for key in tree if isinstance(tree, dict) else range(len(tree)):
+        found.append((tree, key))
+        if isinstance(tree[key], dict | list):
+            found += places(tree[key])
+    return found
+
+
+def damage_tree(rng: random.Random, tree: Any, arrays: bool) -> Any:
+    """Change one to three values, keys or lengths of nested dicts and lists, in place."""
+    root = [tree]
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        found = places(root)
+        if len(found) > 1 and rng.random() < 0.99:
+            del found[0]  # the root
+        container, key = rng.choice(found)
+        value, action = container[key], rng.random()
+        if container is root:
+            root[0] = odd_value(rng, arrays)
+        elif action < 0.1:
+            del container[key]
+        elif action < 0.2 and isinstance(container, list):
+            container += [value] * rng.choice((1, 2, 50))
+        elif action < 0.3 and isinstance(container, dict):
+            container[rng.choice((*TEXTS, *map(str, container)))] = container.pop(key)
+        elif action < 0.5 and isinstance(value, np.ndarray) and value.size:
+            container[key] = damaged_array(rng, value)
+        else:
+            container[key] = odd_value(rng, arrays)
+    return root[0]
+
+
+def damaged_array(rng: random.Random, array: np.ndarray) -> np.ndarray:
+    """The array with one value, its type, its shape or its order changed."""
+    out = array.copy()
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        match rng.randrange(8):
+            case 4 | 5 | 6 | 7 if array.dtype.kind in "fiu":
+                value = rng.choice((0, -1, 1, 1001, 1e9, np.nan, np.inf, -np.inf))
+                with contextlib.suppress(ValueError, OverflowError):
+                    out.flat[rng.randrange(out.size)] = value
+            case 0 if array.dtype.kind in "fiub":
+                out = out.astype(rng.choice(DTYPES[:9]))
+            case 2:
+                out = out.reshape(-1) if rng.random() < 0.5 else np.swapaxes(out, 0, -1) if out.ndim else out
+            case 3 if out.ndim:
+                out = out[: rng.randrange(len(out) + 1)]
+            case _:
+                out = np.concatenate([np.atleast_1d(out)] * 2)
+    return np.asfortranarray(out) if rng.random() < 0.1 else out
+
+
+# -- damage within a structure
+
+
+def in_pickle(rng: random.Random, data: Data) -> Data:
+    """The pickled content with odd values, in any protocol; sometimes damaged afterwards."""
+    if rng.random() < 0.45:
+        return damage_bytes(rng, data)
+    content = pickle.loads(data)
+    pair = isinstance(content, tuple)
+    content = damage_tree(rng, list(content) if pair else content, arrays=True)
+    out = pickle.dumps(tuple(content) if isinstance(content, list) else content, rng.randrange(6))
+    return damage_bytes(rng, out) if rng.random() < 0.2 else out[:LARGEST]
+
+
+def _arrays(data: Data) -> dict[str, Any]:
+    with np.load(io.BytesIO(data)) as archive:
+        return dict(archive)
+
+
+def in_archive(rng: random.Random, data: Data) -> Data:
+    """A `.npz` file with other arrays, damaged members, or damage to the archive itself."""
+    if rng.random() < 0.3:
+        return damage_bytes(rng, data)
+    arrays = _arrays(data)
+    if rng.random() < 0.4:  # of the right form, but with other values
+        chosen = rng.choice([name for name, array in arrays.items() if array.dtype.kind in "fiu"])
+        arrays[chosen] = damaged_array(rng, arrays[chosen])
+    elif rng.random() < 0.6:
+        damaged = damage_tree(rng, arrays, arrays=True)
+        arrays = damaged if isinstance(damaged, dict) else {"joints": damaged}
+    stream = io.BytesIO()
+    hurt = rng.choice(list(arrays)) if arrays and rng.random() < 0.4 else None
+    methods = [zipfile.ZIP_DEFLATED] * 9 + [zipfile.ZIP_STORED] * 9 + [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
+    with (
+        warnings.catch_warnings(),
+        zipfile.ZipFile(stream, "w", rng.choice(methods), compresslevel=1) as archive,
+    ):
+        warnings.simplefilter("ignore")  # a name given twice is intended
+        for name, array in arrays.items():
+            member = io.BytesIO()
+            with contextlib.suppress(ValueError, OverflowError):
+                np.save(member, array)
+            content = damage_bytes(rng, member.getvalue()) if name == hurt else member.getvalue()
+            safe = name.encode("utf-8", "replace").decode().replace("\0", "?")
+            for _ in range(2 if rng.random() < 0.002 else 1):
+                archive.writestr(f"{safe}.npy", content)
+    out = stream.getvalue()
+    return damage_bytes(rng, out) if rng.random() < 0.1 else out[:LARGEST]
+
+
+def _json(value: Any) -> Data:
+    return json.dumps(value, default=str).encode()
+
+
+def in_json(rng: random.Random, data: Data) -> Data:
+    """JSON with odd values; sometimes damaged afterwards."""
+    if rng.random() < 0.3 or not data.startswith((b"{", b"[")):
+        return damage_bytes(rng, data)
+    out = _json(damage_tree(rng, json.loads(data), arrays=False))
+    return damage_bytes(rng, out) if rng.random() < 0.2 else out[:LARGEST]
+
+
+def in_safetensors(rng: random.Random, data: Data) -> Data:
+    """A safetensors file with another header, or other bytes."""
+    if rng.random() < 0.3:
+        return damage_bytes(rng, data)
+    size = int.from_bytes(data[:8], "little")
+    header, content = json.loads(data[8 : 8 + size]), data[8 + size :]
+    meta = header["__metadata__"]
+    choice = rng.random()
+    if choice < 0.35:  # a value of the header that is JSON itself
+        key = rng.choice(list(meta))
+        meta[key] = in_json(rng, meta[key].encode()).decode("utf-8", "replace")
+    elif choice < 0.8:
+        header = damage_tree(rng, header, arrays=False)
+    else:
+        content = damage_bytes(rng, content)
+    if rng.random() < 0.15 and isinstance(header, dict):  # a tensor seen as another type of the same width
+        for info in header.values():
+            if isinstance(info, dict) and rng.random() < 0.3 and "dtype" in info:
+                wide = {"F32": ("I32", "U32"), "I64": ("F64", "U64"), "BOOL": ("U8", "I8", "F8_E4M3")}
+                info["dtype"] = rng.choice(wide.get(str(info["dtype"]), ("F32",)))
+    text = _json(header)
+    return (len(text).to_bytes(8, "little") + text + content)[:LARGEST]
+
+
+# -- the readers
+
+
+@dataclass(frozen=True)
+class Target:
+    """A reader: its good file, what damages it and what reads it."""
+
+    path: Path
+    damage: Mutator
+    read: Callable[[Path], Any]
+
+
+def _collected(opener: Callable[[Path], Source], folder: Path) -> Callable[[Path], Collected]:
+    return lambda path: collect(opener(path), folder=folder)
+
+
+def _write_checkpoint(path: Path, clips: Clips) -> None:
+    small = demo()
+    config = replace(
+        small, encoder=replace(small.encoder, hidden=2, projection=3), bank=replace(small.bank, size=64)
+    )
+    model = A2MC(config, clips.skeleton, clips.num_persons, 2)
+    optimizer = torch.optim.SGD(model.query.parameters(), 0.1, momentum=0.9)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    checkpoint.save(
+        path,
+        step=3,
+        config=config,
+        model=model,
+        optimizer=optimizer,
+        scaler=scaler,
+        clips=clips,
+        classes=2,
+        progress={"seconds": 1.5},
+    )
+
+
+def target_of(reader: str, folder: Path) -> Target:
+    """A reader, with its good files written below `folder`."""
+    names = NTU_NAMES
+    ntu = write_ntu(folder / "ntu", {names[0]: full_clip(0, 2, 2, 25), names[1]: full_clip(1, 1, 1, 25)})
+    videos = {"A01N02-L": full_clip(0, 5, 2, 25), "A02N04-M": full_clip(1, 3, 2, 25)}
+    labels = {"A01N02-L": "51,2,4,2\n3,0,5,1\n", "A02N04-M": "1,0,3,2\n"}
+    pku = write_pku(folder / "pku", videos, labels)
+    split = write_split(pku / "cross_subject_v2.txt", "A01N02-L, A03N02-R", "A02N04-M")
+    (folder / "list.txt").write_text(f"missing skeletons\n{names[1]}.skeleton\nS009C009P009R009A009\n")
+    agcn = folder / "agcn"
+    arrays = {name: full_clip(i, 4, 2, 25).transpose(3, 0, 2, 1) for i, name in enumerate(names)}
+    frames = dict(zip(names, (2, 4, 9, 1)))
+    write_agcn(agcn, {"train": list(names[:2]), "val": list(names[2:])}, arrays, frames)
+    with (agcn / "train_label.pkl").open("wb") as file:  # names as a list, classes as an array
+        pickle.dump(([f"{name}.skeleton" for name in names[:2]], np.array([0, 1])), file)
+    rows = {part: full_clip(i, 8, 2, 25).reshape(2, 4, 150) for i, part in enumerate(("train", "test"))}
+    hot = np.eye(4, dtype=np.float32)[[1, 3]]
+    both = {f"{axis}_{part}": rows[part] if axis == "x" else hot for axis in "xy" for part in rows}
+    np.savez(folder / "NTU60_CS.npz", **both)
+    np.savez(folder / "own.npz", **own_archive(names=np.array(["a", "b", "c"])))
+    content = pyskl_content()
+    for annotation in content["annotations"]:
+        annotation["keypoint"] = annotation["keypoint"][:, :3]
+    (folder / "ntu.pkl").write_bytes(pickle.dumps(content))
+    clips = collect(open_npz(folder / "own.npz")).clips
+    clips.save(folder / "clips.safetensors")
+    if reader == "checkpoint":
+        _write_checkpoint(folder / "checkpoint.safetensors", clips)
+    write_json(folder / "config.json", to_dict(Config()))
+
+    def ready(path: Path, damage: Mutator, opener: Callable[[Path], Source]) -> Target:
+        return Target(path, damage, _collected(opener, folder))
+
+    first = ntu / f"{names[0]}.skeleton"
+    train = agcn / "train_data_joint.npy"
+    targets = {
+        "skeleton": ready(first, damage_bytes, lambda path: open_ntu(ntu, "ntu60")),
+        "exclude-list": ready(folder / "list.txt", damage_bytes, lambda path: open_ntu(ntu, "ntu60", path)),
+        "pku-skeleton": ready(
+            pku / "skeleton/A01N02-L.txt", damage_bytes, lambda path: open_pku(pku, "pku2")
+        ),
+        "pku-label": ready(pku / "label/A01N02-L.txt", damage_bytes, lambda path: open_pku(pku, "pku2")),
+        "pku-split": ready(split, damage_bytes, lambda path: open_pku(pku, "pku2")),
+        "agcn-data": ready(train, damage_npy, lambda path: open_agcn(agcn)),
+        "agcn-frames": ready(agcn / "train_num_frame.npy", damage_npy, lambda path: open_agcn(agcn)),
+        "agcn-labels": ready(agcn / "train_label.pkl", in_pickle, lambda path: open_agcn(agcn)),
+        "ctrgcn": ready(folder / "NTU60_CS.npz", in_archive, open_ctrgcn),
+        "npz": ready(folder / "own.npz", in_archive, open_npz),
+        "pyskl": ready(folder / "ntu.pkl", in_pickle, open_pyskl),
+        "clips": Target(folder / "clips.safetensors", in_safetensors, Clips.load),
+        "config": Target(folder / "config.json", in_json, lambda path: from_dict(read_json(path))),
+        "checkpoint": Target(folder / "checkpoint.safetensors", in_safetensors, checkpoint.load),
+    }
+    return targets[reader]
+
+
+def damage_npy(rng: random.Random, data: Data) -> Data:
+    """A `.npy` file with another array or damaged bytes, most often in its header."""
+    if rng.random() < 0.5:
+        array = np.load(io.BytesIO(data))
+        stream = io.BytesIO()
+        np.save(stream, damaged_array(rng, array) if rng.random() < 0.7 else odd_array(rng))
+        return stream.getvalue()[:LARGEST]
+    if rng.random() < 0.5:
+        return damage_bytes(rng, data[:128]) + data[128:]
+    return damage_bytes(rng, data)
+
+
+READERS = (
+    "skeleton", "exclude-list", "pku-skeleton", "pku-label", "pku-split", "agcn-data", "agcn-frames",
+    "agcn-labels", "ctrgcn", "npz", "pyskl", "clips", "config", "checkpoint",
+)  # fmt: skip
+
+
+# -- what must hold
+
+
+class Hang(BaseException):
+    """No `Exception`, lest a reader takes it for damage."""
+
+
+class _Guard:
+    """Watches for whatever a reader has no business doing, while `folder` is set."""
+
+    FORBIDDEN = (
+        "os.system", "subprocess.Popen", "os.posix_spawn", "os.exec", "os.fork", "os.forkpty", "os.kill",
+        "pickle.find_class", "socket.connect", "socket.bind", "ctypes.dlopen",
+    )  # fmt: skip
+    WRITES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate")
+
+    def __init__(self) -> None:
+        self.folder: str | None = None
+        self.seen: list[str] = []
+        sys.addaudithook(self._hook)
+
+    def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self.folder is None:
+            return
+        writes = event in self.WRITES or (
+            event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        )
+        outside = writes and not str(arguments[0]).startswith((self.folder, "/proc/self/"))
+        # codecs are imported when they are first used
+        imports = event == "import" and not str(arguments[0]).startswith("encodings.")
+        if event in self.FORBIDDEN or outside or imports:
+            self.seen.append(f"{event} {arguments!r:.100}")
+
+
+_guard: _Guard | None = None
+
+
+def guard() -> _Guard:
+    """The one guard of this process; an audit hook cannot be taken off again."""
+    global _guard
+    _guard = _guard or _Guard()
+    return _guard
+
+
+def _alarm(*_: object) -> None:
+    raise Hang
+
+
+@contextlib.contextmanager
+def limited(extra: int) -> Iterator[None]:
+    """Address space of this process limited to `extra` bytes more than now; a handler for the alarm."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    handler = signal.signal(signal.SIGALRM, _alarm)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + extra, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+        signal.signal(signal.SIGALRM, handler)
+
+
+def _resident(field: bytes) -> int:
+    with open("/proc/self/status", "rb") as file:
+        return int(file.read().split(field)[1].split()[0]) << 10
+
+
+def _reset_peak() -> int:
+    """Forget the peak of resident memory; returns what is resident now, bytes."""
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    return _resident(b"VmRSS:")
+
+
+@dataclass
+class Summary:
+    """What a run of one reader found."""
+
+    reader: str
+    seed: int
+    count: int = 0
+    accepted: int = 0
+    skipped: int = 0
+    """Read, but with recordings skipped and reported."""
+    refused: int = 0
+    unhandled: int = 0
+    breaches: dict[str, int] = field(default_factory=dict)
+    """What must not happen -> how often: exceptions of other kinds, time, memory, forbidden calls."""
+    seconds: float = 0.0
+    worst_seconds: float = 0.0
+    peak_memory_mb: float = 0.0
+    """Largest growth of resident memory during one input."""
+    largest_input: int = 0
+
+
+def check_clips(clips: Clips, folder: Path | None) -> None:
+    """What a reader accepted is a valid data set; with a folder, one that survives saving and loading."""
+    assert (
+        len(clips) > 0 and bool(torch.isfinite(clips.frames).all()) and float(clips.frames.abs().max()) <= 1e3
+    )
+    assert int(clips.lengths.min()) > 0 and int(clips.lengths.sum()) == len(clips.frames)
+    assert int(clips.labels.min()) >= -1 and clips.num_classes <= 1 << 16
+    assert len(set(clips.names)) == len(clips.names) == len(clips)
+    if folder is None:
+        return
+    clips.save(folder / "again.safetensors")
+    again = Clips.load(folder / "again.safetensors")
+    assert again.names == clips.names and torch.equal(again.frames, clips.frames)
+    for name in clips.splits:
+        assert sorted(torch.cat(again.split(name)).tolist()) == list(range(len(clips)))
+
+
+def fuzz(reader: str, count: int, seed: int, keep: Path | None = None) -> Summary:
+    """Damage the reader's good file `count` times. Breaches are counted, and their inputs kept in `keep`."""
+    parent = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=parent, prefix="fuzz-") as name:
+        folder = Path(name)
+        target = target_of(reader, folder)
+        good = target.path.read_bytes()
+        target.read(target.path)  # warms up, and a good file must be good
+        summary = Summary(reader, seed)
+        start = time.perf_counter()
+        with limited(2 << 30), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for number in range(count):
+                data = target.damage(random.Random(f"{seed} {reader} {number}"), good)
+                breach = _one(target, data, folder, summary)
+                for what in breach:
+                    summary.breaches[what] = summary.breaches.get(what, 0) + 1
+                if breach and keep is not None and summary.breaches[breach[0]] <= 3:
+                    keep.mkdir(parents=True, exist_ok=True)
+                    (keep / f"{reader}-{seed}-{number}").write_bytes(data)
+        summary.seconds = round(time.perf_counter() - start, 1)
+    summary.worst_seconds = round(summary.worst_seconds, 4)
+    summary.peak_memory_mb = round(summary.peak_memory_mb, 1)
+    return summary
+
+
+def _one(target: Target, data: Data, folder: Path, summary: Summary) -> list[str]:
+    """Read one input, update the summary and name what should not have happened."""
+    target.path.unlink(missing_ok=True)  # a mapping of the last one keeps its own content
+    target.path.write_bytes(data)
+    breaches: list[str] = []
+    result: Any = None
+    watch = guard()
+    watch.seen.clear()
+    before = _reset_peak()
+    start = time.perf_counter()
+    watch.folder = str(folder)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        result = target.read(target.path)
+        if isinstance(result, Collected) and result.skipped:
+            summary.skipped += 1
+        else:
+            summary.accepted += 1
+    except (InputError, OSError) as error:
+        summary.refused += 1
+        text = str(error)
+        if len(text) > MESSAGE or not text.isprintable():
+            breaches.append("message too long or not printable")
+        if "MemoryError" in text or "Unable to allocate" in text:
+            breaches.append("memory asked for and not given")
+    except (Exception, Hang) as error:
+        summary.unhandled += 1
+        frame = error.__traceback__
+        while frame is not None and frame.tb_next is not None:
+            frame = frame.tb_next
+        where = f"{Path(frame.tb_frame.f_code.co_filename).name}:{frame.tb_lineno}" if frame else "?"
+        breaches.append(f"{type(error).__name__} at {where}")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        watch.folder = None
+    seconds = time.perf_counter() - start
+    grown = _resident(b"VmHWM:") - before
+    summary.count += 1
+    summary.worst_seconds = max(summary.worst_seconds, seconds)
+    summary.peak_memory_mb = max(summary.peak_memory_mb, grown / 1e6)
+    summary.largest_input = max(summary.largest_input, len(data))
+    if grown > SLACK + FACTOR * len(data):
+        breaches.append("memory beyond its bound")
+    breaches += [f"forbidden: {event}" for event in watch.seen]
+    if isinstance(result, Collected | Clips):
+        try:
+            clips = result.clips if isinstance(result, Collected) else result
+            check_clips(clips, folder if summary.accepted % 8 == 0 else None)
+        except Exception as error:
+            breaches.append(f"accepted, but {type(error).__name__}: {error!s:.80}")
+    return breaches
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--reader", choices=(*READERS, "all"), default="all")
+    parser.add_argument("--count", type=int, default=20_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=Path, help="folder for inputs that caused a breach")
+    parser.add_argument("--out", type=Path, help="JSON file that the summaries are added to")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.reader == "all":
+        command = [
+            sys.executable,
+            "-m",
+            "tests.fuzz",
+            "--count",
+            str(options.count),
+            "--seed",
+            str(options.seed),
+        ]
+        command += ["--keep", str(options.keep)] if options.keep else []
+        command += ["--out", str(options.out)] if options.out else []
+        codes = [subprocess.run([*command, "--reader", reader]).returncode for reader in READERS]
+        sys.exit(max(codes))
+    summary = fuzz(options.reader, options.count, options.seed, options.keep)
+    print(json.dumps(asdict(summary)), flush=True)
+    if options.out:
+        record(options.out, summary)
+    sys.exit(1 if summary.breaches else 0)
+
+
+def record(path: Path, summary: Summary) -> None:
+    """Put the summary into the JSON file, in place of an earlier one of the same reader."""
+    from a2mc_fast.runlog import machine
+
+    content = read_json(path) if path.exists() else {}
+    runs = {run["reader"]: run for run in content.get("runs", [])}
+    date = datetime.now(UTC).date().isoformat()
+    runs[summary.reader] = {**asdict(summary), "date": date, **machine()}
+    ordered = [runs[reader] for reader in READERS if reader in runs]
+    bounds = {"seconds": SECONDS, "memory": f"{SLACK >> 20} MiB + {FACTOR} x size", "message": MESSAGE}
+    write_json(path, {"bounds": bounds, "runs": ordered})
+
+
+if __name__ == "__main__":
+    main()
