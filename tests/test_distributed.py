@@ -604,27 +604,29 @@ def _environment(process: str) -> dict[str, str]:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("share", [False, True], ids=["whole", "shared"])
-def test_a_captured_step_holds_what_ranks_say(share: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoder, share", [("bigru", False), ("bigru", True), ("stgcn", False)])
+def test_a_captured_step_holds_what_ranks_say(encoder: Any, share: bool, tmp_path: Path) -> None:
     """A group of one rank, whose messages go through NCCL all the same."""
     device = torch.device("cuda", torch.cuda.current_device())
     config = small(run=RunConfig(shard_bank=share))
+    config = replace(config, encoder=replace(config.encoder, name=encoder, channels=4))
+    plain = replace(config, run=replace(config.run, compile="off", graph="off", backend="torch"))
     clips = some_clips(device)
-    steps = 12
 
     def losses(config: Config, world: World) -> list[float]:
         trainer = Trainer(config, clips, world)
-        return [trainer.step(step)["loss"].item() for step in range(steps)]
+        return [trainer.step(step)["loss"].item() for step in range(12)]
 
-    plain = replace(
-        config, run=replace(config.run, compile="off", graph="off", backend="auto" if share else "torch")
-    )
     alone = losses(plain, World(device=device))
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1, device_id=device)
     try:
         one = World(0, 1, device, alone=False)
-        assert losses(config, one) == pytest.approx(alone, rel=1e-3)
+        for chosen in (plain, config):  # launched, then captured
+            # rounding grows from step to step
+            got = losses(chosen, one)
+            assert got == pytest.approx(alone, rel=2e-2)
+            assert got[:3] == pytest.approx(alone[:3], rel=1e-3)
     finally:
-        gc.collect()
+        gc.collect()  # a captured step holds on to the group
         torch.distributed.destroy_process_group()
