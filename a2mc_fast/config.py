@@ -282,7 +282,7 @@ class RunConfig:
     """Loss and banks by the fused Triton kernels or in plain torch; auto = Triton on a GPU, once it has
     agreed with float64 there."""
     shard_bank: bool = False
-    """Several ranks: each holds K / W bank rows instead of all K, for millions of rows (plain torch)."""
+    """Several ranks: each holds K / W bank rows instead of all K, for millions of rows."""
     timeout: float = 60.0
     """Seconds after which a rank that does not answer ends the run on all ranks."""
     log_every: int = 10
@@ -365,10 +365,8 @@ class Config:
             "with --loss.mixing tiled, --loss.renormalize or a wider --encoder.projection",
         )
         require(
-            not self.run.shard_bank
-            or (self.loss.mixing == "own" and not self.loss.renormalize and self.run.backend != "triton"),
-            "run.shard_bank is plain torch and knows own mixing alone: leave out --run.backend triton, "
-            "--loss.mixing tiled and --loss.renormalize",
+            not self.run.shard_bank or (self.loss.mixing == "own" and not self.loss.renormalize),
+            "run.shard_bank knows own mixing alone: leave out --loss.mixing tiled and --loss.renormalize",
         )
         require(0 <= self.seed < 2**63, f"seed must be in 0 .. 2^63 - 1, got {self.seed}")
 

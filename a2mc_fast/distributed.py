@@ -75,7 +75,7 @@ class World:
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean over ranks. No gradient."""
-        return self.sum(x) / self.size if not self.alone else x
+        return x if self.alone else self.sum(x) / self.size
 
     @torch.no_grad()
     def average_(self, tensors: Sequence[Tensor]) -> None:
@@ -188,14 +188,15 @@ def _(x: Tensor, ranks: int) -> Tensor:
 
 
 def checksum(tensors: Sequence[Tensor]) -> Tensor:
-    """One number per tensor that tells contents apart, bit by bit. -> int64 [n]"""
+    """Two numbers per tensor that tell contents apart, bits and order. -> int64 [2 n]"""
     sums = []
     for tensor in tensors:
-        content = tensor.detach().contiguous().view(-1)
+        content = tensor.detach().reshape(len(tensor) if tensor.ndim else 1, -1).contiguous()
         if content.is_floating_point():
             content = content.view(torch.int32 if content.element_size() == 4 else torch.int16)
-        # neighbours weigh differently, so that their order matters
-        sums.append(content.sum(dtype=torch.int64) + 3 * content[::2].sum(dtype=torch.int64))
+        for line in (content.sum(1, dtype=torch.int64), content.sum(0, dtype=torch.int64)):
+            # places weigh differently
+            sums.append((line * torch.arange(1, len(line) + 1, device=line.device)).sum())
     return torch.stack(sums)
 
 

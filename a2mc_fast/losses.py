@@ -11,7 +11,7 @@ never formed: with s = u·m every mixed logit is (λ u·f + (1-λ) s) / τ.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -62,13 +62,13 @@ def mixing_contrast(
     are off. `strong_target` one_hot makes L2 a contrast like L1. The other readings of the mixer (`mixing`
     tiled, `renormalize`) are exact but slower, and plain torch only. The Triton kernels give no gradient to
     the bank. With `ranks` the bank is a rank's own rows [K / W, D]: every rank has the same features and gets
-    the same loss, in plain torch. Raises `ValueError` for shapes and values.
+    the same loss. Raises `ValueError` for shapes and values.
     """
     _check(key, basic, weak, strong, bank, mix, temperature)
     require(backend in ("auto", "triton", "torch"), f"mixing_contrast: unknown backend {backend!r}")
     require(
-        ranks is None or not (backend == "triton" or mixing == "tiled" or renormalize),
-        "mixing_contrast: a bank shared by ranks is plain torch, with own mixing alone",
+        ranks is None or not (mixing == "tiled" or renormalize),
+        "mixing_contrast: a bank shared by ranks knows own mixing without renormalisation alone",
     )
     soft = strong_target == "distribution"
     if mixing == "tiled" or renormalize:
@@ -94,11 +94,16 @@ def mixing_contrast(
         return _reduced((first, second, general(basic, None)), reduction)
 
     if backend == "auto":
-        fused = bank.is_cuda and not bank.requires_grad and bank.shape[1] <= 256 and ranks is None
+        fused = bank.is_cuda and not bank.requires_grad and bank.shape[1] <= 256
         backend = "triton" if fused else "torch"
     if backend == "triton":
         from a2mc_fast.kernels.mixing_contrast import mixing_contrast as fused_terms
-    terms = fused_terms if backend == "triton" else partial(reference.mixing_contrast, ranks=ranks)
+
+        terms: Callable[..., tuple[Tensor, Tensor, Tensor]] = partial(
+            fused_terms, ranks=1 if ranks is None else ranks.size
+        )
+    else:
+        terms = partial(reference.mixing_contrast, ranks=ranks)
     parts = terms(
         key,
         basic,

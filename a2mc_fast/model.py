@@ -366,7 +366,7 @@ class A2MC(nn.Module):
         chosen = {
             n: getattr(f, n) if total or n in bank.queries else None for n in ("basic", "weak", "strong")
         }
-        return bank_ascent(
+        ascent = bank_ascent(
             rows.rows,
             rows.velocity,
             f.key,
@@ -381,7 +381,12 @@ class A2MC(nn.Module):
             weight=depth,
             distill=loss.strong == "distill",
             live_target=loss.live_target,
+            ranks=self.shards.size,
         )
+        if self.ranks is None:
+            return ascent
+        norm, movement, negatives = self.ranks.mean(torch.stack(ascent)).unbind()
+        return norm, movement, negatives
 
     # other class layers of the attack
 

@@ -83,7 +83,7 @@ class Trainer:
         )
         self.optimizer.param_groups[0]["lr"] = self._lr
         self.scaler = torch.amp.GradScaler("cuda", enabled=cuda and config.precision == "fp16")
-        self.model.backend, self.backend_note = choose_backend(config, self.device, self.model.ranks)
+        self.model.backend, self.backend_note = choose_backend(config, self.device)
         if world.any(self.model.backend == "torch") and self.model.backend == "triton":
             self.model.backend, self.backend_note = (
                 "torch",
@@ -316,20 +316,15 @@ def _to_log(losses: Losses) -> dict[str, Tensor]:
     return dict(zip(("loss", "loss_weak", "loss_strong", "loss_basic"), losses, strict=True))
 
 
-def choose_backend(
-    config: Config, device: torch.device, ranks: World | None = None
-) -> tuple[Literal["triton", "torch"], str]:
+def choose_backend(config: Config, device: torch.device) -> tuple[Literal["triton", "torch"], str]:
     """How losses and banks are computed, and why, as a sentence for the log or "".
 
-    `auto` takes the Triton kernels on a GPU, once they have agreed with float64 there, unless `ranks` share
-    the bank.
+    `auto` takes the Triton kernels on a GPU, once they have agreed with float64 there.
     """
     if config.run.backend != "auto":
         return config.run.backend, ""
     if device.type != "cuda" or not config.fits_kernels:
         return "torch", ""
-    if ranks is not None:
-        return "torch", "loss and bank in plain torch, because ranks share the bank's rows"
     from a2mc_fast.kernels.verify import mismatch
 
     reason = mismatch(

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from . import reference
 from .bank_pass import LN2, STRONG, Tile, inverse_norm, job_feature, plan_pass, present, product
-from .common import INTERPRET, Call, Precision, check_problem, launch_all, require, width
+from .common import INTERPRET, AllRanks, Call, Gather, Precision, check_problem, launch_all, require, width
 from .row_softmax import plan_softmax, row_weights
 
 # the step itself holds rows, velocity and gradient in registers, which is what limits the blocks
@@ -194,8 +194,8 @@ def plan(
     rows: Tensor, velocity: Tensor, key: Tensor,
     basic: Tensor | None, weak: Tensor | None, strong: Tensor | None,
     mix: Sequence[float], temperature: float, lr: float, momentum: float, weight_decay: float,
-    weight: float, distill: bool, live_target: bool, precision: str,
-) -> tuple[list[Call], Tensor]:  # fmt: skip
+    weight: float, distill: bool, live_target: bool, precision: str, ranks: int = 1,
+) -> tuple[list[Call | Gather], Tensor]:  # fmt: skip
     """The launches for contiguous inputs, and the summary [3] that they fill."""
     features = (weak, strong, basic)
     distill = distill and strong is not None
@@ -204,6 +204,7 @@ def plan(
         plan_pass(
             features, rows, mix, temperature,
             distill=distill, normalize=True, with_sums=False, precision=precision, cross=cross,
+            ranks=ranks,
         )
         for cross in (False, True)[: 1 + live]
     ]  # fmt: skip
@@ -247,7 +248,7 @@ def plan(
         "BLOCK": 256,
     }
     calls = [
-        *(each.call for each in passes),
+        *(call for each in passes for call in each.calls),
         normalise,
         Call(ascent_kernel, (blocks,), ascend, *tile[3:]),
         Call(summary_kernel, (1,), summarise),
@@ -260,12 +261,12 @@ def _op(
     rows: Tensor, velocity: Tensor, key: Tensor,
     basic: Tensor | None, weak: Tensor | None, strong: Tensor | None,
     mix: Sequence[float], temperature: float, lr: float, momentum: float, weight_decay: float,
-    weight: float, distill: bool, live_target: bool, precision: str,
+    weight: float, distill: bool, live_target: bool, precision: str, ranks: int = 1,
 ) -> Tensor:  # fmt: skip
     """Steps rows and velocity in place -> [3]: mean row norm, mean movement, negatives' share."""
     calls, summary = plan(
         rows, velocity, key, basic, weak, strong, mix, temperature,
-        lr, momentum, weight_decay, weight, distill, live_target, precision,
+        lr, momentum, weight_decay, weight, distill, live_target, precision, ranks,
     )  # fmt: skip
     launch_all(calls, rows.device)
     return summary
@@ -280,11 +281,12 @@ def _on_cpu(
     rows: Tensor, velocity: Tensor, key: Tensor,
     basic: Tensor | None, weak: Tensor | None, strong: Tensor | None,
     mix: Sequence[float], temperature: float, lr: float, momentum: float, weight_decay: float,
-    weight: float, distill: bool, live_target: bool, precision: str,
+    weight: float, distill: bool, live_target: bool, precision: str, ranks: int = 1,
 ) -> Tensor:  # fmt: skip
     """The operation in plain torch, without kernels."""
     unit = torch.nn.functional.normalize(rows, dim=1)
     gradient = torch.zeros_like(rows)
+    others = AllRanks(ranks) if ranks > 1 else None
     for term, anchor in enumerate((weak, strong, basic)):
         if anchor is None:
             continue
@@ -292,11 +294,11 @@ def _on_cpu(
         with torch.enable_grad():
             if term == STRONG and distill and basic is not None:
                 loss = reference.distillation(
-                    anchor.float(), basic.float(), key.float(), leaf, mix, temperature,
+                    anchor.float(), basic.float(), key.float(), leaf, mix, temperature, others,
                     live_target=live_target,
                 )  # fmt: skip
             else:
-                loss = reference.contrast(anchor.float(), key.float(), leaf, mix, temperature)
+                loss = reference.contrast(anchor.float(), key.float(), leaf, mix, temperature, others)
         # no operation after the loss: below the dispatcher only autograd functions are recorded
         (part,) = torch.autograd.grad(loss, leaf, torch.full_like(loss, weight / len(loss)))
         gradient += part
@@ -340,12 +342,14 @@ def bank_ascent(
     distill: bool = True,
     live_target: bool = False,
     precision: Precision = "tf32",
+    ranks: int = 1,
 ) -> Ascent:
     """Step raw rows and velocity [K, D] float32 in place, up `weight` times the batch mean of the objective.
 
     Features [N, D]; None takes no part. "total" is L1 + L2 + L3 on the mixed banks (L2 a contrast like L1 if
     not `distill`; with `live_target` its gradient reaches the bank through the target too); "infonce" is the
-    mean or sum of the InfoNCE of the features given, on the plain bank.
+    mean or sum of the InfoNCE of the features given, on the plain bank. Of a bank shared by several `ranks`,
+    with the same features each, the rows here are given; norm and movement are theirs.
     """
     given = {"key": key, "basic": basic, "weak": weak, "strong": strong}
     check_problem("bank_ascent", given, rows, mix, temperature, precision)
@@ -382,5 +386,6 @@ def bank_ascent(
         distill and not plain,
         live_target,
         precision,
+        ranks,
     )
     return Ascent(*summary.unbind())

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import reference
 from .bank_pass import BASIC, LN2, LOW, PLANES, STRONG, WEAK, level, plan_pass, present
-from .common import INTERPRET, Call, Precision, check_problem, launch_all, require, width
+from .common import INTERPRET, AllRanks, Call, Gather, Precision, check_problem, launch_all, require, width
 from .row_softmax import merged_stats
 
 
@@ -179,8 +179,8 @@ def live_target_kernel(
 def plan(
     key: Tensor, basic: Tensor, weak: Tensor | None, strong: Tensor | None, bank: Tensor,
     mix: Sequence[float], temperature: float, distill: bool, live_target: bool, normalize: bool,
-    precision: str,
-) -> tuple[list[Call], Tensor, Tensor]:  # fmt: skip
+    precision: str, ranks: int = 1,
+) -> tuple[list[Call | Gather], Tensor, Tensor]:  # fmt: skip
     """The launches for contiguous inputs, and what they fill: losses [T, N], gradients [T (+ 1), N, D]."""
     features = (weak, strong, basic)
     terms = present(features)
@@ -190,6 +190,7 @@ def plan(
         plan_pass(
             features, bank, mix, temperature,
             distill=distill, normalize=normalize, with_sums=True, precision=precision, cross=cross,
+            ranks=ranks,
         )
         for cross in (False, True)[: 1 + live]
     )  # fmt: skip
@@ -210,14 +211,14 @@ def plan(
         "CHUNK": 32,
     }
     one = {"weak_ptr": known["weak_ptr"], "losses_ptr": losses, "DISTILL": distill}
-    calls = [first.call, Call(combine_kernel, (len(terms), n), shared | one)]
+    calls = [*first.calls, Call(combine_kernel, (len(terms), n), shared | one)]
     for weighted in second:
         two = {
             "cross_stats_ptr": weighted.stats,
             "cross_sums_ptr": weighted.sums,
             "C": len(weighted.stats),
         }
-        calls += [weighted.call, Call(live_target_kernel, (n,), shared | two, maxnreg=255)]
+        calls += [*weighted.calls, Call(live_target_kernel, (n,), shared | two, maxnreg=255)]
     return calls, losses, gradients
 
 
@@ -225,11 +226,11 @@ def plan(
 def _op(
     key: Tensor, basic: Tensor, weak: Tensor | None, strong: Tensor | None, bank: Tensor,
     mix: Sequence[float], temperature: float, distill: bool, live_target: bool, normalize: bool,
-    precision: str,
+    precision: str, ranks: int = 1,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Losses [T, N] and gradients [T (+ 1), N, D], both float32, of the terms present."""
     calls, losses, gradients = plan(
-        key, basic, weak, strong, bank, mix, temperature, distill, live_target, normalize, precision
+        key, basic, weak, strong, bank, mix, temperature, distill, live_target, normalize, precision, ranks
     )
     launch_all(calls, bank.device)
     return losses, gradients
@@ -248,11 +249,12 @@ def _(
 def _on_cpu(
     key: Tensor, basic: Tensor, weak: Tensor | None, strong: Tensor | None, bank: Tensor,
     mix: Sequence[float], temperature: float, distill: bool, live_target: bool, normalize: bool,
-    precision: str,
+    precision: str, ranks: int = 1,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The operation in plain torch, without kernels."""
     rows = torch.nn.functional.normalize(bank, dim=1) if normalize else bank
     losses, gradients, through_target = [], [], []
+    others = AllRanks(ranks) if ranks > 1 else None
     for term, feature in enumerate((weak, strong, basic)):
         if feature is None:
             continue
@@ -263,10 +265,10 @@ def _on_cpu(
                 teacher = basic.detach().float().requires_grad_(live_target)
                 leaves += [teacher] * live_target
                 loss = reference.distillation(
-                    anchor, teacher, key.float(), rows, mix, temperature, live_target=live_target
+                    anchor, teacher, key.float(), rows, mix, temperature, others, live_target=live_target
                 )
             else:
-                loss = reference.contrast(anchor, key.float(), rows, mix, temperature)
+                loss = reference.contrast(anchor, key.float(), rows, mix, temperature, others)
         # no operation after the loss: below the dispatcher only autograd functions are recorded
         gradient, *rest = torch.autograd.grad(loss, leaves, torch.ones_like(loss))
         losses.append(loss.detach())
@@ -297,7 +299,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
             out = torch.addcmul(out, grad[ctx.terms.index(STRONG)].unsqueeze(1), gradients[-1])
         return out.to(ctx.dtype)
 
-    return None, anchor(1, BASIC), anchor(2, WEAK), anchor(3, STRONG), *[None] * 7
+    return None, anchor(1, BASIC), anchor(2, WEAK), anchor(3, STRONG), *[None] * 8
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
@@ -316,12 +318,14 @@ def mixing_contrast(
     live_target: bool = False,
     normalize: bool = False,
     precision: Precision = "tf32",
+    ranks: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """L1, L2, L3 per clip: features [N, D], bank [K, D] float32 -> (weak, strong, basic), each [N] float32.
 
     Differentiable in basic, weak and strong, not in key and bank: the bank's ascent is `bank_ascent`. A term
     whose feature is None is zero. `distill` False makes L2 a contrast like L1; `live_target` lets L2's
-    gradient reach f2 and f3 through its target too; `normalize` contrasts the unit rows of the bank.
+    gradient reach f2 and f3 through its target too; `normalize` contrasts the unit rows of the bank. Of a
+    bank shared by `ranks`, which have the same features, the rows here are given.
     """
     features = {"key": key, "basic": basic, "weak": weak, "strong": strong}
     check_problem("mixing_contrast", features, bank, mix, temperature, precision)
@@ -342,6 +346,7 @@ def mixing_contrast(
         live_target,
         normalize,
         precision,
+        ranks,
     )
     given = iter(losses.unbind())
     first, second = (losses.new_zeros(len(basic)) if x is None else next(given) for x in (weak, strong))

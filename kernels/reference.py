@@ -24,6 +24,9 @@ _BLOCK = 4096  # bank rows per pass: a [64, 4096] float32 block stays in a core'
 class Ranks(Protocol):
     """Processes that each hold some of the bank's rows. None instead: one process, which holds all."""
 
+    @property
+    def size(self) -> int: ...
+
     def sum(self, x: Tensor) -> Tensor: ...
 
     def max(self, x: Tensor) -> Tensor: ...

@@ -110,10 +110,11 @@ def plan_softmax(passes: Sequence[BankPass], key: Tensor) -> tuple[Call, Tensor,
     known, stats, cross = passes[0].call.arguments, passes[0].stats, passes[-1].stats
     (n, d), jobs = key.shape, len(known["QUERY"])
     softmax, target = stats.new_empty(jobs, PLANES.value, n), stats.new_empty(2, n)
-    names = ("weak_ptr", "strong_ptr", "basic_ptr", "stats_ptr", "N", "scale", "D", "QUERY", "LARGEST")
+    names = ("weak_ptr", "strong_ptr", "basic_ptr", "N", "scale", "D", "QUERY", "LARGEST")
     arguments = {
         **{name: known[name] for name in names},
         "key_ptr": key,
+        "stats_ptr": stats,
         "cross_stats_ptr": cross,
         "softmax_ptr": softmax,
         "target_ptr": target,

@@ -198,6 +198,12 @@ def test_a_bank_shared_by_ranks_equals_a_whole_one(name: str, two: Ranks, three:
             assert_close(other, {n: v for n, v in first.items() if n in other}, 0)
 
 
+@pytest.mark.parametrize("name", ["infonce", "live"])
+def test_kernels_know_a_bank_shared_by_ranks(name: str, two: Ranks) -> None:
+    run = RunConfig(backend="triton", shard_bank=True)
+    assert_close(two(trained, replace(CONFIGS[name], run=run))[0], trained(ALONE, CONFIGS[name]), 1e-5)
+
+
 def levels_trained(world: World, config: Config) -> State:
     from a2mc_fast.encoders import build
 
@@ -358,7 +364,7 @@ def test_ranks_must_share_evenly_and_be_told_the_same(two: Ranks, three: Ranks) 
     seed = replace(config, seed=1)
     for said in three(refused, config, seed):
         assert said.startswith("ranks 1, 2 got other flags or other data than rank 0")
-    with pytest.raises(InputError, match=r"run\.shard_bank is plain torch"):
+    with pytest.raises(InputError, match=r"run\.shard_bank knows own mixing alone"):
         small(run=RunConfig(shard_bank=True), loss=LossConfig(mixing="tiled"))
 
 
@@ -366,7 +372,7 @@ def other_data(world: World) -> str:
     clips = some_clips()
     if world.rank == 1:
         # the same numbers in another order
-        clips.frames[:2] = clips.frames[:2].flip(0)
+        clips.frames[:3] = clips.frames[:3].flip(0)
     with pytest.raises(InputError) as caught:
         Trainer(small(), clips, world)
     return str(caught.value)
@@ -598,27 +604,29 @@ def _environment(process: str) -> dict[str, str]:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("share", [False, True], ids=["whole", "shared"])
-def test_a_captured_step_holds_what_ranks_say(share: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoder, share", [("bigru", False), ("bigru", True), ("stgcn", False)])
+def test_a_captured_step_holds_what_ranks_say(encoder: Any, share: bool, tmp_path: Path) -> None:
     """A group of one rank, whose messages go through NCCL all the same."""
     device = torch.device("cuda", torch.cuda.current_device())
     config = small(run=RunConfig(shard_bank=share))
+    config = replace(config, encoder=replace(config.encoder, name=encoder, channels=4))
+    plain = replace(config, run=replace(config.run, compile="off", graph="off", backend="torch"))
     clips = some_clips(device)
-    steps = 12
 
     def losses(config: Config, world: World) -> list[float]:
         trainer = Trainer(config, clips, world)
-        return [trainer.step(step)["loss"].item() for step in range(steps)]
+        return [trainer.step(step)["loss"].item() for step in range(12)]
 
-    plain = replace(
-        config, run=replace(config.run, compile="off", graph="off", backend="auto" if share else "torch")
-    )
     alone = losses(plain, World(device=device))
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1, device_id=device)
     try:
         one = World(0, 1, device, alone=False)
-        assert losses(config, one) == pytest.approx(alone, rel=1e-3)
+        for chosen in (plain, config):  # launched, then captured
+            # rounding grows from step to step
+            got = losses(chosen, one)
+            assert got == pytest.approx(alone, rel=2e-2)
+            assert got[:3] == pytest.approx(alone[:3], rel=1e-3)
     finally:
-        gc.collect()
+        gc.collect()  # a captured step holds on to the group
         torch.distributed.destroy_process_group()
