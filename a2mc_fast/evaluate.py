@@ -28,10 +28,10 @@ if TYPE_CHECKING:  # --help does not wait for torch
     from torch import Tensor
 
     from a2mc_fast.augment import Views
+    from a2mc_fast.branch import Branch
     from a2mc_fast.checkpoint import Checkpoint
     from a2mc_fast.data import Clips
     from a2mc_fast.distributed import World
-    from a2mc_fast.model import Branch
     from a2mc_fast.scores import Outcome, Scores
 
 _STREAM_WEIGHTS = {"joint": 0.6, "motion": 0.4, "bone": 0.6}  # AimCLR, HiCLR

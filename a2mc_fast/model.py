@@ -15,7 +15,6 @@ pairs deep.
 from __future__ import annotations
 
 import copy
-from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, NamedTuple
 
 import torch
@@ -26,14 +25,14 @@ from torch.profiler import record_function
 from a2mc_fast import rng
 from a2mc_fast.attack import semantic_attack
 from a2mc_fast.bank import MemoryBank, Queue
+from a2mc_fast.branch import Branch
 from a2mc_fast.config import Config
 from a2mc_fast.distributed import ALONE, World
-from a2mc_fast.encoders import build_encoder
-from a2mc_fast.encoders.common import frozen, projection_head
+from a2mc_fast.encoders.common import frozen
 from a2mc_fast.encoders.joint_norm import join_batch_norms
 from a2mc_fast.errors import require
 from a2mc_fast.losses import Backend, Losses, info_nce, mixing_contrast
-from a2mc_fast.skeleton import Skeleton, bone_stream, motion_stream
+from a2mc_fast.skeleton import Skeleton
 
 _KMEANS_ROUNDS = 10
 _PSEUDO_LABEL_LR = 0.1
@@ -49,48 +48,6 @@ class Features(NamedTuple):
 
     def detach(self) -> Features:
         return Features(*(None if f is None else f.detach() for f in self))  # type: ignore[arg-type]
-
-
-class Branch(nn.Module):
-    """An encoder and the projection head of each of its levels."""
-
-    parents: Tensor  # [V]
-
-    def __init__(self, config: Config, skeleton: Skeleton, persons: int) -> None:
-        super().__init__()
-        self.config = config
-        self.register_buffer("parents", torch.tensor(skeleton.parents), persistent=False)
-        e = config.encoder
-        self.encoder = build_encoder(
-            e.name, skeleton, persons=persons, frames=config.views.frames, **e.options
-        )
-        columns, hidden = range(self.encoder.feature_dim), self.encoder.head_hidden
-        self.heads = nn.ModuleDict(
-            {
-                name: projection_head(len(columns[part]), e.projection, hidden)
-                for name, part in self.encoder.levels.items()
-            }
-        )
-
-    def feature(self, x: Tensor, views: int = 1) -> Tensor:
-        """The encoder's feature, used downstream. x [views N, C, T, V, M] joints -> [views N, feature_dim]"""
-        if self.config.stream == "motion":
-            x = motion_stream(x)
-        elif self.config.stream == "bone":
-            x = bone_stream(x, self.parents)
-        with autocast(self.config, x.device):
-            return self.encoder(x, views)
-
-    def project(self, feature: Tensor, level: str) -> Tensor:
-        """The contrasted feature of a level. feature [N, feature_dim] -> float32 unit rows [N, D]"""
-        with autocast(self.config, feature.device):
-            projected = self.heads[level](feature[:, self.encoder.levels[level]])
-        return F.normalize(projected.float(), dim=1)
-
-    def forward(self, x: Tensor, views: int = 1) -> dict[str, Tensor]:
-        """The contrasted features by level. x [views N, C, T, V, M] -> float32 unit rows [views N, D] each"""
-        feature = self.feature(x, views)
-        return {level: self.project(feature, level) for level in self.heads}
 
 
 class A2MC(nn.Module):
@@ -447,10 +404,3 @@ class A2MC(nn.Module):
 def _stack(parts: list[Tensor]) -> Tensor:
     """One after another along N; a single one as it is."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def autocast(config: Config, device: torch.device) -> AbstractContextManager[None]:
-    """The encoder's arithmetic: bf16 or fp16 on a GPU, nothing on a CPU or for fp32 and tf32."""
-    if device.type != "cuda" or config.precision not in ("bf16", "fp16"):
-        return nullcontext()
-    return torch.autocast("cuda", torch.float16 if config.precision == "fp16" else torch.bfloat16)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from a2mc_fast import rng
 from a2mc_fast.augment import Draws, Views
+from a2mc_fast.branch import Branch
 from a2mc_fast.config import ViewConfig
 from a2mc_fast.errors import require
-from a2mc_fast.model import Branch
 from a2mc_fast.protocol_config import LinearConfig
 from a2mc_fast.scores import Outcome, Validation, accuracy
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from a2mc_fast import rng
 from a2mc_fast.augment import Draws, Views
+from a2mc_fast.branch import Branch
 from a2mc_fast.config import ViewConfig, demo
 from a2mc_fast.data import Clips
 from a2mc_fast.finetune import finetune, learning_rate, semi_supervised, subset
-from a2mc_fast.model import Branch
 from a2mc_fast.protocol_config import FinetuneConfig, LinearConfig, SemiConfig
 from a2mc_fast.protocols import (
     LinearClassifier,
