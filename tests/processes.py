@@ -60,6 +60,8 @@ def _main(args: list[str], output: str, trick: str, count: int) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
+    # a shell's background jobs are born with SIGINT ignored, and hand that down
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # the source's commit takes a process to find out, and is the same for all
     runlog._commit = lambda: ""
     if trick:

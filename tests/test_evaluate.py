@@ -266,7 +266,7 @@ def test_bad_input_is_one_sentence(
         (["compare"], "at least one result"),
         (["compare", str(tmp_path / "empty")], "empty holds no results"),
         (["compare", str(tmp_path / "list.json")], "is not the result of a protocol"),
-        (["compare", str(data)], "is not a JSON file"),
+        (["compare", str(data)], "is not JSON"),
         (["compare", str(tmp_path / "none.json")], "No such file or directory"),
         (["knn", str(tmp_path / "none")], "not found: is this the folder of a run"),
     ]

@@ -265,6 +265,9 @@ def rewrite(path: Path, tensors: dict[str, torch.Tensor], **header: Any) -> None
     save_file(merged, path, metadata=text)
 
 
+_axes = {"center": 0, "axis_z": [0, 0], "axis_x": [0, 0]}
+
+
 @pytest.mark.parametrize(
     "header, words",
     [
@@ -282,7 +285,10 @@ def rewrite(path: Path, tensors: dict[str, torch.Tensor], **header: Any) -> None
         ({"config": '{"optim": {"lr": -Infinity}}'}, "the number -Infinity is not finite"),
         ({"config": '{"optim": {"lr": "0"}}'}, "config.optim.lr must be float"),
         ({"skeleton": '{"parents": 3}'}, "not a complete checkpoint"),
-        ({"skeleton": json.dumps({"parents": [0] * 10**6})}, "a skeleton of 1000000 joints"),
+        (
+            {"skeleton": json.dumps(_axes | {"parents": [0] * 10**6, "mirror": []})},
+            "a skeleton has 1 to 1,000 joints",
+        ),
         ({"format": '"a2mc-checkpoint/1"'}, "is not a checkpoint"),
     ],
 )
@@ -438,7 +444,9 @@ def test_saving_takes_a_snapshot_and_does_not_wait(
     saved = load(numbered(tmp_path, 1))
     assert saved.progress == {"seconds": 1.0}
     assert all(torch.equal(saved.tensors[name], tensor) for name, tensor in before.items())
-    assert not torch.equal(saved.tensors["model.bank.rows"], load(tmp_path).tensors["model.bank.rows"])
+    assert not torch.equal(
+        saved.tensors["model.banks.feature.rows"], load(tmp_path).tensors["model.banks.feature.rows"]
+    )
 
 
 def test_the_file_is_plain_safetensors(data: Path, tmp_path: Path) -> None:
