@@ -113,7 +113,8 @@ def test_step_by_phase(benchmark: BenchmarkFixture, data: Clips, encoder: str) -
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
     seconds = benchmark.pedantic(seconds_per_step, (trainer, first, count), rounds=1)
-    memory = peak_memory(trainer.device)
+    # a CPU process only knows the peak of all it has done
+    memory = {"MiB": peak_memory(trainer.device) / 2**20} if CUDA else {}
     table = phases(trainer, first, 5 if CUDA else 2)
     batch = config.optim.batch_size
     parameters, macs = parameters_and_macs(trainer.model.query.encoder, config.views.frames)
@@ -122,7 +123,8 @@ def test_step_by_phase(benchmark: BenchmarkFixture, data: Clips, encoder: str) -
     print(
         f"\n{encoder}, {parameters / 1e6:.2f} M parameters, {macs / 1e9:.3f} GMACs per clip, batch {batch}, "
         f"K {config.bank.size}\n{1e3 * seconds:.1f} ms per step, {batch / seconds:,.0f} clips/s, "
-        f"{rate / 1e12:.3f} TFLOP/s ({rate / limit:.0%} of a large product's), {memory / 2**30:.2f} GiB"
+        f"{rate / 1e12:.3f} TFLOP/s ({rate / limit:.0%} of a large product's)"
+        + "".join(f", {value:,.0f} {unit}" for unit, value in memory.items())
     )
     for name, milliseconds_ in sorted(table.items(), key=lambda item: -item[1]):
         print(f"  {name:<11} {milliseconds_:8.2f} ms  {milliseconds_ / sum(table.values()):6.1%}")
@@ -136,8 +138,8 @@ def test_step_by_phase(benchmark: BenchmarkFixture, data: Clips, encoder: str) -
             "TFLOP/s": rate / 1e12,
             # of the rate that a large product reaches on this machine
             "MFU": rate / limit,
-            "MiB": memory / 2**20,
             "batch": batch,
+            **memory,
         }
     )
 
