@@ -122,7 +122,7 @@ def pose_or_jitter(x: Tensor, draws: Draws, config: ViewConfig) -> Tensor:
     # written out over persons, so that the innermost loop runs over V*M
     hit = hit.view(-1, 1, 1, hit.shape[1], 1).repeat(1, 1, 1, 1, x.shape[4])
     change = mix_axes(x, matrix - identity)
-    return torch.addcmul(x, change, hit, out=change)
+    return torch.addcmul(x, change, hit)
 
 
 def rotation_matrices(draws: Draws, config: ViewConfig) -> Tensor:

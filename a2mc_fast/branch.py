@@ -35,18 +35,21 @@ class Branch(nn.Module):
             }
         )
 
-    def feature(self, x: Tensor, views: int = 1) -> Tensor:
-        """The encoder's feature, used downstream. x [views N, C, T, V, M] joints -> [views N, feature_dim]"""
+    def feature(self, x: Tensor, views: int = 1, *, wide: bool = False) -> Tensor:
+        """The encoder's feature, used downstream. x [views N, C, T, V, M] joints -> [views N, feature_dim]
+
+        `wide` computes it in float32 where fp16 is set, for gradients that it cannot hold.
+        """
         if self.config.stream == "motion":
             x = motion_stream(x)
         elif self.config.stream == "bone":
             x = bone_stream(x, self.parents)
-        with autocast(self.config, x.device):
+        with autocast(self.config, x.device, wide):
             return self.encoder(x, views)
 
-    def project(self, feature: Tensor, level: str) -> Tensor:
+    def project(self, feature: Tensor, level: str, *, wide: bool = False) -> Tensor:
         """The contrasted feature of a level. feature [N, feature_dim] -> float32 unit rows [N, D]"""
-        with autocast(self.config, feature.device):
+        with autocast(self.config, feature.device, wide):
             projected = self.heads[level](feature[:, self.encoder.levels[level]])
         return F.normalize(projected.float(), dim=1)
 
@@ -56,8 +59,17 @@ class Branch(nn.Module):
         return {level: self.project(feature, level) for level in self.heads}
 
 
-def autocast(config: Config, device: torch.device) -> AbstractContextManager[None]:
-    """The encoder's arithmetic: bf16 or fp16 on a GPU, nothing on a CPU or for fp32 and tf32."""
-    if device.type != "cuda" or config.precision not in ("bf16", "fp16"):
+def autocast(config: Config, device: torch.device, wide: bool) -> AbstractContextManager[None]:
+    """The encoder's arithmetic: bf16, or fp16 unless `wide`, on a GPU; else none, as for fp32 and tf32."""
+    lower = {"bf16": torch.bfloat16} if wide else {"bf16": torch.bfloat16, "fp16": torch.float16}
+    if device.type != "cuda" or config.precision not in lower:
         return nullcontext()
-    return torch.autocast("cuda", torch.float16 if config.precision == "fp16" else torch.bfloat16)
+    return torch.autocast("cuda", lower[config.precision])
+
+
+def set_arithmetic(config: Config) -> None:
+    """Have torch multiply float32 on a GPU as the run asks, and repeat its results to the bit."""
+    torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
+    # what lower precisions leave in float32 of convolutions and recurrent layers may be rounded, too
+    torch.backends.cudnn.allow_tf32 = config.precision != "fp32"
+    torch.backends.cudnn.deterministic = True

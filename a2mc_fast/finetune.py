@@ -53,6 +53,10 @@ def finetune(
         nesterov=config.nesterov,
         fused=cuda,
     )
+    for group in optimizer.param_groups if config.momentum else ():
+        for parameter in group["params"]:
+            # torch would leave it unwritten if fp16 skips the first step
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     scaler = torch.amp.GradScaler("cuda", enabled=cuda and branch.config.precision == "fp16")
     validation = Validation(labels[test], progress)
     branch.train()
@@ -101,7 +105,7 @@ def semi_supervised(
     for share in config.fractions:
         outcomes = [
             finetune(
-                copy.deepcopy(branch),
+                _copied(branch),
                 views,
                 subsets[share, seed],
                 test,
@@ -136,3 +140,12 @@ def subset(labels: Tensor, share: float, seed: int, *, stratified: bool = True) 
     rank = torch.arange(len(labels), device=labels.device) - first[shuffled[by_class]]
     keep = rank < (share * counts.double()).round()[shuffled[by_class]]
     return order[by_class[keep]].sort().values
+
+
+def _copied(branch: Branch) -> Branch:
+    """A copy with weights of its own."""
+    copied = copy.deepcopy(branch)
+    for module in copied.modules():
+        if isinstance(module, nn.RNNBase):
+            module.flatten_parameters()  # copied one by one, they would be joined again in every pass
+    return copied

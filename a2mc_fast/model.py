@@ -98,6 +98,8 @@ class A2MC(nn.Module):
         self.register_buffer("centers", torch.zeros(classes, dim))
         # the Triton kernels, or plain torch; the trainer chooses once the model is on its device
         self.backend: Literal["triton", "torch"] = "triton" if config.run.backend == "triton" else "torch"
+        # how the kernels multiply float32
+        self.products: Literal["tf32", "ieee"] = "ieee" if config.precision == "fp32" else "tf32"
 
     @property
     def uses_weak(self) -> bool:
@@ -136,10 +138,10 @@ class A2MC(nn.Module):
 
     def _attacked_feature(self, x: Tensor) -> Tensor:
         """What the class layer reads, float32."""
-        feature = self.query.feature(x)
+        feature = self.query.feature(x, wide=True)
         if self.config.attack.feature == "encoder":
             return feature.float()
-        return self.query.project(feature, self.main)
+        return self.query.project(feature, self.main, wide=True)
 
     # features, losses (sec. III-C, III-D)
 
@@ -196,6 +198,7 @@ class A2MC(nn.Module):
                 temperature=self.config.loss.temperature,
                 normalize=True,
                 backend=self.backend,
+                products=self.products,
                 ranks=self.ranks,
             )
             parts.append(self._depth(name) * loss.mean())
@@ -249,6 +252,7 @@ class A2MC(nn.Module):
             normalize=normalize,
             reduction="none",
             backend=backend,
+            products=self.products,
             ranks=self.ranks,
         )
 
@@ -338,6 +342,7 @@ class A2MC(nn.Module):
             weight=depth,
             distill=loss.strong == "distill",
             live_target=loss.live_target,
+            precision=self.products,
             ranks=self.shards.size,
         )
         if self.ranks is None:
@@ -384,8 +389,9 @@ class A2MC(nn.Module):
         start = rng.permutation(self.config.seed, epoch, rng.STREAM_KMEANS, bank.size, unit.device)
         centers = bank.pick(start[: len(self.centers)])
         for _ in range(_KMEANS_ROUNDS):
-            sums = torch.zeros_like(centers).index_add_(0, (unit @ centers.T).argmax(1), unit)
-            sums = self.shards.sum(sums)
+            nearest = F.one_hot((unit @ centers.T).argmax(1), len(centers))
+            # a product, because sums by index have no fixed order on a GPU
+            sums = self.shards.sum(nearest.T.to(unit.dtype) @ unit)
             # an empty cluster keeps its centre
             centers = torch.where((sums == 0).all(1, keepdim=True), centers, F.normalize(sums, dim=1))
         return centers

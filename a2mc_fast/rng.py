@@ -37,7 +37,9 @@ def philox(
 
     Block i encrypts the counter (i, stream, low and high half of step) with the seed's two halves.
     """
-    step = torch.as_tensor(step, dtype=torch.int64, device=device)
+    if not isinstance(step, Tensor):
+        # filled on the device: a number brought from the host would be waited for
+        step = torch.full((), step, dtype=torch.int64, device=device)
     zero = torch.zeros(count, dtype=torch.int64, device=device)
     counter = (
         torch.arange(first, first + count, device=device),

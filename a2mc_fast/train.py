@@ -6,6 +6,8 @@ imported when a run begins, so that `--help` and wrong flags answer at once.
 
 from __future__ import annotations
 
+import gc
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,11 +33,15 @@ def train(config: Config, *, resume: bool = False) -> Path:
     from a2mc_fast.distributed import join
 
     with join(config, lambda: pick_device(config)) as world:
-        return _train(config, resume, world)
+        folder = _train(config, resume, world)
+    gc.collect()  # a captured step and what it captured refer to each other
+    return folder
 
 
 def _train(config: Config, resume: bool, world: World) -> Path:
     """One rank's run. All ranks take the same steps; rank 0 prints and writes."""
+    import torch
+
     from a2mc_fast.checkpoint import shared
     from a2mc_fast.files import write_json
     from a2mc_fast.runlog import QuietLog, RunLog, leave, machine, open_folder, stop_on_signal
@@ -44,6 +50,7 @@ def _train(config: Config, resume: bool, world: World) -> Path:
 
     folder, resumed = open_folder(config, resume) if world.main else (Path(), None)
     folder, resumed = Path(world.share(str(folder))), shared(resumed, world)
+    torch.compiler.reset()  # torch compiles a function so many times and no more, earlier runs included
     trainer = Trainer(config, load_clips(config, world.device), world)
     total, per_epoch, run = trainer.total_steps, trainer.steps_per_epoch, config.run
     kept = run.keep_every * per_epoch
@@ -139,9 +146,13 @@ def summary(result: dict[str, Any], folder: Path) -> str:
 
 
 def pick_device(config: Config) -> torch.device:
-    """The GPU if there is one and the run allows it. Sets threads and the arithmetic of float32 products."""
+    """The GPU if there is one and the run allows it. Sets threads and torch's arithmetic."""
     import torch
 
+    from a2mc_fast.branch import set_arithmetic
+
+    # cuBLAS reads it when it starts, and repeats its results to the bit only with workspaces of its own
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     available = torch.cuda.is_available()
@@ -149,7 +160,7 @@ def pick_device(config: Config) -> torch.device:
         raise InputError(
             "--run.device cuda: torch sees no GPU; use --run.device cpu, or install a CUDA build"
         )
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
+    set_arithmetic(config)
     return torch.device("cuda" if available and config.run.device != "cpu" else "cpu")
 
 

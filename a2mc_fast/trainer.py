@@ -9,6 +9,7 @@ on a GPU the whole step is captured once as a CUDA graph and replayed.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from torch.profiler import record_function
 
 from a2mc_fast import checkpoint, rng
 from a2mc_fast.augment import Draws, Views
+from a2mc_fast.branch import set_arithmetic
 from a2mc_fast.capture import Captured
 from a2mc_fast.config import Config
 from a2mc_fast.data import Clips
@@ -55,6 +57,7 @@ class Trainer:
         )
         self.model = A2MC(config, clips.skeleton, clips.num_persons, max(self.classes, 1), world)
         self.model.to(self.device)
+        set_arithmetic(config)
         self._join()
         local = config.encoder.batch_norm == "local" and not world.alone
         # running statistics of one's own clips, which the step averages with the gradients
@@ -82,6 +85,9 @@ class Trainer:
             fused=True,
         )
         self.optimizer.param_groups[0]["lr"] = self._lr
+        for parameter in self.model.query.parameters():
+            # torch would leave it unwritten if fp16 skips the first step
+            self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.scaler = torch.amp.GradScaler("cuda", enabled=cuda and config.precision == "fp16")
         self.model.backend, self.backend_note = choose_backend(config, self.device)
         if world.any(self.model.backend == "torch") and self.model.backend == "triton":
@@ -206,8 +212,11 @@ class Trainer:
                 finite = finite & torch.stack(torch._foreach_norm(gradients)).isfinite().all()
             first = ~finite & (self.fault < 0)
             self.fault.copy_(torch.where(first, self._time, self.fault))
-            # the fused optimizer reads this flag on the device
-            self.optimizer.found_inf = (self.fault >= 0).float()  # type: ignore[attr-defined]
+            faulty = self.fault >= 0
+            # the fused optimizer reads this flag on the device; a scaler puts what it finds in its place
+            self.optimizer.found_inf = faulty.float()  # type: ignore[attr-defined]
+            if self.scaler.is_enabled():
+                torch._foreach_mul_(gradients, torch.where(faulty, math.nan, 1.0).squeeze())
             self.scaler.step(self.optimizer)
             self.scaler.update()
         return losses
@@ -334,6 +343,7 @@ def choose_backend(config: Config, device: torch.device) -> tuple[Literal["trito
         (config.loss.temperature, config.bank.temperature),
         distill=config.loss.strong == "distill",
         live_target=config.loss.live_target,
+        precision="ieee" if config.precision == "fp32" else "tf32",
     )
     if reason:
         return (

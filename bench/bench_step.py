@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from a2mc_fast.branch import Branch
@@ -84,11 +85,16 @@ def phases(trainer: Trainer, first: int, count: int) -> dict[str, float]:
     trainer.launch_steps()
     trainer.step(first)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if CUDA else [])]
-    with profile(activities=activities) as measured:
+    # autograd's own thread would take the backward passes out of their phases
+    with torch.autograd.set_multithreading_enabled(False), profile(activities=activities) as measured:
         for step in range(first, first + count):
             trainer.step(step)
         synchronize()
-    total = {event.key: event for event in measured.key_averages() if event.key in PHASES}
+    total = {
+        event.key: event
+        for event in measured.key_averages()
+        if event.key in PHASES and event.device_type == DeviceType.CPU
+    }
     spent = {name: total[name].device_time_total if CUDA else total[name].cpu_time_total for name in PHASES}
     return {name: micros / 1e3 / count for name, micros in spent.items()}
 
@@ -179,21 +185,19 @@ class PublicTrainer:
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.model, self.data = trainer, trainer.model, trainer.clips
-        self.device = trainer.device
+        self.device, self.lengths = trainer.device, trainer.clips.lengths.tolist()
         skeleton = self.data.skeleton
         self.padded = np.zeros(
             (len(self.data), 3, 300, skeleton.num_joints, self.data.num_persons), np.float32
         )
-        for item, start, length in zip(
-            self.padded, self.data.offsets.tolist(), self.data.lengths.tolist(), strict=True
-        ):
+        for item, start, length in zip(self.padded, self.data.offsets.tolist(), self.lengths, strict=True):
             item[:, :length] = self.data.frames[start : start + length].permute(1, 0, 2, 3).cpu().numpy()
         self.random = np.random.default_rng(0)
 
     def views(self, index: list[int]) -> tuple[Tensor, Tensor]:
         """Two views of every clip, [N, T, V*C*M] each, from the loader to the device."""
         frames = self.trainer.config.views.frames
-        pairs = [feeder_pair(self.padded[i], int(self.data.lengths[i]), frames, self.random) for i in index]
+        pairs = [feeder_pair(self.padded[i], self.lengths[i], frames, self.random) for i in index]
         first, second = (
             torch.from_numpy(np.stack(side)).to(self.device) for side in zip(*pairs, strict=True)
         )
@@ -226,7 +230,7 @@ class PublicTrainer:
         model.attack(self.trainer.views.whole(index))
         x1, x2 = self.views(clips)
         for slow, fast in zip(model.key.parameters(), model.query.parameters(), strict=True):
-            slow.data = 0.999 * slow.data + 0.001 * fast.data
+            slow.data.mul_(0.999).add_(fast.data, alpha=0.001)
         with torch.no_grad():
             key = self.encode(model.key, x0)
         basic, weak, strong = (self.encode(model.query, x) for x in (x3, x1, x2))

@@ -7,6 +7,7 @@ tried costs a slower run and never a wrong one.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from . import reference
 from .bank_ascent import bank_ascent
-from .common import resident_programs
+from .common import Precision, resident_programs
 from .mixing_contrast import mixing_contrast
 
 _CLIPS = 67  # two tiles, and a part of one
@@ -31,6 +32,7 @@ class _Problem(NamedTuple):
     temperatures: tuple[float, float]
     distill: bool
     live_target: bool
+    precision: Precision
 
 
 def mismatch(
@@ -41,6 +43,7 @@ def mismatch(
     *,
     distill: bool = True,
     live_target: bool = False,
+    precision: Precision = "tf32",
 ) -> str:
     """Why the kernels cannot be used on `device` for features of width `dim`; "" if they agree with float64.
 
@@ -55,7 +58,7 @@ def mismatch(
     features = tuple(F.normalize(gaussian(_CLIPS), dim=1) for _ in range(4))
     # several tiles of bank rows for each program
     bank = gaussian(12 * resident_programs(device) + 5)
-    problem = _Problem(features, bank, mix, temperatures, distill, live_target)
+    problem = _Problem(features, bank, mix, temperatures, distill, live_target, precision)
     try:
         for compare in (_compare_losses, _compare_ascent):
             for name, got, truth in compare(problem):
@@ -72,7 +75,8 @@ def mismatch(
 def _compare_losses(p: _Problem) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Losses and the gradients of their sum: name, the kernels' result, float64."""
     results = []
-    for form, dtype in ((mixing_contrast, torch.float32), (reference.mixing_contrast, torch.float64)):
+    fused = partial(mixing_contrast, precision=p.precision)
+    for form, dtype in ((fused, torch.float32), (reference.mixing_contrast, torch.float64)):
         key, *anchors = (x.to(dtype, copy=True).requires_grad_() for x in p.features)
         basic, weak, strong = anchors
         with torch.enable_grad():
@@ -93,6 +97,7 @@ def _compare_ascent(p: _Problem) -> Iterator[tuple[str, Tensor, Tensor]]:
     bank_ascent(
         rows, velocity, key, basic, weak, strong, p.mix, p.temperatures[1],
         lr=_LR, momentum=0.9, weight_decay=_DECAY, distill=p.distill, live_target=p.live_target,
+        precision=p.precision,
     )  # fmt: skip
 
     exact, truth = p.bank.double(), torch.zeros_like(p.bank, dtype=torch.float64)

@@ -1,17 +1,21 @@
-"""Fixtures shared by the tests."""
+"""Fixtures shared by the tests, and on what they run: the CPU, or with --gpu those that need a GPU, on it."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 
 import numpy as np
 import pytest
-import torch
 
-if not torch.cuda.is_available():
-    # kernels run in Triton's interpreter; it must be told before they are imported
+GPU = "--gpu" in sys.argv
+if not GPU:
+    # before torch looks for a GPU and Triton is imported, and for the processes that tests start too
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
 
 from a2mc_fast.data import Clips
 from a2mc_fast.skeleton import NTU25, Skeleton
@@ -19,6 +23,22 @@ from a2mc_fast.skeleton import NTU25, Skeleton
 SMALL = Skeleton(
     parents=(0, 0, 1, 1, 1), mirror=(0, 1, 2, 4, 3), center=1, axis_z=(0, 1), axis_x=(3, 4), joint_names=()
 )
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--gpu", action="store_true", help="run the tests that need a GPU, and no others")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if GPU and not torch.cuda.is_available():
+        raise pytest.UsageError("--gpu: torch sees no GPU")
+
+    def belongs(item: pytest.Item) -> bool:
+        only_there = item.get_closest_marker("gpu") is not None
+        return only_there or item.get_closest_marker("anywhere") is not None if GPU else not only_there
+
+    config.hook.pytest_deselected(items=[item for item in items if not belongs(item)])
+    items[:] = [item for item in items if belongs(item)]
 
 
 @pytest.fixture(autouse=True)

@@ -603,7 +603,6 @@ def _environment(process: str) -> dict[str, str]:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("encoder, share", [("bigru", False), ("bigru", True), ("stgcn", False)])
 def test_a_captured_step_holds_what_ranks_say(encoder: Any, share: bool, tmp_path: Path) -> None:
     """A group of one rank, whose messages go through NCCL all the same."""

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from a2mc_fast.encoders import build_encoder
-from a2mc_fast.encoders.bigru import BiGRU
-from a2mc_fast.encoders.common import projection_head
+from a2mc_fast.encoders.bigru import BiGRU, outputs, recurrent_dtype
+from a2mc_fast.encoders.common import frozen, projection_head
 from a2mc_fast.encoders.count import parameters_and_macs
 from a2mc_fast.skeleton import NTU25
 from tests.conftest import SMALL
@@ -123,3 +123,34 @@ def test_initialisation_is_xavier_over_the_stacked_gates() -> None:
 def test_unknown_encoder() -> None:
     with pytest.raises(ValueError, match="unknown encoder 'lstm'"):
         build_encoder("lstm", NTU25)
+
+
+def test_lower_precision_outputs_follow_the_weights_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of autocast on a GPU: weights and sequence in bf16, gradients in float32."""
+    gru = nn.GRU(6, 5, batch_first=True)
+    x = torch.randn(3, 7, 6, requires_grad=True)
+    full, low = outputs(gru, x, torch.float32), outputs(gru, x, torch.bfloat16)
+    assert (full.dtype, low.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(low.float(), full, rtol=0, atol=0.02)
+    wanted = torch.autograd.grad(full.sum(), [x, *gru.parameters()])
+    for got, want in zip(torch.autograd.grad(low.float().sum(), [x, *gru.parameters()]), wanted):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, want, rtol=0.05, atol=0.05 * want.abs().max().item())
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
+    for version, dtype in ((91300, torch.bfloat16), (91299, torch.float32), (None, torch.float32)):
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda version=version: version)
+        assert recurrent_dtype() == dtype
+
+
+def test_frozen_trains_recurrent_layers_alone_and_restores_everything() -> None:
+    def state(module: nn.Module) -> list[tuple[bool, list[bool]]]:
+        return [(m.training, [p.requires_grad for p in m.parameters(False)]) for m in module.modules()]
+
+    for mode in (True, False):
+        module = nn.Sequential(BiGRU(SMALL, persons=1, hidden=4, layers=1), nn.Dropout(), nn.BatchNorm1d(8))
+        module.train(mode)
+        before = state(module)
+        with frozen(module):
+            assert all(m.training == isinstance(m, nn.GRU) for m in module.modules())
+            assert not any(p.requires_grad for p in module.parameters())
+        assert state(module) == before

@@ -7,15 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch._inductor.config
 
 from a2mc_fast.config import Config, EncoderConfig, RunConfig, preset
 from a2mc_fast.data import Clips
+from a2mc_fast.encoders.bigru import recurrent_dtype
 from a2mc_fast.trainer import Trainer
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 MakeClips = Callable[..., Clips]
 WARMUP, STEPS = 6, 14  # enough for both phases to be captured and replayed
@@ -58,14 +57,24 @@ def losses(run: Trainer) -> list[float]:
     return [run.step(step)["loss"].item() for step in range(STEPS)]
 
 
+@pytest.fixture(autouse=True)
+def _compile_anew() -> None:
+    """What torch compiles of one function in a process is limited."""
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("compile", ["off", "on"])
 @pytest.mark.parametrize("encoder", ENCODERS)
-def test_replayed_steps_equal_launched_ones(make_clips: MakeClips, encoder: str, compile: str) -> None:
+def test_replayed_steps_equal_launched_ones(
+    make_clips: MakeClips, encoder: str, compile: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # compiled dropout draws from a generator of its own otherwise
+    monkeypatch.setattr(torch._inductor.config, "fallback_random", True)
     plain = losses(trainer(make_clips, encoder, compile="off", graph="off", backend="torch"))
     fast = losses(trainer(make_clips, encoder, compile=compile))
     # rounding grows from step to step
-    assert fast == pytest.approx(plain, rel=2e-2)
-    assert fast[:3] == pytest.approx(plain[:3], rel=1e-3)
+    assert fast == pytest.approx(plain, rel=2e-2, abs=1e-3)
+    assert fast[:3] == pytest.approx(plain[:3], rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32"])
@@ -73,6 +82,21 @@ def test_low_precision_follows_full_precision(make_clips: MakeClips, precision: 
     assert losses(trainer(make_clips, precision=precision)) == pytest.approx(
         losses(trainer(make_clips)), rel=5e-2
     )
+
+
+def test_bf16_is_bf16_in_recurrent_layers_and_the_attack_reaches_every_frame(make_clips: MakeClips) -> None:
+    run = trainer(make_clips, precision="bf16")
+    x = run.views.whole(run.train_index[:8])
+    supported = recurrent_dtype_under(torch.bfloat16)
+    assert run.model.query.feature(x).dtype == supported
+    for precision in ("bf16", "fp16"):
+        rho = trainer(make_clips, precision=precision).model.attack(x)
+        assert (rho.abs().amax((0, 1, 3, 4)) > 0).all(), precision
+
+
+def recurrent_dtype_under(dtype: torch.dtype) -> torch.dtype:
+    with torch.autocast("cuda", dtype):
+        return recurrent_dtype()
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)

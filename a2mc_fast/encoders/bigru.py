@@ -8,7 +8,9 @@ outputs concatenated, which is how `time_mode="forward_pair"` computes it: six c
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -17,6 +19,11 @@ from torch import Tensor, nn
 from a2mc_fast.encoders.common import Encoder, norm_per_view
 from a2mc_fast.errors import require
 from a2mc_fast.skeleton import Skeleton
+
+_CUDNN_WITH_BF16 = 91300  # the version from which torch hands it bf16
+
+# lower precisions copy the weights in any case
+warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
 
 
 class BiGRU(Encoder):
@@ -57,12 +64,22 @@ class BiGRU(Encoder):
         )  # [N, T, C*V*M]: no copy for views, which are stored like this
         if self.input_norm is not None:
             sequence = norm_per_view(self.input_norm, sequence.flatten(0, 1), views).view(sequence.shape)
+        low = x.is_cuda and torch.is_autocast_enabled("cuda")
+        # autocast itself would run cuDNN's recurrent layers in float16, whatever it was asked for, where the
+        # attack's gradients of early frames are zero
+        dtype = recurrent_dtype() if low else sequence.dtype
+        with torch.autocast("cuda", enabled=False) if low else nullcontext():
+            return self._recur(sequence, dtype)
+
+    def _recur(self, sequence: Tensor, dtype: torch.dtype) -> Tensor:
+        """The layers over a sequence [N, T, W], computed in `dtype` -> [N, 2 hidden]"""
         if self.time_mode == "forward_pair":
             for ahead, also_ahead in self._pairs():
-                sequence = torch.cat((ahead(sequence)[0], also_ahead(sequence)[0]), 2)
+                sequence = torch.cat([outputs(gru, sequence, dtype) for gru in (ahead, also_ahead)], 2)
             return sequence[:, -1]
         for ahead, back in self._pairs():
-            sequence = torch.cat((ahead(sequence)[0], back(sequence.flip(1))[0].flip(1)), 2)
+            reverse = outputs(back, sequence.flip(1), dtype).flip(1)
+            sequence = torch.cat((outputs(ahead, sequence, dtype), reverse), 2)
         hidden = self.feature_dim // 2
         return torch.cat((sequence[:, -1, :hidden], sequence[:, 0, hidden:]), 1)
 
@@ -99,3 +116,20 @@ class BiGRU(Encoder):
             require(source in state, f"the reference state dict has no {source}")
             mapped[name] = state[source][..., order] if reads_input else state[source]
         self.load_state_dict(mapped)
+
+
+def outputs(gru: nn.GRU, sequence: Tensor, dtype: torch.dtype) -> Tensor:
+    """Every output of a one-layer GRU, computed in `dtype`. [N, T, W] -> [N, T, H] of that type"""
+    weights: list[Tensor] = gru._flat_weights  # type: ignore[assignment]
+    if dtype == weights[0].dtype:
+        return gru(sequence.to(dtype))[0]
+    start = sequence.new_zeros(1, len(sequence), gru.hidden_size, dtype=dtype)
+    low = [weight.to(dtype) for weight in weights]
+    return torch._VF.gru(sequence.to(dtype), start, low, True, 1, 0.0, gru.training, False, True)[0]
+
+
+def recurrent_dtype() -> torch.dtype:
+    """What autocast asks for on a GPU, or float32 where its cuDNN has no recurrent layers in bf16."""
+    asked = torch.get_autocast_dtype("cuda")
+    too_old = (torch.backends.cudnn.version() or 0) < _CUDNN_WITH_BF16
+    return torch.float32 if asked == torch.bfloat16 and too_old else asked

@@ -55,22 +55,22 @@ def norm_per_view(norm: nn.Module, x: Tensor, views: int) -> Tensor:
 def frozen(module: nn.Module, inference: bool = True) -> Iterator[None]:
     """No parameter gets a gradient; all but recurrent layers are in inference mode, if `inference`.
 
-    cuDNN has no backward pass for recurrent layers in inference mode, so a GRU must stay in training mode
-    while its input is attacked; it has no dropout, so its result is the same.
+    cuDNN has no backward pass for recurrent layers in inference mode, so a GRU is in training mode while its
+    input is attacked; it has no dropout, so its result is the same.
     """
     weights = [p for p in module.parameters() if p.requires_grad]
-    layers = [m for m in module.modules() if m.training and inference and not isinstance(m, nn.RNNBase)]
+    modes = {m: m.training for m in module.modules()}
     for p in weights:
         p.requires_grad_(False)
-    for m in layers:
-        m.training = False
+    for m in modes:
+        m.training = isinstance(m, nn.RNNBase) or (m.training and not inference)
     try:
         yield
     finally:
         for p in weights:
             p.requires_grad_(True)
-        for m in layers:
-            m.training = True
+        for m, training in modes.items():
+            m.training = training
 
 
 def projection_head(feature_dim: int, dim: int, hidden: int | None = None) -> nn.Sequential:
