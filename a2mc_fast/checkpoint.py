@@ -251,7 +251,10 @@ def load(path: Path) -> Checkpoint:
             text: dict[str, str] = file.metadata() or {}
             require(text.get("format") == json.dumps(FORMAT), f"{path} is not a checkpoint ({FORMAT})")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        require(text.get("checksum") == _checksum(text, tensors), f"{path} is damaged: its checksum is wrong")
+        require(
+            text.get("checksum") == _checksum(text, tensors),
+            f"{path} is damaged: its checksum is wrong; use an older one beside it, if there is one",
+        )
         wrong = _not_finite(tensors)
         require(not wrong, f"{path}: {wrong} is not finite")
         return _parse(path, {k: _json(v) for k, v in text.items() if k != "checksum"}, tensors)

@@ -206,6 +206,7 @@ def prepare(wanted: Reading | Synthetic, command: str = "") -> None:
     output = wanted.output
     require(_is_text(output), f"{output} is not UTF-8, and a packed file's name must be; name another file")
     require(not output.is_dir(), f"{output} is a folder; name the file to write")
+    require(output.suffix == ".safetensors", f"{output}: a packed file's name must end in .safetensors")
     require(wanted.overwrite or not output.exists(), f"{output} exists; replace it with --overwrite")
     start = time.perf_counter()
     if isinstance(wanted, Synthetic):
@@ -221,7 +222,6 @@ def prepare(wanted: Reading | Synthetic, command: str = "") -> None:
 
         require(wanted.workers >= 0, f"--workers must not be negative, got {wanted.workers}")
         require(wanted.max_frames >= 1, f"--max-frames must be at least 1, got {wanted.max_frames}")
-        require(output.resolve() != wanted.input.resolve(), f"{output} is the input; name another file")
         source = wanted.open()
         made = collect(
             source,

@@ -325,12 +325,13 @@ class RunLog:
         os.fsync(self._file.fileno())
 
     def say(self, line: str) -> None:
-        """A console line, above the progress bar. Where it goes to a full disk, only the line is lost."""
+        """A console line, above the progress bar. If nobody or a full disk takes it, it alone is lost."""
         try:
             self._bar.write(line, file=sys.stdout)
             sys.stdout.flush()
         except BrokenPipeError:
-            raise
+            # the reader went away, as a dead `tee` does, and every later line would fail again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except OSError:
             pass
 

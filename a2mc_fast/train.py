@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from a2mc_fast.config import BASE_PRESETS, Config, preset
-from a2mc_fast.errors import InputError, exit_on_error, one_speaks
+from a2mc_fast.errors import InputError, exit_on_error, one_speaks, require
 
 if TYPE_CHECKING:
     import torch
@@ -154,6 +154,11 @@ def pick_device(config: Config) -> torch.device:
     # cuBLAS reads it when it starts, and repeats its results to the bit only with workspaces of its own
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if config.run.threads:
+        most = 4 * (os.cpu_count() or 1)
+        require(
+            config.run.threads <= most,
+            f"--run.threads {config.run.threads} is more than this machine can use: at most {most}",
+        )
         torch.set_num_threads(config.run.threads)
     available = torch.cuda.is_available()
     if config.run.device == "cuda" and not available:
@@ -198,6 +203,10 @@ def main(args: list[str] | None = None) -> None:
         with one_speaks():
             name = args.pop(0) if args and not args[0].startswith("-") else "demo"
             resume = "--resume" in args
+            require(
+                not any(arg.split("=")[0] == "--preset" for arg in args),
+                "a preset's name comes first, without a flag: python -m a2mc_fast.train own",
+            )
             config = tyro.cli(
                 Config,
                 default=preset(name),

@@ -330,6 +330,14 @@ def choose_backend(config: Config, device: torch.device) -> tuple[Literal["trito
 
     `auto` takes the Triton kernels on a GPU, once they have agreed with float64 there.
     """
+    if config.run.backend == "triton" and device.type != "cuda":
+        from a2mc_fast.kernels.common import INTERPRET
+
+        require(
+            INTERPRET,
+            "--run.backend triton needs a GPU: use --run.backend auto or torch (Triton's interpreter, with "
+            "TRITON_INTERPRET=1, is for tests)",
+        )
     if config.run.backend != "auto":
         return config.run.backend, ""
     if device.type != "cuda" or not config.fits_kernels:

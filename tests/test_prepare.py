@@ -153,7 +153,7 @@ def test_existing_output_is_kept_unless_told(tmp_path: Path, capsys: pytest.Capt
     run("npz", source, out, "--overwrite")
     assert len(Clips.load(out)) == 3
     capsys.readouterr()
-    assert "is the input" in refused(capsys, "npz", source, source, "--overwrite")
+    assert "must end in .safetensors" in refused(capsys, "npz", source, source, "--overwrite")
     assert "is a folder" in refused(capsys, "npz", source, tmp_path)
 
 

@@ -247,6 +247,9 @@ def refused(main: Callable[[list[str]], None], args: list[str], capsys: pytest.C
 
 def test_bad_input_is_one_sentence(trained: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, folder = ["demo", *FAST], trained.parent
+    clips = Clips.load(data)
+    clips.splits = {}
+    clips.save(folder / "no-split.safetensors")
     cases = [
         (["nothing"], "unknown preset 'nothing'"),
         (["ntu60-xsub"], "ntu60.safetensors not found; make it with: python -m a2mc_fast.prepare"),
@@ -261,6 +264,9 @@ def test_bad_input_is_one_sentence(trained: Path, data: Path, capsys: pytest.Cap
             "holds no run to resume",
         ),
         ([*run, "--run.device", "cuda"], "torch sees no GPU"),
+        ([*run, "--run.threads", "100000"], "--run.threads 100000 is more than this machine can use"),
+        ([*run, "--preset", "own"], "a preset's name comes first"),
+        ([*run, "--data", str(folder / "no-split.safetensors")], "add split_NAME to what was prepared"),
     ]
     before = {path: path.read_bytes() for path in trained.iterdir()}
     for args, words in cases:
@@ -339,6 +345,23 @@ def test_the_command_line_as_a_user_runs_it(data: Path, tmp_path: Path) -> None:
     assert "kNN top-1" in done.stdout and "wrote r/checkpoint.safetensors" in done.stdout
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert again.returncode == 2 and "already holds a run" in again.stderr
+
+
+def test_a_run_outlives_the_reader_of_its_output(data: Path, tmp_path: Path) -> None:
+    """As when `tee` dies: the lines are lost, and the run is not."""
+    command = [sys.executable, "-m", "a2mc_fast.train", "demo", "--data", str(data), "--run.out", "r", *FAST]
+    with subprocess.Popen(
+        [*command, "--optim.epochs", "2", "--optim.milestones", "0", "--bank.warmup-steps", "1"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert "training clips" in process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(120) == 0, process.stderr.read()
+    assert (tmp_path / "r" / "result.json").exists()
 
 
 def test_config_in_the_checkpoint_is_the_runs(trained: Path, data: Path) -> None:

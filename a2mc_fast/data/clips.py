@@ -267,8 +267,13 @@ class Clips:
     def split(self, name: str) -> tuple[Tensor, Tensor]:
         """Clip numbers of a protocol: (train_index, test_index), int64 on the clips' device."""
         if name not in self.splits:
-            have = ", ".join(sorted(self.splits)) or "none"
-            raise InputError(f"the data has no protocol {name!r} (it has: {have}); choose one with --split")
+            have = ", ".join(sorted(self.splits))
+            raise InputError(
+                f"the data has no protocol {name!r} (it has: {have}); choose one with --split"
+                if have
+                else f"the data has no protocol {name!r}, nor any other: add split_NAME to what was prepared "
+                "(true for training clips), and prepare it again"
+            )
         mask = self.splits[name]
         return mask.nonzero().flatten(), (~mask).nonzero().flatten()
 
