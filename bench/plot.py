@@ -1,4 +1,4 @@
-"""The speed figure: `python -m bench.plot [RESULTS.json ...] --out speed.svg`, from recorded runs.
+"""The speed figure: `python -m bench.plot [RESULTS.json ...] --out speed.png`, from recorded runs.
 
 It reads pytest-benchmark files as `bench/conftest.py` records them, and of each benchmark's `extra_info`
 
@@ -411,7 +411,7 @@ class Options:
 
     results: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Files of pytest --benchmark-json; none = all of bench/results."""
-    out: Path = RESULTS / "speed.svg"
+    out: Path = RESULTS / "speed.png"
     """Picture to write; the suffix is .png, .pdf or .svg."""
 
 
