@@ -15,6 +15,7 @@ from a2mc_fast.augment import Views
 from a2mc_fast.checkpoint import Checkpoint
 from a2mc_fast.data import Clips
 from a2mc_fast.errors import InputError, require
+from a2mc_fast.evaluate import check_skeleton
 from a2mc_fast.train import load_clips, pick_device
 
 _NUMBERS = ("loss", "loss_weak", "loss_strong", "loss_basic", "lr", "knn_top1")
@@ -50,13 +51,7 @@ def open_run(run: Path, data: str, split: str, device: Literal["auto", "cpu", "c
     )
     place = pick_device(config)
     clips = load_clips(config, place)
-    have = (clips.skeleton.num_joints, clips.num_persons)
-    need = (saved.skeleton.num_joints, saved.persons)
-    require(
-        have == need,
-        f"{saved.path} was trained on {need[0]} joints and {need[1]} persons, "
-        f"{config.data or 'the built-in set'} has {have[0]} and {have[1]}",
-    )
+    check_skeleton(saved, clips, config.data or "the built-in set")
     views = Views(clips, config.views, config.seed)
     return Opened(name=run_name(run), saved=saved, clips=clips, views=views, split=config.split, device=place)
 
