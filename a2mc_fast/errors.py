@@ -45,6 +45,22 @@ def require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
+def first_line(error: BaseException) -> str:
+    """What went wrong at the bottom of a library's exception, its kind first.
+
+    Compilers say where in the first line and what in the last, so a first line that ends in a colon gets it.
+    """
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = (
+        " ".join(dict.fromkeys((lines[0], lines[-1])))
+        if lines and lines[0].endswith(":")
+        else "".join(lines[:1])
+    )
+    return one_line(": ".join(filter(None, (type(error).__name__, text))), 300)
+
+
 def os_reason(error: OSError) -> str:
     """The operating system's reason without its number, e.g. "Permission denied: runs/x"."""
     reason = error.strerror or str(error)

@@ -1,16 +1,20 @@
 """Random numbers that are a pure function of (seed, step, stream, index), the same on every device.
 
-Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in tensor arithmetic.
-There is no generator state to save, to synchronise or to capture: the counter is (index, stream, step), the
-key is the seed. `step` may be a tensor on the device.
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), as one operation that
+torch.compile does not look into: Inductor would turn its 32-bit constants into index arithmetic, which Triton
+refuses. There is no generator state to save, to synchronise or to capture: the counter is (index, stream,
+step), the key is the seed. `step` may be a tensor on the device.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 from torch import Tensor
+
+from a2mc_fast.errors import first_line
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -40,14 +44,48 @@ def philox(
     if not isinstance(step, Tensor):
         # filled on the device: a number brought from the host would be waited for
         step = torch.full((), step, dtype=torch.int64, device=device)
-    zero = torch.zeros(count, dtype=torch.int64, device=device)
+    return _philox(step, seed, stream, first, count)
+
+
+@torch.library.custom_op("a2mc::philox", mutates_args=())
+def _philox(step: Tensor, seed: int, stream: int, first: int, count: int) -> Tensor:
+    if step.is_cuda and not kernel_refused(step.device):
+        from a2mc_fast.kernels import philox as kernel  # Triton is only there where there is a GPU
+
+        return kernel.philox(step, seed, stream, first, count)
+    return _plain(step, seed, stream, first, count)
+
+
+@_philox.register_fake
+def _(step: Tensor, seed: int, stream: int, first: int, count: int) -> Tensor:
+    return step.new_empty(4, count)
+
+
+def _plain(step: Tensor, seed: int, stream: int, first: int, count: int) -> Tensor:
+    """The words by tensor arithmetic, on any device."""
+    zero = torch.zeros(count, dtype=torch.int64, device=step.device)
     counter = (
-        torch.arange(first, first + count, device=device),
+        torch.arange(first, first + count, device=step.device),
         zero + stream,
         zero + (step & _MASK),
         zero + (step >> 32 & _MASK),
     )
     return encrypt(counter, seed)
+
+
+@functools.cache
+def kernel_refused(device: torch.device) -> str:
+    """Why a GPU draws its words by tensor arithmetic: what the kernel's compiler said, or that its words are
+    others; "" where they agree. Asked once, before anything is captured."""
+    step = torch.full((), 2**40 + 7, dtype=torch.int64, device=device)
+    arguments = (step, 2**61 + 5, STREAM_NOISE, 2**20 + 3, 1001)
+    try:
+        from a2mc_fast.kernels import philox as kernel
+
+        words = kernel.philox(*arguments)
+    except Exception as error:  # whatever the compiler or the driver raises means the same
+        return first_line(error)
+    return "" if torch.equal(words, _plain(*arguments)) else "its words are not Philox's"
 
 
 def encrypt(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> Tensor:

@@ -55,7 +55,12 @@ def signature(call: Any) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int
     """Types, constants and alignments of a planned launch, specialised as Triton's launcher does."""
     import torch
 
-    types = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+    types = {
+        torch.float32: "*fp32",
+        torch.bfloat16: "*bf16",
+        torch.float16: "*fp16",
+        torch.int64: "*i64",
+    }
     names: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}
@@ -68,16 +73,17 @@ def signature(call: Any) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int
         if isinstance(value, torch.Tensor):
             names[parameter.name] = types[value.dtype]
         else:
-            names[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+            whole = "i32" if -(2**31) <= value < 2**31 else "i64"
+            names[parameter.name] = "fp32" if isinstance(value, float) else whole
         if aligned:
             attributes[(position,)] = [["tt.divisibility", 16]]
     return names, constants, attributes
 
 
 def launches(problem: Problem) -> list[Any]:
-    """All launches of both operations, planned on tensors without memory."""
+    """All launches of the operations, planned on tensors without memory."""
     import torch
-    from a2mc_fast.kernels import bank_ascent, mixing_contrast
+    from a2mc_fast.kernels import bank_ascent, mixing_contrast, philox
 
     p = problem
     dtype = getattr(torch, p.dtype)
@@ -91,9 +97,11 @@ def launches(problem: Problem) -> list[Any]:
             0
         ]
     ]
-    step = (3.0, 0.9, 1e-4, 1.0)
-    ascent = bank_ascent.plan(rows, rows, *features, p.mix, 0.03, *step, soft, p.live, p.precision)[0]
-    return [*contrast, *ascent]
+    sgd = (3.0, 0.9, 1e-4, 1.0)
+    ascent = bank_ascent.plan(rows, rows, *features, p.mix, 0.03, *sgd, soft, p.live, p.precision)[0]
+    step = torch.empty((), dtype=torch.int64, device="meta")
+    words = [philox.plan(step, seed, 2, first, 9600)[0] for seed, first in ((0, 0), (2**62, 2**40))]
+    return [*contrast, *ascent, *words]
 
 
 def usage(call: Any, chip: int) -> dict[str, int]:
@@ -149,6 +157,7 @@ def test_no_spills_and_shared_memory_fits(compiled: dict[str, list[dict[str, Any
         "bank_pass_kernel",
         "combine_kernel",
         "live_target_kernel",
+        "philox_kernel",
         "row_softmax_kernel",
         "ascent_kernel",
         "summary_kernel",
