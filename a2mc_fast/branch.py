@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -24,6 +25,8 @@ class Branch(nn.Module):
         self.config = config
         self.register_buffer("parents", torch.tensor(skeleton.parents), persistent=False)
         e = config.encoder
+        self.compiled: Callable[[Tensor, int], Tensor] | None = None
+        """What runs in the encoder's place: the encoder, compiled. The trainer sets it."""
         self.encoder = build_encoder(
             e.name, skeleton, persons=persons, frames=config.views.frames, **e.options
         )
@@ -45,7 +48,7 @@ class Branch(nn.Module):
         elif self.config.stream == "bone":
             x = bone_stream(x, self.parents)
         with autocast(self.config, x.device, wide):
-            return self.encoder(x, views)
+            return (self.compiled or self.encoder)(x, views)
 
     def project(self, feature: Tensor, level: str, *, wide: bool = False) -> Tensor:
         """The contrasted feature of a level. feature [N, feature_dim] -> float32 unit rows [N, D]"""

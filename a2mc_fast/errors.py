@@ -50,14 +50,13 @@ def first_line(error: BaseException) -> str:
 
     Compilers say where in the first line and what in the last, so a first line that ends in a colon gets it.
     """
-    while error.__cause__ is not None:
-        error = error.__cause__
+    # torch's compilers keep what they wrap under a name of their own
+    while inner := getattr(error, "inner_exception", None) or error.__cause__:
+        error = inner
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = (
-        " ".join(dict.fromkeys((lines[0], lines[-1])))
-        if lines and lines[0].endswith(":")
-        else "".join(lines[:1])
-    )
+    text = " ".join(lines[:1])
+    if text.endswith(":"):
+        text = " ".join(dict.fromkeys((text, lines[-1])))
     return one_line(": ".join(filter(None, (type(error).__name__, text))), 300)
 
 

@@ -269,10 +269,11 @@ class RunConfig:
     threads: int = 0
     """CPU threads; 0 = torch's choice. One is as fast for a narrow encoder."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of views, loss and encoder (not of recurrent layers); auto = on a GPU only."""
-    graph: Literal["auto", "off"] = "auto"
-    """auto = on a GPU the whole step is captured as a CUDA graph and replayed; off = each operation is
-    launched by the host, for debugging."""
+    """torch.compile of views, loss and encoder (not of recurrent layers); auto = on a GPU, where what the
+    compiler refuses runs as it is written; on = a refusal ends the run."""
+    graph: Literal["auto", "on", "off"] = "auto"
+    """auto = on a GPU the whole step is captured as a CUDA graph and replayed, or launched if the capture is
+    refused; on = a refusal ends the run; off = each operation is launched by the host, for debugging."""
     backend: Literal["auto", "triton", "torch"] = "auto"
     """Loss and banks by the fused Triton kernels or in plain torch; auto = Triton on a GPU, once it has
     agreed with float64 there."""

@@ -68,14 +68,15 @@ def _train(config: Config, resume: bool, world: World) -> Path:
             folder, resumed, keep_last=run.keep_last, keep_every=kept, before=log.sync, warn=log.say
         ) as saver,
     ):
+        trainer.say = log.say
         with log.paused():
             ranks = "" if world.alone else f"{world.size} x "
             log.say(
                 f"{config.preset}: {len(trainer.train_index)} training clips, {total} steps "
                 f"({config.warmup_steps} of warm-up) on {ranks}{machine()['device']} -> {folder}"
             )
-            if trainer.backend_note:
-                log.say(trainer.backend_note)
+            for note in trainer.notes:
+                log.say(note)
             if resumed:
                 progress = resumed.progress
                 log.say(f"resumed after step {resumed.step}")
@@ -126,6 +127,7 @@ def outcome(config: Config, trainer: Trainer, log: RunLog, progress: dict[str, f
         "loss": progress["loss"],
         "knn_top1": progress.get("knn_top1"),
         "knn_top1_untrained": progress.get("knn_top1_untrained"),
+        "ran": trainer.ran,
         **machine(),
     }
 

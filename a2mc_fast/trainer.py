@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -20,7 +22,7 @@ from torch.profiler import record_function
 from a2mc_fast import checkpoint, rng
 from a2mc_fast.augment import Draws, Views
 from a2mc_fast.branch import set_arithmetic
-from a2mc_fast.capture import Captured
+from a2mc_fast.capture import Captured, Part, Say
 from a2mc_fast.config import Config
 from a2mc_fast.data import Clips
 from a2mc_fast.distributed import ALONE, World, checksum
@@ -89,23 +91,59 @@ class Trainer:
             # torch would leave it unwritten if fp16 skips the first step
             self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.scaler = torch.amp.GradScaler("cuda", enabled=cuda and config.precision == "fp16")
-        self.model.backend, self.backend_note = choose_backend(config, self.device)
+        self.model.backend, note = choose_backend(config, self.device)
         if world.any(self.model.backend == "torch") and self.model.backend == "triton":
-            self.model.backend, self.backend_note = (
-                "torch",
-                "loss and bank in plain torch, as on another rank",
-            )
-        compiled = config.run.compile == "on" or (config.run.compile == "auto" and cuda)
-        wrap: Any = (lambda f: torch.compile(f, dynamic=False)) if compiled else (lambda f: f)
-        self._make_view = wrap(self.views.make)
-        # ranks that share a bank talk in the middle of the loss
-        self._losses = wrap(self.model.losses) if self.model.ranks is None else self.model.losses
-        for branch in (self.model.query, self.model.key):
-            if compiled and not branch.encoder.recurrent:
-                branch.encoder.compile(dynamic=False)
-        graph = cuda and config.run.graph != "off"
-        self._stream = torch.cuda.Stream(self.device) if graph else None
+            self.model.backend, note = "torch", "loss and bank in plain torch, as on another rank"
+        refused = rng.kernel_refused(self.device) if cuda else ""
+        self._words_by_kernel = cuda and not refused
+        self.notes = [note] if note else []
+        """Sentences for the log: by what losses, banks and random numbers are computed, and why."""
+        if refused:
+            self.notes.append(f"random numbers in plain torch, because their kernel was refused: {refused}")
+        self.say: Say = print
+        """Where to tell what a compiler refused."""
+        self._compile_parts()
+        require(cuda or config.run.graph != "on", "--run.graph on needs a GPU: use --run.graph auto")
+        self._stream = torch.cuda.Stream(self.device) if cuda and config.run.graph != "off" else None
         self._phase, self._run = "", Captured(dict, None)
+
+    def _compile_parts(self) -> None:
+        """Views, losses and encoders, each behind torch.compile where that is asked for."""
+        run = self.config.run
+        compiled = run.compile == "on" or (run.compile == "auto" and self.device.type == "cuda")
+
+        def part(name: str, function: Callable[..., Any], compile: bool = True) -> Part:
+            return Part(
+                name, function, compile and compiled, run.compile == "on", lambda line: self.say(line)
+            )
+
+        self._make_view = part("views", self.views.make)
+        # ranks that share a bank talk in the middle of the loss
+        self._losses = part("losses", self.model.losses, self.model.ranks is None)
+        encoders = []
+        for name, branch in (("query encoder", self.model.query), ("key encoder", self.model.key)):
+            branch.compiled = part(name, branch.encoder, not branch.encoder.recurrent)
+            encoders.append(branch.compiled)
+        self._parts = (self._make_view, self._losses, *encoders)
+
+    @property
+    def ran(self) -> dict[str, str]:
+        """How each part of the step ran, by name: compiled, captured, by which kernels, or why not."""
+        return {
+            **{part.name: part.ran for part in self._parts},
+            "step": self._run.ran,
+            "loss and bank": "Triton kernels" if self.model.backend == "triton" else "plain torch",
+            "random numbers": "Triton kernel" if self._words_by_kernel else "plain torch",
+        }
+
+    @contextmanager
+    def _uncompiled(self) -> Iterator[None]:
+        """Inside, all parts run as written."""
+        for part in self._parts:
+            part.resting = True
+        yield
+        for part in self._parts:
+            part.resting = False
 
     def _join(self) -> None:
         """Have all ranks train the same model on the same data. `InputError` if they were told otherwise."""
@@ -129,7 +167,9 @@ class Trainer:
             self.model.copy_query_to_key()
         if phase != self._phase:
             body = self._warmup_step if phase == "warmup" else self._train_step
-            self._phase, self._run = phase, Captured(body, self._stream)
+            strict = config.run.graph == "on"
+            self._phase = phase
+            self._run = Captured(body, self._stream, strict, lambda line: self.say(line))
         self._write_order(step // self.steps_per_epoch)
         self._time.fill_(step)
         self._lr.fill_(self.learning_rate(step))
@@ -280,7 +320,7 @@ class Trainer:
         if not all(bool((labels[index] >= 0).any()) for index in (self.train_index, self.test_index)):
             return None
         # its odd batch sizes are not worth compiling for
-        with torch.compiler.set_stance("force_eager"):
+        with self._uncompiled():
             return knn_accuracy(self.model.query, self.views, self.config.split)
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:

@@ -1,7 +1,7 @@
 """Philox4x32-10 words of consecutive counters: one kernel, so that no compiler takes the arithmetic apart.
 
 The counter of block i is (first + i, stream, low and high half of the step), the key is the seed. The words
-are those of Salmon et al. (SC 2011), as int64, word after word: [4, count]. The plain form is `a2mc_fast.rng`'s.
+are those of Salmon et al. (SC 2011), as int64, word after word: [4, count]. The plain form is that of `rng`.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False

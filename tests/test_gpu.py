@@ -133,4 +133,30 @@ def test_replays_allocate_nothing(make_clips: MakeClips) -> None:
 
 def test_the_kernels_are_verified_and_chosen(make_clips: MakeClips) -> None:
     run = trainer(make_clips)
-    assert run.model.backend == "triton", run.backend_note
+    assert run.model.backend == "triton", run.notes
+    assert run.ran["random numbers"] == "Triton kernel", run.notes
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_nothing_is_refused(make_clips: MakeClips, encoder: str) -> None:
+    """Every part is compiled, and the step captured, as a log of a healthy run says."""
+    run = trainer(make_clips, encoder, "bf16", compile="on", graph="on")
+    losses(run)
+    parts = ("views", "losses") if encoder == "bigru" else ("views", "losses", "query encoder", "key encoder")
+    assert [run.ran[part] for part in parts] == ["compiled"] * len(parts)
+    assert run.ran["step"] == "captured"
+
+
+def test_a_step_that_cannot_be_captured_is_launched(
+    make_clips: MakeClips, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = losses(trainer(make_clips, "stgcn", graph="off"))
+    run, said = trainer(make_clips, "stgcn"), []
+    run.say = said.append
+    update = run.model.update_key
+    # a capture cannot wait for the device
+    monkeypatch.setattr(
+        run.model, "update_key", lambda: (torch.cuda.current_stream().synchronize(), update())
+    )
+    assert losses(run) == expected
+    assert len(said) == 2 and run.ran["step"].startswith("launched: "), said

@@ -4,8 +4,7 @@ that are not finite are caught on the device, and levels of a feature meet their
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +16,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from a2mc_fast.capture import Captured
 from a2mc_fast.config import BankConfig, Config, EncoderConfig, LossConfig, RunConfig, ViewConfig, preset
 from a2mc_fast.data import Clips
 from a2mc_fast.distributed import ALONE, World
@@ -287,39 +285,3 @@ def test_a_run_with_several_levels_warms_up_and_trains(halves: None, make_clips:
     rows = [trainer.model.bank(level).rows[:8] for level in ("t", "s", "i")]
     assert not any(torch.equal(a, b) for a, b in zip(unit, rows))
     assert not torch.equal(rows[0], rows[1])
-
-
-def test_the_fourth_call_is_captured_and_later_ones_replay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The order of calls, on a stand-in for CUDA streams and graphs: one for each step and never two."""
-    events: list[str] = []
-
-    class Stream:
-        device = None
-
-        def wait_stream(self, other: Stream) -> None:
-            pass
-
-    class Graph:
-        def replay(self) -> None:
-            events.append("replay")
-
-    @contextmanager
-    def recording(graph: Graph, stream: Stream, capture_error_mode: str) -> Iterator[None]:
-        events.append("capture")
-        yield
-        events.append("captured")
-
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", recording)
-
-    def function() -> dict[str, Tensor]:
-        events.append("run")
-        return {"loss": torch.zeros(())}
-
-    step = Captured(function, Stream())  # type: ignore[arg-type]
-    results = [step() for _ in range(6)]
-    assert events == ["run"] * 3 + ["capture", "run", "captured"] + ["replay"] * 3
-    assert results[3] is results[4] is results[5] and results[2] is not results[3]
-    assert Captured(function, None)()["loss"] == 0 and events[-1] == "run"
