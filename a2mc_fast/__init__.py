@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from a2mc_fast.inference import embed_recording, load_encoder
+    from a2mc_fast.evaluation.inference import embed_recording, load_encoder
 
 __version__ = "0.1.0"
 __all__ = ["embed_recording", "load_encoder"]
@@ -18,6 +18,6 @@ __all__ = ["embed_recording", "load_encoder"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from a2mc_fast import inference
+    from a2mc_fast.evaluation import inference
 
     return getattr(inference, name)

@@ -18,9 +18,9 @@ import tyro
 from a2mc_fast.config import BASE_PRESETS, Config, _ablations, differences, preset, to_dict
 from a2mc_fast.errors import exit_on_error, require
 from a2mc_fast.evaluate import Evaluation, Knn, Linear, evaluate, sha256
+from a2mc_fast.evaluation.settings import LinearConfig
+from a2mc_fast.evaluation.tables import align, mean_and_std, percent
 from a2mc_fast.files import read_json, write_json
-from a2mc_fast.protocol_config import LinearConfig
-from a2mc_fast.results import align, mean_and_std, percent
 
 FORMAT = "a2mc-ablation/1"
 RowName = Literal["b1", "b2", "b3", "b4", "full", "a1", "a2", "a3", "l0", "l1", "l2", "l3", "l4"]
@@ -119,7 +119,7 @@ def row_configs(config: Config) -> dict[str, Config]:
 
 def ablate(options: Ablation) -> dict[str, Any]:
     """Make or reuse the runs, print the tables and write ablation.json in the folder above the runs."""
-    from a2mc_fast.runlog import machine
+    from a2mc_fast.run.log import machine
 
     config = options.config
     base = Path(config.run.out or f"runs/{config.preset}-ablation")
@@ -151,7 +151,7 @@ def ablate(options: Ablation) -> dict[str, Any]:
 
 def run_row(config: Config, folder: Path, linear: LinearConfig) -> dict[str, float]:
     """Train and evaluate one row and seed, as far as its folder does not hold it already."""
-    from a2mc_fast import checkpoint
+    from a2mc_fast.run import checkpoint
     from a2mc_fast.train import train
 
     begun = (folder / checkpoint.FILE).exists()
@@ -178,7 +178,7 @@ def run_row(config: Config, folder: Path, linear: LinearConfig) -> dict[str, flo
 
 def evaluated(options: Evaluation, config: Config) -> dict[str, Any]:
     """The run's saved result if it was made from this checkpoint with these options, or a new one."""
-    from a2mc_fast.checkpoint import FILE
+    from a2mc_fast.run.checkpoint import FILE
 
     path = options.run / f"{options.protocol}.json"
     if path.exists():

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from a2mc_fast.distributed import ALONE, World
 from a2mc_fast.errors import require
 from a2mc_fast.kernels import reference
+from a2mc_fast.ranks import ALONE, World
 
 
 class Queue(nn.Module):

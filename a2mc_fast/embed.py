@@ -53,7 +53,8 @@ class Embed:
 
 def embed(options: Embed) -> None:
     """Write the features, or the program, and say so."""
-    from a2mc_fast import checkpoint, inference
+    from a2mc_fast.evaluation import inference
+    from a2mc_fast.run import checkpoint
     from a2mc_fast.train import load_clips, pick_device
 
     if options.export:

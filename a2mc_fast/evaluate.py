@@ -20,19 +20,19 @@ from tyro.conf import Positional, arg, subcommand
 
 from a2mc_fast.config import Config, to_dict
 from a2mc_fast.errors import exit_on_error, one_speaks, require
+from a2mc_fast.evaluation.settings import FinetuneConfig, LinearConfig, SemiConfig
+from a2mc_fast.evaluation.tables import FORMAT, accuracies, mean_and_std, read_results, table
 from a2mc_fast.files import atomic_path, write_json
-from a2mc_fast.protocol_config import FinetuneConfig, LinearConfig, SemiConfig
-from a2mc_fast.results import FORMAT, accuracies, mean_and_std, read_results, table
 
 if TYPE_CHECKING:  # --help does not wait for torch
     from torch import Tensor
 
     from a2mc_fast.augment import Views
-    from a2mc_fast.branch import Branch
-    from a2mc_fast.checkpoint import Checkpoint
     from a2mc_fast.data import Clips
-    from a2mc_fast.distributed import World
-    from a2mc_fast.scores import Outcome, Scores
+    from a2mc_fast.encoders.branch import Branch
+    from a2mc_fast.evaluation.scores import Outcome, Scores
+    from a2mc_fast.ranks import World
+    from a2mc_fast.run.checkpoint import Checkpoint
 
 _STREAM_WEIGHTS = {"joint": 0.6, "motion": 0.4, "bone": 0.6}  # AimCLR, HiCLR
 
@@ -102,8 +102,8 @@ class Knn(Evaluation):
         require(self.k >= 1 and self.top >= 1, f"k and top must be >= 1, got {self.k} and {self.top}")
 
     def measure(self, branch: Branch, views: Views, split: str) -> Measured:
-        from a2mc_fast.protocols import encode, labelled_split, nearest, vote
-        from a2mc_fast.scores import accuracy, confusion_matrix, details
+        from a2mc_fast.evaluation.protocols import encode, labelled_split, nearest, vote
+        from a2mc_fast.evaluation.scores import accuracy, confusion_matrix, details
 
         train, test = labelled_split(views, split)
         clips = views.clips
@@ -132,7 +132,7 @@ class Linear(LinearConfig, Evaluation):
         return {**super().resolved(encoder), "lr": self.learning_rate(encoder)}
 
     def measure(self, branch: Branch, views: Views, split: str) -> Measured:
-        from a2mc_fast.protocols import labelled_split, linear_evaluation
+        from a2mc_fast.evaluation.protocols import labelled_split, linear_evaluation
 
         outcome = linear_evaluation(branch, views, split, self, progress=self.shown)
         return _classified(outcome, views.clips, labelled_split(views, split)[1])
@@ -143,8 +143,8 @@ class Finetune(FinetuneConfig, Evaluation):
     """Encoder and a new classifier trained on all labels (the paper's Table VII)."""
 
     def measure(self, branch: Branch, views: Views, split: str) -> Measured:
-        from a2mc_fast.finetune import finetune
-        from a2mc_fast.protocols import check_classes, labelled_split
+        from a2mc_fast.evaluation.finetune import finetune
+        from a2mc_fast.evaluation.protocols import check_classes, labelled_split
 
         train, test = labelled_split(views, split)
         check_classes(views, train, test, f"protocol {split!r}", self.allow_missing)
@@ -171,9 +171,9 @@ class Semi(SemiConfig, Evaluation):
     def measure(self, branch: Branch, views: Views, split: str) -> Measured:
         import torch
 
-        from a2mc_fast.finetune import semi_supervised
-        from a2mc_fast.protocols import labelled_split
-        from a2mc_fast.scores import details
+        from a2mc_fast.evaluation.finetune import semi_supervised
+        from a2mc_fast.evaluation.protocols import labelled_split
+        from a2mc_fast.evaluation.scores import details
 
         test = labelled_split(views, split)[1]
         entries = []
@@ -224,8 +224,8 @@ def evaluate(options: Evaluation) -> dict[str, Any]:
 
     The ranks that torchrun started share the encoding of clips; rank 0 prints and writes.
     """
-    from a2mc_fast import checkpoint
-    from a2mc_fast.distributed import join
+    from a2mc_fast.ranks import join
+    from a2mc_fast.run import checkpoint
     from a2mc_fast.train import pick_device
 
     with one_speaks():
@@ -242,9 +242,9 @@ def evaluate(options: Evaluation) -> dict[str, Any]:
 
 def _evaluate(options: Evaluation, loaded: Checkpoint, config: Config, world: World) -> dict[str, Any]:
     from a2mc_fast.augment import Views
-    from a2mc_fast.protocols import labelled_split
-    from a2mc_fast.runlog import machine
-    from a2mc_fast.scores import Scores
+    from a2mc_fast.evaluation.protocols import labelled_split
+    from a2mc_fast.evaluation.scores import Scores
+    from a2mc_fast.run.log import machine
     from a2mc_fast.train import load_clips
 
     require(
@@ -301,9 +301,9 @@ def _evaluate(options: Evaluation, loaded: Checkpoint, config: Config, world: Wo
 
 def ensemble(options: Ensemble) -> dict[str, Any]:
     """Add up saved scores and write the result. Returns what was written."""
-    from a2mc_fast.runlog import machine
-    from a2mc_fast.scores import accuracy, confusion_matrix, details
-    from a2mc_fast.scores import ensemble as weighted_sum
+    from a2mc_fast.evaluation.scores import accuracy, confusion_matrix, details
+    from a2mc_fast.evaluation.scores import ensemble as weighted_sum
+    from a2mc_fast.run.log import machine
 
     require(len(options.runs) >= 2, f"ensemble needs at least two runs, got {len(options.runs)}")
     require(not (options.weights and options.equal), "give --weights or --equal, not both")
@@ -365,28 +365,28 @@ def sha256(path: Path) -> str:
 
 def class_names(clips: Clips) -> list[str]:
     """A name for every class, the data's own or "class 7"."""
-    from a2mc_fast.protocols import class_name
+    from a2mc_fast.evaluation.protocols import class_name
 
     return [class_name(clips.class_names, c) for c in range(clips.num_classes)]
 
 
 def _classified(outcome: Outcome, clips: Clips, test: Tensor) -> Measured:
     """The result of one trained classifier; confusion and classes are those of the last epoch."""
-    from a2mc_fast.scores import details
+    from a2mc_fast.evaluation.scores import details
 
     entries = {"top1_best": outcome.best, "top1_last": outcome.last}
     return Measured({**entries, **details(_confusion(outcome, clips, test))}, outcome.scores)
 
 
 def _confusion(outcome: Outcome, clips: Clips, test: Tensor) -> Tensor:
-    from a2mc_fast.scores import confusion_matrix
+    from a2mc_fast.evaluation.scores import confusion_matrix
 
     return confusion_matrix(outcome.predicted, clips.labels[test], clips.num_classes)
 
 
 def _load_scores(run: Path, protocol: str) -> Scores:
     """The scores of a run folder, or those in a file."""
-    from a2mc_fast.scores import Scores
+    from a2mc_fast.evaluation.scores import Scores
 
     path = run / f"{protocol}.scores.safetensors" if run.is_dir() else run
     if not path.is_file():

@@ -25,13 +25,13 @@ from torch.profiler import record_function
 from a2mc_fast import rng
 from a2mc_fast.attack import semantic_attack
 from a2mc_fast.bank import MemoryBank, Queue
-from a2mc_fast.branch import Branch
 from a2mc_fast.config import Config
-from a2mc_fast.distributed import ALONE, World
+from a2mc_fast.encoders.branch import Branch
 from a2mc_fast.encoders.common import frozen
 from a2mc_fast.encoders.joint_norm import join_batch_norms
 from a2mc_fast.errors import require
 from a2mc_fast.losses import Backend, Losses, info_nce, mixing_contrast
+from a2mc_fast.ranks import ALONE, World
 from a2mc_fast.skeleton import Skeleton
 
 _KMEANS_ROUNDS = 10

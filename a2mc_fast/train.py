@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     import torch
 
     from a2mc_fast.data import Clips
-    from a2mc_fast.distributed import World
-    from a2mc_fast.runlog import RunLog
+    from a2mc_fast.ranks import World
+    from a2mc_fast.run.log import RunLog
     from a2mc_fast.trainer import Trainer
 
 
 def train(config: Config, *, resume: bool = False) -> Path:
     """Pretrain as configured; returns the run folder. Raises `InputError` for what the user can mend."""
-    from a2mc_fast.distributed import join
+    from a2mc_fast.ranks import join
 
     with join(config, lambda: pick_device(config)) as world:
         folder = _train(config, resume, world)
@@ -42,10 +42,10 @@ def _train(config: Config, resume: bool, world: World) -> Path:
     """One rank's run. All ranks take the same steps; rank 0 prints and writes."""
     import torch
 
-    from a2mc_fast.checkpoint import shared
     from a2mc_fast.files import write_json
-    from a2mc_fast.runlog import QuietLog, RunLog, leave, machine, open_folder, stop_on_signal
-    from a2mc_fast.saver import Saver
+    from a2mc_fast.run.checkpoint import shared
+    from a2mc_fast.run.log import QuietLog, RunLog, leave, machine, open_folder, stop_on_signal
+    from a2mc_fast.run.saver import Saver
     from a2mc_fast.trainer import Trainer
 
     folder, resumed = open_folder(config, resume) if world.main else (Path(), None)
@@ -116,7 +116,7 @@ def _train(config: Config, resume: bool, world: World) -> Path:
 
 def outcome(config: Config, trainer: Trainer, log: RunLog, progress: dict[str, float]) -> dict[str, Any]:
     """The content of result.json. It needs no step of this process: the last checkpoint holds the numbers."""
-    from a2mc_fast.runlog import machine, peak_memory
+    from a2mc_fast.run.log import machine, peak_memory
 
     return {
         "preset": config.preset,
@@ -151,7 +151,7 @@ def pick_device(config: Config) -> torch.device:
     """The GPU if there is one and the run allows it. Sets threads and torch's arithmetic."""
     import torch
 
-    from a2mc_fast.branch import set_arithmetic
+    from a2mc_fast.encoders.branch import set_arithmetic
 
     # cuBLAS reads it when it starts, and repeats its results to the bit only with workspaces of its own
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

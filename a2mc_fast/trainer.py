@@ -19,18 +19,19 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from a2mc_fast import checkpoint, rng
+from a2mc_fast import rng
 from a2mc_fast.augment import Draws, Views
-from a2mc_fast.branch import set_arithmetic
-from a2mc_fast.capture import Captured, Part, Say
 from a2mc_fast.config import Config
 from a2mc_fast.data import Clips
-from a2mc_fast.distributed import ALONE, World, checksum
+from a2mc_fast.encoders.branch import set_arithmetic
 from a2mc_fast.encoders.joint_norm import batch_norms
 from a2mc_fast.errors import InputError, require
+from a2mc_fast.evaluation.protocols import knn_accuracy
 from a2mc_fast.losses import Losses
 from a2mc_fast.model import A2MC
-from a2mc_fast.protocols import knn_accuracy
+from a2mc_fast.ranks import ALONE, World, checksum
+from a2mc_fast.run import checkpoint
+from a2mc_fast.run.capture import Captured, Part, Say
 
 
 class Trainer:

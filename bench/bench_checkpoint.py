@@ -18,11 +18,11 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from a2mc_fast import checkpoint
 from a2mc_fast.config import Config, RunConfig, demo, preset
 from a2mc_fast.data.synthetic import synthetic_clips
-from a2mc_fast.runlog import RunLog
-from a2mc_fast.saver import Saver
+from a2mc_fast.run import checkpoint
+from a2mc_fast.run.log import RunLog
+from a2mc_fast.run.saver import Saver
 from a2mc_fast.trainer import Trainer
 
 CUDA = torch.cuda.is_available()

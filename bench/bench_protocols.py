@@ -15,11 +15,11 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from a2mc_fast.augment import Views
-from a2mc_fast.branch import Branch
 from a2mc_fast.config import demo
 from a2mc_fast.data.synthetic import synthetic_clips
-from a2mc_fast.protocol_config import LinearConfig
-from a2mc_fast.protocols import linear_evaluation
+from a2mc_fast.encoders.branch import Branch
+from a2mc_fast.evaluation.protocols import linear_evaluation
+from a2mc_fast.evaluation.settings import LinearConfig
 
 CLIPS = 600
 

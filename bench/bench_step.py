@@ -22,13 +22,13 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from a2mc_fast.branch import Branch
 from a2mc_fast.config import Config, EncoderConfig, RunConfig, demo, preset
 from a2mc_fast.data import Clips
 from a2mc_fast.data.synthetic import synthetic_clips
 from a2mc_fast.encoders.bigru import BiGRU
+from a2mc_fast.encoders.branch import Branch
 from a2mc_fast.encoders.count import parameters_and_macs
-from a2mc_fast.runlog import peak_memory
+from a2mc_fast.run.log import peak_memory
 from a2mc_fast.trainer import Trainer
 from bench.baselines import feeder_pair, literal_mixing_contrast
 from bench.harness import CUDA, DEVICE, copy_bandwidth, milliseconds, product_rate

@@ -26,9 +26,9 @@ import tyro
 from safetensors.torch import load_file
 
 from a2mc_fast import train
-from a2mc_fast.checkpoint import FILE, load_last_good
 from a2mc_fast.files import write_json
-from a2mc_fast.runlog import machine
+from a2mc_fast.run.checkpoint import FILE, load_last_good
+from a2mc_fast.run.log import machine
 
 CLOCK = {"seconds", "clips_per_second", "memory_bytes"}
 _READINGS = 16  # a process with fewer says nothing about growth

@@ -37,7 +37,6 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from a2mc_fast import checkpoint
 from a2mc_fast.config import Config, demo, from_dict, to_dict
 from a2mc_fast.data import Clips
 from a2mc_fast.data.arrays import open_agcn, open_ctrgcn, open_npz, open_pyskl
@@ -47,6 +46,7 @@ from a2mc_fast.data.pku import open_pku
 from a2mc_fast.errors import InputError
 from a2mc_fast.files import read_json, write_json
 from a2mc_fast.model import A2MC
+from a2mc_fast.run import checkpoint
 from tests.test_normalize import full_clip
 from tests.test_readers import (
     NTU_NAMES,
@@ -721,7 +721,7 @@ def main() -> None:
 
 def record(path: Path, summary: Summary) -> None:
     """Put the summary into the JSON file, in place of an earlier one of the same reader."""
-    from a2mc_fast.runlog import machine
+    from a2mc_fast.run.log import machine
 
     content = read_json(path) if path.exists() else {}
     runs = {run["reader"]: run for run in content.get("runs", [])}

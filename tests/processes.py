@@ -22,7 +22,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from a2mc_fast import checkpoint, runlog, saver, train
+from a2mc_fast import train
+from a2mc_fast.run import checkpoint, saver
+from a2mc_fast.run import log as runlog
 from a2mc_fast.trainer import Trainer
 
 _server = multiprocessing.get_context("forkserver")

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from a2mc_fast import trainer
-from a2mc_fast.capture import Captured, Part
 from a2mc_fast.data import Clips
 from a2mc_fast.errors import InputError
+from a2mc_fast.run.capture import Captured, Part
 from a2mc_fast.train import main
 from tests.conftest import SMALL
 
@@ -145,7 +145,7 @@ def test_a_refusal_ends_a_strict_run_with_a_sentence(
 NO_COMPILER = """
 import torch, torch._inductor.config as inductor
 from torch import nn
-from a2mc_fast.capture import Part
+from a2mc_fast.run.capture import Part
 
 inductor.cpp.cxx = ("no-such-compiler",)
 inductor.force_disable_caches = True

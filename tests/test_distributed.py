@@ -23,15 +23,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from a2mc_fast import distributed, evaluate, train
-from a2mc_fast.checkpoint import FILE
+from a2mc_fast import evaluate, train
+from a2mc_fast import ranks as distributed
 from a2mc_fast.config import AttackConfig, BankConfig, Config, LossConfig, RunConfig, preset
 from a2mc_fast.data import Clips
-from a2mc_fast.distributed import ALONE, World, join
 from a2mc_fast.encoders import build_encoder
 from a2mc_fast.encoders.joint_norm import join_batch_norms
 from a2mc_fast.errors import InputError
-from a2mc_fast.protocols import encode
+from a2mc_fast.evaluation.protocols import encode
+from a2mc_fast.ranks import ALONE, World, join
+from a2mc_fast.run.checkpoint import FILE
 from a2mc_fast.trainer import Trainer
 from tests import processes
 from tests.conftest import SMALL

@@ -15,14 +15,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import a2mc_fast
-from a2mc_fast import checkpoint
 from a2mc_fast.augment import Views
 from a2mc_fast.data import Clips
 from a2mc_fast.embed import FORMAT, main
 from a2mc_fast.evaluate import sha256
-from a2mc_fast.inference import embed_clips, embed_recording, load_encoder
+from a2mc_fast.evaluation.inference import embed_clips, embed_recording, load_encoder
+from a2mc_fast.evaluation.protocols import encode
 from a2mc_fast.prepare import main as prepare
-from a2mc_fast.protocols import encode
+from a2mc_fast.run import checkpoint
 from a2mc_fast.skeleton import motion_stream
 from a2mc_fast.train import train
 from tests.conftest import SMALL

@@ -19,8 +19,8 @@ import torch
 from a2mc_fast.config import Config
 from a2mc_fast.data import Clips
 from a2mc_fast.evaluate import main
-from a2mc_fast.results import table
-from a2mc_fast.scores import Scores
+from a2mc_fast.evaluation.scores import Scores
+from a2mc_fast.evaluation.tables import table
 from a2mc_fast.skeleton import Skeleton
 from a2mc_fast.train import train
 from tests.conftest import SMALL

@@ -19,11 +19,11 @@ from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from a2mc_fast import checkpoint
 from a2mc_fast.config import BankConfig, OptimConfig, RunConfig, demo
 from a2mc_fast.data import Clips
 from a2mc_fast.data.synthetic import synthetic_clips
 from a2mc_fast.errors import InputError
+from a2mc_fast.evaluation.protocols import encode
 from a2mc_fast.plots import style
 from a2mc_fast.plots.__main__ import main
 from a2mc_fast.plots.attack import attack, attacked_stages, find_clip
@@ -34,7 +34,7 @@ from a2mc_fast.plots.output import write_picture
 from a2mc_fast.plots.runs import Opened, open_run, read_metrics
 from a2mc_fast.plots.skeletons import LEFT, MIDDLE, RIGHT, draw_pose, draw_strip, even_frames, project, sides
 from a2mc_fast.plots.tsne import neighbour_agreement, tsne
-from a2mc_fast.protocols import encode
+from a2mc_fast.run import checkpoint
 from a2mc_fast.skeleton import NTU25, Skeleton
 from a2mc_fast.train import train
 from tests.conftest import SMALL

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from a2mc_fast import rng
 from a2mc_fast.augment import Draws, Views
-from a2mc_fast.branch import Branch
 from a2mc_fast.config import ViewConfig, demo
 from a2mc_fast.data import Clips
-from a2mc_fast.finetune import finetune, learning_rate, semi_supervised, subset
-from a2mc_fast.protocol_config import FinetuneConfig, LinearConfig, SemiConfig
-from a2mc_fast.protocols import (
+from a2mc_fast.encoders.branch import Branch
+from a2mc_fast.evaluation.finetune import finetune, learning_rate, semi_supervised, subset
+from a2mc_fast.evaluation.protocols import (
     LinearClassifier,
     encode,
     knn,
@@ -27,7 +26,16 @@ from a2mc_fast.protocols import (
     nearest,
     training_crops,
 )
-from a2mc_fast.scores import Outcome, Scores, accuracy, confusion_matrix, details, ensemble, per_class
+from a2mc_fast.evaluation.scores import (
+    Outcome,
+    Scores,
+    accuracy,
+    confusion_matrix,
+    details,
+    ensemble,
+    per_class,
+)
+from a2mc_fast.evaluation.settings import FinetuneConfig, LinearConfig, SemiConfig
 from tests.conftest import SMALL
 
 CLASSES = 4
@@ -90,7 +98,7 @@ def test_knn_equals_scikit_learn() -> None:
 
 
 def test_nearest_are_the_most_similar_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("a2mc_fast.protocols._KNN_BUDGET", 60)  # several parts
+    monkeypatch.setattr("a2mc_fast.evaluation.protocols._KNN_BUDGET", 60)  # several parts
     gallery, queries = torch.randn(20, 6), torch.randn(11, 6)
     similarity, rows = nearest(gallery, queries, 3)
     expected = F.cosine_similarity(queries.unsqueeze(1), gallery.unsqueeze(0), dim=2)
@@ -109,7 +117,7 @@ def test_encoding_does_not_depend_on_the_batch(views: Views) -> None:
 
 
 def test_random_crops_are_those_of_the_draws(views: Views, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("a2mc_fast.protocols._CHUNK", 5)
+    monkeypatch.setattr("a2mc_fast.evaluation.protocols._CHUNK", 5)
     branch, crops, index = small_branch(), training_crops(views, 3), torch.arange(12)
     draws = crops.draw(2, 12, views=1)[0]
     got = encode(branch, crops, index, draws)
@@ -168,7 +176,7 @@ def test_centre_crop_encoded_once_equals_encoded_every_epoch(
         encoded.append(len(index))
         return encode(branch, views, index, draws)
 
-    monkeypatch.setattr("a2mc_fast.protocols.encode", counted)
+    monkeypatch.setattr("a2mc_fast.evaluation.protocols.encode", counted)
     config = LinearConfig(epochs=6, batch_size=8, crop="center", validate_every=2)
     cached = linear_evaluation(branch, views, "xsub", config)
     assert sorted(encoded) == [12, 36]

@@ -18,12 +18,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from a2mc_fast import checkpoint, runlog, saver
-from a2mc_fast.checkpoint import FILE, load, numbered
 from a2mc_fast.data import Clips
 from a2mc_fast.errors import InputError
-from a2mc_fast.runlog import RunLog
-from a2mc_fast.saver import Saver
+from a2mc_fast.run import checkpoint, saver
+from a2mc_fast.run import log as runlog
+from a2mc_fast.run.checkpoint import FILE, load, numbered
+from a2mc_fast.run.log import RunLog
+from a2mc_fast.run.saver import Saver
 from a2mc_fast.skeleton import NTU25
 from a2mc_fast.train import main, train
 from a2mc_fast.trainer import Trainer

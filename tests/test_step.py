@@ -18,11 +18,11 @@ from torch.utils._pytree import tree_leaves
 
 from a2mc_fast.config import BankConfig, Config, EncoderConfig, LossConfig, RunConfig, ViewConfig, preset
 from a2mc_fast.data import Clips
-from a2mc_fast.distributed import ALONE, World
 from a2mc_fast.encoders import build
 from a2mc_fast.encoders.bigru import BiGRU
 from a2mc_fast.losses import mixing_contrast
 from a2mc_fast.model import A2MC
+from a2mc_fast.ranks import ALONE, World
 from a2mc_fast.trainer import Trainer
 from tests.conftest import SMALL
 

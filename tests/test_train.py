@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from a2mc_fast import checkpoint
 from a2mc_fast.config import BankConfig, Config, OptimConfig, RunConfig, _ablations, demo, to_dict
 from a2mc_fast.data import Clips
 from a2mc_fast.evaluate import main as evaluate_main
+from a2mc_fast.run import checkpoint
 from a2mc_fast.train import main as train_main
 from a2mc_fast.train import train
 from a2mc_fast.trainer import Trainer

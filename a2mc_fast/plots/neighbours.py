@@ -15,10 +15,10 @@ from matplotlib.patches import Patch
 
 from a2mc_fast import rng
 from a2mc_fast.errors import require
+from a2mc_fast.evaluation.protocols import encode
 from a2mc_fast.plots.runs import Opened
 from a2mc_fast.plots.skeletons import Array, Room, draw_strip, even_frames, extent, legend_lines, persons_seen
 from a2mc_fast.plots.style import BLUE, VERMILION, WIDTH, class_label, figure
-from a2mc_fast.protocols import encode
 
 _MOST_QUERIES, _MOST_NEIGHBOURS = 12, 6
 _TITLE = 0.42  # inches above a strip

@@ -10,12 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from a2mc_fast import checkpoint
 from a2mc_fast.augment import Views
-from a2mc_fast.checkpoint import Checkpoint
 from a2mc_fast.data import Clips
 from a2mc_fast.errors import InputError, require
 from a2mc_fast.evaluate import check_skeleton
+from a2mc_fast.run import checkpoint
+from a2mc_fast.run.checkpoint import Checkpoint
 from a2mc_fast.train import load_clips, pick_device
 
 _NUMBERS = ("loss", "loss_weak", "loss_strong", "loss_basic", "lr", "knn_top1")

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from sklearn.manifold import TSNE
 
 from a2mc_fast.errors import InputError, require
+from a2mc_fast.evaluation.protocols import accuracy, encode
 from a2mc_fast.plots.runs import Opened
 from a2mc_fast.plots.style import class_label, figure, mark
-from a2mc_fast.protocols import accuracy, encode
 
 _DEFAULT_CLASSES, _MOST_CLASSES = 10, 20
 _MOST_PERPLEXITY = 30

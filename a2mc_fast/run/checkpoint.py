@@ -24,10 +24,10 @@ from torch.overrides import TorchFunctionMode
 
 from a2mc_fast.config import Config, from_dict, to_dict
 from a2mc_fast.data.clips import Clips
-from a2mc_fast.distributed import World
 from a2mc_fast.errors import InputError, require
 from a2mc_fast.files import atomic_path
 from a2mc_fast.model import A2MC
+from a2mc_fast.ranks import World
 from a2mc_fast.skeleton import Skeleton
 
 FORMAT = "a2mc-checkpoint/2"

@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from a2mc_fast import checkpoint
 from a2mc_fast.augment import Views
-from a2mc_fast.branch import Branch
-from a2mc_fast.checkpoint import Checkpoint
 from a2mc_fast.data import Clips
 from a2mc_fast.data.normalize import choose_bodies, normalize_clip
+from a2mc_fast.encoders.branch import Branch
 from a2mc_fast.errors import require
+from a2mc_fast.evaluation.protocols import encode
 from a2mc_fast.files import atomic_path
-from a2mc_fast.protocols import encode
+from a2mc_fast.run import checkpoint
+from a2mc_fast.run.checkpoint import Checkpoint
 
 
 class ClipEncoder(nn.Module):

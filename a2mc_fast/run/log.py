@@ -28,10 +28,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from a2mc_fast import __version__
-from a2mc_fast.checkpoint import FILE, Checkpoint, load_last_good
 from a2mc_fast.config import Config, differences, from_dict, to_dict
 from a2mc_fast.errors import InputError, os_reason, require
 from a2mc_fast.files import atomic_path, read_json, remove_leftovers, write_json
+from a2mc_fast.run.checkpoint import FILE, Checkpoint, load_last_good
 
 if TYPE_CHECKING:
     from a2mc_fast.trainer import Trainer
@@ -108,7 +108,7 @@ def _processor() -> str:
 
 def _commit() -> str:
     """The source's git commit, with + where files differ from it; empty outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()

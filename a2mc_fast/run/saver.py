@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from a2mc_fast.checkpoint import FILE, Checkpoint, State, numbered, numbered_steps, write_content
 from a2mc_fast.errors import InputError, os_reason
 from a2mc_fast.files import atomic_path
+from a2mc_fast.run.checkpoint import FILE, Checkpoint, State, numbered, numbered_steps, write_content
 
 
 class Saver:

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from a2mc_fast import rng
 from a2mc_fast.augment import Draws, Views
-from a2mc_fast.branch import Branch
 from a2mc_fast.config import ViewConfig
+from a2mc_fast.encoders.branch import Branch
 from a2mc_fast.errors import require
-from a2mc_fast.protocol_config import LinearConfig
-from a2mc_fast.scores import Outcome, Validation, accuracy
+from a2mc_fast.evaluation.scores import Outcome, Validation, accuracy
+from a2mc_fast.evaluation.settings import LinearConfig
 
 _CHUNK = 256  # clips encoded at a time
 _KNN_BUDGET = 2**24  # similarities held at a time

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from a2mc_fast import rng
 from a2mc_fast.augment import Draws, Views
-from a2mc_fast.branch import Branch
+from a2mc_fast.encoders.branch import Branch
 from a2mc_fast.errors import require
-from a2mc_fast.protocol_config import FinetuneConfig, SemiConfig
-from a2mc_fast.protocols import check_classes, encode, labelled_split, training_crops
-from a2mc_fast.scores import Outcome, Validation
+from a2mc_fast.evaluation.protocols import check_classes, encode, labelled_split, training_crops
+from a2mc_fast.evaluation.scores import Outcome, Validation
+from a2mc_fast.evaluation.settings import FinetuneConfig, SemiConfig
 
 
 def finetune(

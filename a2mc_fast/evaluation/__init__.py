@@ -1,0 +1,1 @@
+"""What a pretrained encoder is worth: protocols, fine-tuning, scores and tables, inference."""
