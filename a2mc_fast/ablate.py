@@ -119,7 +119,7 @@ def row_configs(config: Config) -> dict[str, Config]:
 
 def ablate(options: Ablation) -> dict[str, Any]:
     """Make or reuse the runs, print the tables and write ablation.json in the folder above the runs."""
-    from a2mc_fast.run.log import machine
+    from a2mc_fast.run.machine import machine
 
     config = options.config
     base = Path(config.run.out or f"runs/{config.preset}-ablation")
@@ -152,7 +152,7 @@ def ablate(options: Ablation) -> dict[str, Any]:
 def run_row(config: Config, folder: Path, linear: LinearConfig) -> dict[str, float]:
     """Train and evaluate one row and seed, as far as its folder does not hold it already."""
     from a2mc_fast.run import checkpoint
-    from a2mc_fast.train import train
+    from a2mc_fast.run.start import pretrain
 
     begun = (folder / checkpoint.FILE).exists()
     if begun:
@@ -165,7 +165,7 @@ def run_row(config: Config, folder: Path, linear: LinearConfig) -> dict[str, flo
         # of a run that was stopped before its first checkpoint there is nothing to continue
         (folder / "metrics.jsonl").unlink(missing_ok=True)
     if not begun or not (folder / "result.json").exists():
-        train(config, resume=begun)
+        pretrain(config, resume=begun)
     device = config.run.device
     knn = evaluated(Knn(run=folder, device=device), config)
     trained = evaluated(Linear(run=folder, device=device, **vars(linear)), config)

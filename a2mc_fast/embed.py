@@ -55,7 +55,8 @@ def embed(options: Embed) -> None:
     """Write the features, or the program, and say so."""
     from a2mc_fast.evaluation import inference
     from a2mc_fast.run import checkpoint
-    from a2mc_fast.train import load_clips, pick_device
+    from a2mc_fast.run.machine import pick_device
+    from a2mc_fast.run.opened import load_clips
 
     if options.export:
         encoder = inference.load_encoder(options.run, untrained=options.untrained)

@@ -226,7 +226,7 @@ def evaluate(options: Evaluation) -> dict[str, Any]:
     """
     from a2mc_fast.ranks import join
     from a2mc_fast.run import checkpoint
-    from a2mc_fast.train import pick_device
+    from a2mc_fast.run.machine import pick_device
 
     with one_speaks():
         loaded = checkpoint.load(options.run)
@@ -244,8 +244,8 @@ def _evaluate(options: Evaluation, loaded: Checkpoint, config: Config, world: Wo
     from a2mc_fast.augment import Views
     from a2mc_fast.evaluation.protocols import labelled_split
     from a2mc_fast.evaluation.scores import Scores
-    from a2mc_fast.run.log import machine
-    from a2mc_fast.train import load_clips
+    from a2mc_fast.run.machine import machine
+    from a2mc_fast.run.opened import load_clips
 
     require(
         world.alone or options.encodes,
@@ -303,7 +303,7 @@ def ensemble(options: Ensemble) -> dict[str, Any]:
     """Add up saved scores and write the result. Returns what was written."""
     from a2mc_fast.evaluation.scores import accuracy, confusion_matrix, details
     from a2mc_fast.evaluation.scores import ensemble as weighted_sum
-    from a2mc_fast.run.log import machine
+    from a2mc_fast.run.machine import machine
 
     require(len(options.runs) >= 2, f"ensemble needs at least two runs, got {len(options.runs)}")
     require(not (options.weights and options.equal), "give --weights or --equal, not both")

@@ -28,7 +28,7 @@ from a2mc_fast.data.synthetic import synthetic_clips
 from a2mc_fast.encoders.bigru import BiGRU
 from a2mc_fast.encoders.branch import Branch
 from a2mc_fast.encoders.count import parameters_and_macs
-from a2mc_fast.run.log import peak_memory
+from a2mc_fast.run.machine import peak_memory
 from a2mc_fast.trainer import Trainer
 from bench.baselines import feeder_pair, literal_mixing_contrast
 from bench.harness import CUDA, DEVICE, copy_bandwidth, milliseconds, product_rate

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from a2mc_fast.run.log import machine
+from a2mc_fast.run.machine import machine
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:

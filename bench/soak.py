@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from a2mc_fast import train
 from a2mc_fast.files import write_json
 from a2mc_fast.run.checkpoint import FILE, load_last_good
-from a2mc_fast.run.log import machine
+from a2mc_fast.run.machine import machine
 
 CLOCK = {"seconds", "clips_per_second", "memory_bytes"}
 _READINGS = 16  # a process with fewer says nothing about growth

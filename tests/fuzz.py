@@ -721,7 +721,7 @@ def main() -> None:
 
 def record(path: Path, summary: Summary) -> None:
     """Put the summary into the JSON file, in place of an earlier one of the same reader."""
-    from a2mc_fast.run.log import machine
+    from a2mc_fast.run.machine import machine
 
     content = read_json(path) if path.exists() else {}
     runs = {run["reader"]: run for run in content.get("runs", [])}

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from a2mc_fast import train
-from a2mc_fast.run import checkpoint, saver
+from a2mc_fast.run import checkpoint, machine, saver
 from a2mc_fast.run import log as runlog
 from a2mc_fast.trainer import Trainer
 
@@ -65,7 +65,7 @@ def _main(args: list[str], output: str, trick: str, count: int) -> None:
     # a shell's background jobs are born with SIGINT ignored, and hand that down
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # the source's commit takes a process to find out, and is the same for all
-    runlog._commit = lambda: ""
+    machine._commit = lambda: ""
     if trick:
         TRICKS[trick](count)
     try:

@@ -23,8 +23,8 @@ from a2mc_fast.evaluation.inference import embed_clips, embed_recording, load_en
 from a2mc_fast.evaluation.protocols import encode
 from a2mc_fast.prepare import main as prepare
 from a2mc_fast.run import checkpoint
+from a2mc_fast.run.start import pretrain
 from a2mc_fast.skeleton import motion_stream
-from a2mc_fast.train import train
 from tests.conftest import SMALL
 from tests.test_evaluate import tiny_config
 from tests.test_train import refused
@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         class_names=np.array(["sit", "stand", "wave", "jump"]),
     )
     prepare(["npz", str(folder / "raw.npz"), str(folder / "data.safetensors"), "--workers", "1"])
-    train(tiny_config(folder / "data.safetensors", folder / "run", stream="motion"))
+    pretrain(tiny_config(folder / "data.safetensors", folder / "run", stream="motion"))
     return folder
 
 

@@ -21,8 +21,8 @@ from a2mc_fast.data import Clips
 from a2mc_fast.evaluate import main
 from a2mc_fast.evaluation.scores import Scores
 from a2mc_fast.evaluation.tables import table
+from a2mc_fast.run.start import pretrain
 from a2mc_fast.skeleton import Skeleton
-from a2mc_fast.train import train
 from tests.conftest import SMALL
 from tests.test_protocols import class_clips
 from tests.test_train import refused, tiny
@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluate")
     class_clips().save(folder / "data.safetensors")
     for stream in ("joint", "motion", "bone"):
-        train(tiny_config(folder / "data.safetensors", folder / stream, stream=stream))
+        pretrain(tiny_config(folder / "data.safetensors", folder / stream, stream=stream))
     return folder
 
 

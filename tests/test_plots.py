@@ -35,8 +35,8 @@ from a2mc_fast.plots.runs import Opened, open_run, read_metrics
 from a2mc_fast.plots.skeletons import LEFT, MIDDLE, RIGHT, draw_pose, draw_strip, even_frames, project, sides
 from a2mc_fast.plots.tsne import neighbour_agreement, tsne
 from a2mc_fast.run import checkpoint
+from a2mc_fast.run.start import pretrain
 from a2mc_fast.skeleton import NTU25, Skeleton
-from a2mc_fast.train import train
 from tests.conftest import SMALL
 
 
@@ -52,7 +52,7 @@ def _train(clips: Clips, folder: Path) -> Path:
         optim=OptimConfig(epochs=3, batch_size=8, milestones=(2,), lr=0.05, gamma=0.1),
         run=RunConfig(out=str(folder / "run"), log_every=1, progress=False, eval_every=1, threads=1),
     )
-    return train(config)
+    return pretrain(config)
 
 
 @pytest.fixture(scope="module")

@@ -20,13 +20,14 @@ from safetensors.torch import load_file, save_file
 
 from a2mc_fast.data import Clips
 from a2mc_fast.errors import InputError
-from a2mc_fast.run import checkpoint, saver
+from a2mc_fast.run import checkpoint, machine, saver
 from a2mc_fast.run import log as runlog
 from a2mc_fast.run.checkpoint import FILE, load, numbered
 from a2mc_fast.run.log import RunLog
 from a2mc_fast.run.saver import Saver
+from a2mc_fast.run.start import pretrain
 from a2mc_fast.skeleton import NTU25
-from a2mc_fast.train import main, train
+from a2mc_fast.train import main
 from a2mc_fast.trainer import Trainer
 from tests.processes import assert_same_end, run, start, wait_for
 from tests.test_train import tiny
@@ -318,10 +319,10 @@ def test_a_header_that_claims_terabytes_allocates_nothing(finished: Path, sectio
     else:
         rewrite(finished / FILE, {}, config={**config, section: {**config[section], **values}})
     found = load(finished)
-    before = runlog.peak_memory(torch.device("cpu"))
+    before = machine.peak_memory(torch.device("cpu"))
     with pytest.raises(InputError, match="does not hold the model that it describes"):
         found.build()
-    assert runlog.peak_memory(torch.device("cpu")) - before < 100e6
+    assert machine.peak_memory(torch.device("cpu")) - before < 100e6
 
 
 def test_tensors_that_do_not_fit_are_refused(data: Path, finished: Path) -> None:
@@ -501,7 +502,7 @@ def test_a_fault_names_its_step_and_clips(
     trainer = Trainer(config, Clips.load(data))
     names = [trainer.clips.names[i] for i in trainer.batch(8).tolist()]
     with pytest.raises(InputError) as error:
-        train(config)
+        pretrain(config)
     said = str(error.value)
     assert f"not finite in step 9 (clips {', '.join(names[:named])}" in said
     listed = tmp_path / "run/fault.json"
@@ -523,7 +524,7 @@ def test_a_fault_between_log_lines_is_found_before_a_save(
     monkeypatch.setattr(Trainer, "step", step)
     config = tiny(data, tmp_path / "run")
     with pytest.raises(InputError, match="the loss is nan at or just before step 8"):
-        train(replace(config, run=replace(config.run, log_every=100)))
+        pretrain(replace(config, run=replace(config.run, log_every=100)))
     assert load(tmp_path / "run").step == 4
 
 

@@ -18,8 +18,8 @@ from a2mc_fast.config import BankConfig, Config, OptimConfig, RunConfig, _ablati
 from a2mc_fast.data import Clips
 from a2mc_fast.evaluate import main as evaluate_main
 from a2mc_fast.run import checkpoint
+from a2mc_fast.run.start import pretrain
 from a2mc_fast.train import main as train_main
-from a2mc_fast.train import train
 from a2mc_fast.trainer import Trainer
 
 FAST = ["--run.log-every", "2", "--bank.size", "40", "--optim.batch-size", "8", "--encoder.hidden", "8"]
@@ -48,7 +48,7 @@ def data(tmp_path: Path, make_clips: Callable[..., Clips]) -> Path:
 
 @pytest.fixture
 def trained(data: Path, tmp_path: Path) -> Path:
-    return train(tiny(data, tmp_path / "run"))
+    return pretrain(tiny(data, tmp_path / "run"))
 
 
 def test_a_run_leaves_its_folder(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,7 +88,7 @@ def test_checkpoint_holds_the_whole_state(trained: Path) -> None:
 
 def test_a_resumed_run_equals_the_uninterrupted_one(data: Path, tmp_path: Path) -> None:
     """Stopped after two of four epochs and continued: the same bits."""
-    whole = train(tiny(data, tmp_path / "whole", epochs=4))
+    whole = pretrain(tiny(data, tmp_path / "whole", epochs=4))
     config = tiny(data, tmp_path / "parts", epochs=4)
 
     class Stop(Exception):
@@ -105,8 +105,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one(data: Path, tmp_path: Path) 
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
         patch.setattr(Trainer, "step", interrupted)
-        train(config)
-    train(config, resume=True)
+        pretrain(config)
+    pretrain(config, resume=True)
     a, b = (load_file(folder / "checkpoint.safetensors") for folder in (whole, tmp_path / "parts"))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
@@ -118,15 +118,15 @@ def test_a_resumed_run_equals_the_uninterrupted_one(data: Path, tmp_path: Path) 
 
 
 def test_two_runs_of_one_seed_are_equal_and_seeds_differ(data: Path, tmp_path: Path) -> None:
-    a, b = (load_file(train(tiny(data, tmp_path / name)) / "checkpoint.safetensors") for name in "ab")
-    c = load_file(train(tiny(data, tmp_path / "c", seed=1)) / "checkpoint.safetensors")
+    a, b = (load_file(pretrain(tiny(data, tmp_path / name)) / "checkpoint.safetensors") for name in "ab")
+    c = load_file(pretrain(tiny(data, tmp_path / "c", seed=1)) / "checkpoint.safetensors")
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not torch.equal(a["model.banks.feature.rows"], c["model.banks.feature.rows"])
 
 
 @pytest.mark.parametrize("name", ["b1", "b2", "b3", "b4", "a2", "a3"])
 def test_ablations_run(data: Path, tmp_path: Path, name: str) -> None:
-    folder = train(_ablations(tiny(data, tmp_path / name, epochs=2, split="xsub"))[name])
+    folder = pretrain(_ablations(tiny(data, tmp_path / name, epochs=2, split="xsub"))[name])
     last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-2]
     assert (last["loss_weak"] > 0, last["loss_strong"] > 0) == (name not in ("b1", "b2"),) * 2
     assert ("bank_movement" in last) == (name in ("b2", "a2", "a3"))
@@ -310,8 +310,8 @@ def test_a_second_run_gets_its_own_folder(
     monkeypatch.chdir(tmp_path)
     config = tiny(data, Path())
     config = replace(config, run=replace(config.run, out=""))
-    assert [train(config), train(config)] == [Path("runs/demo"), Path("runs/demo-2")]
-    train(config, resume=True)
+    assert [pretrain(config), pretrain(config)] == [Path("runs/demo"), Path("runs/demo-2")]
+    pretrain(config, resume=True)
     assert "runs/demo-2 is finished after 15 steps" in capsys.readouterr().out
 
 
@@ -320,7 +320,7 @@ def test_tensorboard_is_optional(data: Path, tmp_path: Path, monkeypatch: pytest
     config = tiny(data, tmp_path / "x")
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match=r"pip install 'a2mc_fast\[tensorboard\]'"):
-        train(replace(config, run=replace(config.run, tensorboard=True)))
+        pretrain(replace(config, run=replace(config.run, tensorboard=True)))
     assert not (tmp_path / "x").exists()
 
 
@@ -330,7 +330,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(data: Path, tmp_path: Path) -> 
         ValueError,
         match=r"the loss or a gradient is not finite in step \d+ \(clips .* with a lower --optim\.lr",
     ):
-        train(replace(config, optim=replace(config.optim, lr=1e30)))
+        pretrain(replace(config, optim=replace(config.optim, lr=1e30)))
 
 
 def test_the_command_line_as_a_user_runs_it(data: Path, tmp_path: Path) -> None:

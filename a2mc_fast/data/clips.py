@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +246,14 @@ class Clips:
         }
         with atomic_path(Path(path)) as temporary:
             save_file(tensors, temporary, metadata=header)
+
+    def to(self, device: torch.device | str) -> Clips:
+        """The same clips on another device; on this one, themselves."""
+        if torch.device(device) == self.device:
+            return self
+        splits = {name: mask.to(device) for name, mask in self.splits.items()}
+        moved = {name: getattr(self, name).to(device) for name in ("frames", "lengths", "labels")}
+        return replace(self, splits=splits, **moved)
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -16,7 +16,8 @@ from a2mc_fast.errors import InputError, require
 from a2mc_fast.evaluate import check_skeleton
 from a2mc_fast.run import checkpoint
 from a2mc_fast.run.checkpoint import Checkpoint
-from a2mc_fast.train import load_clips, pick_device
+from a2mc_fast.run.machine import pick_device
+from a2mc_fast.run.opened import load_clips
 
 _NUMBERS = ("loss", "loss_weak", "loss_strong", "loss_basic", "lr", "knn_top1")
 

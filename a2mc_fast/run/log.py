@@ -1,37 +1,28 @@
-"""The run folder, its metrics file, the console line and the progress bar, and the signals that stop a run.
-
-A folder holds `config.json`, `metrics.jsonl` (one object per log line), `checkpoint.safetensors` and older
-ones, and, when the run has ended, `result.json`.
-"""
+"""What a run tells: its metrics file, the console line and the progress bar."""
 
 from __future__ import annotations
 
-import fcntl
-import itertools
 import json
 import math
 import os
-import platform
-import resource
-import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from a2mc_fast import __version__
-from a2mc_fast.config import Config, differences, from_dict, to_dict
+from a2mc_fast.config import Config, to_dict
 from a2mc_fast.errors import InputError, os_reason, require
-from a2mc_fast.files import atomic_path, read_json, remove_leftovers, write_json
-from a2mc_fast.run.checkpoint import FILE, Checkpoint, load_last_good
+from a2mc_fast.files import atomic_path, remove_leftovers, write_json
+from a2mc_fast.run.checkpoint import FILE, Checkpoint
+from a2mc_fast.run.folder import lock
+from a2mc_fast.run.machine import machine, peak_memory
 
 if TYPE_CHECKING:
     from a2mc_fast.trainer import Trainer
@@ -39,125 +30,6 @@ if TYPE_CHECKING:
 _CONSOLE_EVERY = 10.0  # seconds between console lines where there is no progress bar
 _NAMED = 8  # clips named in an error
 _NOT_FINITE = "start a new run with a lower --optim.lr or --precision fp32 (a resumed one would repeat this)"
-
-
-def open_folder(config: Config, resume: bool) -> tuple[Path, Checkpoint | None]:
-    """The folder of a new run, or of the run to resume with its newest good checkpoint.
-
-    A run is never written over: an explicit folder that holds one is refused, and runs/PRESET moves on to
-    runs/PRESET-2, -3, ... A run that was killed before its first checkpoint begins again. `InputError` lists
-    the fields in which a resumed run would differ.
-    """
-    base = Path(config.run.out or f"runs/{config.preset}")
-    numbered = [] if config.run.out else [Path(f"{base}-{number}") for number in range(2, 1000)]
-    taken = list(itertools.takewhile(_holds_run, [base, *numbered]))
-    if not resume:
-        require(
-            len(taken) <= len(numbered),
-            f"{base} already holds a run: continue it with --resume, or choose another --run.out",
-        )
-        return [base, *numbered][len(taken)], None
-    require(bool(taken), f"{base} holds no run to resume: start it without --resume")
-    folder = taken[-1]
-    checkpoint, damaged = load_last_good(folder)
-    changed = differences(checkpoint.config if checkpoint else _started_with(folder), config)
-    require(
-        not changed,
-        f"{folder} was run with another configuration ({'; '.join(changed)}): "
-        "resume it with the same flags, or choose another --run.out",
-    )
-    if damaged or checkpoint is None:
-        print(damaged or f"{folder} holds no checkpoint yet: starting from the beginning", flush=True)
-    return folder, checkpoint
-
-
-def _holds_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in (FILE, "config.json", "metrics.jsonl", "result.json"))
-
-
-def _started_with(folder: Path) -> Config:
-    """The configuration that a run without a checkpoint wrote down."""
-    path = folder / "config.json"
-    require(path.exists(), f"{folder} holds neither checkpoint nor config.json: nothing to resume")
-    content = read_json(path)
-    if isinstance(content, dict):
-        content.pop("machine", None)
-    config: Config = from_dict(content, where=str(path))
-    return config
-
-
-def machine() -> dict[str, str]:
-    """What the numbers were measured on."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return {
-        "device": gpu or f"{_processor()} ({torch.get_num_threads()} threads)",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "a2mc_fast": __version__,
-        "commit": _commit(),
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _commit() -> str:
-    """The source's git commit, with + where files differ from it; empty outside a checkout."""
-    root = Path(__file__).resolve().parents[2]
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the allocator's peak on a GPU, the process's resident peak on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-@contextmanager
-def stop_on_signal(say: bool = True) -> Iterator[list[int]]:
-    """The signals, SIGTERM or SIGINT (Ctrl-C), that asked the run to stop so far: none, or one.
-
-    The first only asks; a second one ends the process at once. Outside the main thread none are seen, and
-    one that is ignored (as under nohup, or in a shell's background) stays so.
-    """
-    asked: list[int] = []
-    before: dict[int, Any] = {}
-
-    def ask(number: int, frame: object) -> None:
-        asked.append(number)
-        for other in before:
-            signal.signal(other, signal.SIG_DFL)
-        # no print: the signal may have come in the middle of one
-        if say:
-            os.write(2, f"\n{signal.Signals(number).name}: finishing this step and saving\n".encode())
-
-    if threading.current_thread() is threading.main_thread():
-        chosen = (signal.SIGTERM, signal.SIGINT)
-        before = {n: signal.getsignal(n) for n in chosen if signal.getsignal(n) is not signal.SIG_IGN}
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def leave(number: int) -> NoReturn:
-    """End as the signal would have it: exit code 130 after SIGINT, 143 after SIGTERM."""
-    if number == signal.SIGINT:
-        raise KeyboardInterrupt
-    raise SystemExit(128 + number)
 
 
 class RunLog:
@@ -172,7 +44,7 @@ class RunLog:
         self._before = self._last_seconds = resumed.progress.get("seconds", 0.0) if resumed else 0.0
         self._board = _tensorboard(folder, self.step + 1) if config.run.tensorboard else None
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(folder)
+        self._lock = lock(folder)
         remove_leftovers(folder, FILE, "config.json", "metrics.jsonl", "result.json", "fault.json")
         self._metrics = folder / "metrics.jsonl"
         if resumed is None:
@@ -385,19 +257,6 @@ def _step_of(line: bytes) -> float:
         return int(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
     except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf
-
-
-def _lock(folder: Path) -> int:
-    """Keep other processes out of a run's folder. Returns the descriptor to close; a kill closes it too."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise InputError(f"another process is at work in {folder}: wait for it, or end it") from None
-    except OSError:  # some network file systems have no locks
-        pass
-    return descriptor
 
 
 def _tensorboard(folder: Path, step: int) -> Any:

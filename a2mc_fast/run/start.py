@@ -1,0 +1,136 @@
+"""A pretraining run from its configuration to its result: step, log, evaluate, save.
+
+One step, the algorithm itself, is `trainer.Trainer.step`.
+"""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from a2mc_fast.config import Config
+from a2mc_fast.data import Clips
+from a2mc_fast.files import write_json
+from a2mc_fast.ranks import World, join
+from a2mc_fast.run.checkpoint import shared
+from a2mc_fast.run.folder import open_folder
+from a2mc_fast.run.log import QuietLog, RunLog
+from a2mc_fast.run.machine import machine, peak_memory, pick_device
+from a2mc_fast.run.opened import load_clips
+from a2mc_fast.run.saver import Saver
+from a2mc_fast.run.signals import leave, stop_on_signal
+from a2mc_fast.trainer import Trainer
+
+
+def pretrain(config: Config, clips: Clips | None = None, *, resume: bool = False) -> Path:
+    """Pretrain as configured, on `clips` instead of `config.data` if they are given; returns the run folder.
+
+    Raises `InputError` for what the user can mend.
+    """
+    with join(config, lambda: pick_device(config)) as world:
+        folder = _pretrain(config, clips, resume, world)
+    gc.collect()  # a captured step and what it captured refer to each other
+    return folder
+
+
+def _pretrain(config: Config, clips: Clips | None, resume: bool, world: World) -> Path:
+    """One rank's run. All ranks take the same steps; rank 0 prints and writes."""
+    folder, resumed = open_folder(config, resume) if world.main else (Path(), None)
+    folder, resumed = Path(world.share(str(folder))), shared(resumed, world)
+    torch.compiler.reset()  # torch compiles a function so many times and no more, earlier runs included
+    clips = load_clips(config, world.device) if clips is None else clips.to(world.device)
+    trainer = Trainer(config, clips, world)
+    total, per_epoch, run = trainer.total_steps, trainer.steps_per_epoch, config.run
+    kept = run.keep_every * per_epoch
+    if resumed:
+        trainer.restore(resumed)
+        if world.share(resumed.step >= total and (folder / "result.json").exists()):
+            if world.main:
+                print(f"{folder} is finished after {resumed.step} steps: nothing to resume")
+            return folder
+
+    with (
+        stop_on_signal(say=world.main) as stop,
+        (RunLog if world.main else QuietLog)(folder, config, total, resumed) as log,
+        Saver(
+            folder, resumed, keep_last=run.keep_last, keep_every=kept, before=log.sync, warn=log.say
+        ) as saver,
+    ):
+        trainer.say = log.say
+        with log.paused():
+            ranks = "" if world.alone else f"{world.size} x "
+            log.say(
+                f"{config.preset}: {len(trainer.train_index)} training clips, {total} steps "
+                f"({config.warmup_steps} of warm-up) on {ranks}{machine()['device']} -> {folder}"
+            )
+            for note in trainer.notes:
+                log.say(note)
+            if resumed:
+                progress = resumed.progress
+                log.say(f"resumed after step {resumed.step}")
+            else:
+                progress = log.accuracy(trainer.knn_accuracy(), "_untrained")
+                trainer.start()
+        for step in range(log.step, total):
+            epoch, new_epoch = trainer.epochs_done(step)
+            if new_epoch:
+                trainer.model.refresh_classifier(epoch)
+            values = trainer.step(step)
+            logged = log.advance()
+            if logged:
+                progress["loss"] = log.metrics(trainer, values)["loss"]
+            if log.due(run.eval_every, per_epoch):
+                with log.paused():
+                    progress |= log.accuracy(trainer.knn_accuracy())
+            # read once: a signal may come at any line; several ranks agree where they wait for the device
+            asked = world.largest(sum(stop[:1])) if logged or world.alone else 0
+            last = bool(asked) or log.step == total
+            if last or log.due(run.checkpoint_every, per_epoch) or log.due(run.keep_every, per_epoch):
+                with log.paused():
+                    log.check(trainer, values)
+                    progress["seconds"] = log.seconds
+                    state = trainer.state(log.step, progress)
+                    if world.main:
+                        saver.save(state, last=last)
+            if last and log.step < total:
+                log.say(f"stopped after step {log.step} of {total}: continue with --resume")
+                leave(asked)
+        result = outcome(config, trainer, log, progress)
+        if world.main:
+            write_json(folder / "result.json", result)
+        log.say(summary(result, folder))
+    return folder
+
+
+def outcome(config: Config, trainer: Trainer, log: RunLog, progress: dict[str, float]) -> dict[str, Any]:
+    """The content of result.json. It needs no step of this process: the last checkpoint holds the numbers."""
+    return {
+        "preset": config.preset,
+        "steps": log.step,
+        "seconds": round(log.seconds, 2),
+        "clips_per_second": round(log.step * config.optim.batch_size / log.seconds, 1),
+        "peak_memory_bytes": peak_memory(trainer.device),
+        "loss": progress["loss"],
+        "knn_top1": progress.get("knn_top1"),
+        "knn_top1_untrained": progress.get("knn_top1_untrained"),
+        "ran": trainer.ran,
+        **machine(),
+    }
+
+
+def summary(result: dict[str, Any], folder: Path) -> str:
+    """The last lines of a run."""
+    lines = [
+        f"{result['steps']} steps in {result['seconds']:.0f} s, {result['clips_per_second']:.0f} clips/s, "
+        f"peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB, loss {result['loss']:.3f}"
+    ]
+    if result["knn_top1"] is not None:
+        gain = result["knn_top1"] - result["knn_top1_untrained"]
+        lines.append(
+            f"kNN top-1 {result['knn_top1']:.1f} %, untrained encoder {result['knn_top1_untrained']:.1f} % "
+            f"({gain:+.1f} points)"
+        )
+    return "\n".join([*lines, f"wrote {folder}/checkpoint.safetensors and {folder}/result.json"])
