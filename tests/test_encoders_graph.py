@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -429,3 +432,23 @@ def test_unknown_options_are_named() -> None:
         build_encoder("stgcn", NTU25, partition="hop")
     with pytest.raises(InputError, match="unknown size 'tiny'; choose one of full, small"):
         build_encoder("dsta", NTU25, size="tiny")
+
+
+NARROW = """
+import sys, torch
+from a2mc_fast.encoders import build_encoder
+from a2mc_fast.skeleton import NTU25
+
+for channels in (*range(1, 17), 20, 24):
+    print(channels, flush=True)
+    encoder = build_encoder("stgcn", NTU25, persons=2, frames=16, channels=channels)
+    encoder(torch.randn(16, 16, 3, 25, 2).transpose(1, 2)).square().sum().backward()
+print("all", flush=True)
+"""
+
+
+def test_stgcn_of_any_width_trains_on_a_cpu() -> None:
+    """In a process of its own, since what goes wrong is memory that a library overwrites."""
+    checked = {**os.environ, "MALLOC_CHECK_": "3", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", NARROW], capture_output=True, text=True, env=checked)
+    assert done.stdout.split()[-1] == "all", f"ended at {done.stdout.split()[-1]} channels: {done.stderr}"

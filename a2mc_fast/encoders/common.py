@@ -51,6 +51,21 @@ def norm_per_view(norm: nn.Module, x: Tensor, views: int) -> Tensor:
     return torch.cat([norm(part) for part in x.chunk(views)])
 
 
+class EveryFrame(nn.Conv2d):
+    """A 1×1 convolution of every stride-th frame. x [B, C, T, V] -> [B, out, ceil(T / stride), V]
+
+    The frames are picked before it, because oneDNN's backward pass of a strided 1×1 convolution writes past
+    its memory for some narrow widths.
+    """
+
+    def __init__(self, width: int, out: int, stride: int) -> None:
+        super().__init__(width, out, 1)
+        self.every = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[:, :, :: self.every])
+
+
 @contextmanager
 def frozen(module: nn.Module, inference: bool = True) -> Iterator[None]:
     """No parameter gets a gradient; all but recurrent layers are in inference mode, if `inference`.

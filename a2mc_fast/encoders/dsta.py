@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from a2mc_fast.encoders.common import Encoder, persons_apart
+from a2mc_fast.encoders.common import Encoder, EveryFrame, persons_apart
 from a2mc_fast.errors import InputError
 from a2mc_fast.skeleton import Skeleton
 
@@ -165,9 +165,10 @@ class TemporalConvolution(nn.Module):
 
 def _conv_norm(width: int, out: int, stride: int = 1, kernel: int = 1) -> nn.Sequential:
     """Convolution over `kernel` frames and BatchNorm."""
-    return nn.Sequential(
-        nn.Conv2d(width, out, (kernel, 1), (stride, 1), (kernel // 2, 0)), nn.BatchNorm2d(out)
-    )
+    convolution: nn.Module = EveryFrame(width, out, stride)
+    if kernel > 1:
+        convolution = nn.Conv2d(width, out, (kernel, 1), (stride, 1), (kernel // 2, 0))
+    return nn.Sequential(convolution, nn.BatchNorm2d(out))
 
 
 def position_code(count: int, width: int, device: torch.device | None = None) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from a2mc_fast.encoders.common import Encoder, persons_apart
+from a2mc_fast.encoders.common import Encoder, EveryFrame, persons_apart
 from a2mc_fast.encoders.graph import Partition, spatial_partitions
 from a2mc_fast.skeleton import Skeleton
 
@@ -87,7 +87,7 @@ class GraphBlock(nn.Module):
         if residual and (width, stride) == (out, 1):
             self.residual = nn.Identity()
         elif residual:
-            self.residual = nn.Sequential(nn.Conv2d(width, out, 1, (stride, 1)), nn.BatchNorm2d(out))
+            self.residual = nn.Sequential(EveryFrame(width, out, stride), nn.BatchNorm2d(out))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.temporal(self._graph_convolution(x))
