@@ -65,19 +65,15 @@ class Config:
         )
         require(
             self.fits_kernels or self.run.backend != "triton",
-            "run.backend triton knows own mixing and features of at most 256 alone: use --run.backend torch "
-            "with --loss.mixing tiled, --loss.renormalize or a wider --encoder.projection",
-        )
-        require(
-            not self.run.shard_bank or (self.loss.mixing == "own" and not self.loss.renormalize),
-            "run.shard_bank knows own mixing alone: leave out --loss.mixing tiled and --loss.renormalize",
+            f"run.backend triton knows features of at most 256 alone, not {self.encoder.projection}: lower "
+            "--encoder.projection, or use --run.backend torch",
         )
         require(0 <= self.seed < 2**63, f"seed must be in 0 .. 2^63 - 1, got {self.seed}")
 
     @property
     def fits_kernels(self) -> bool:
-        """Whether the Triton kernels know this reading of the loss."""
-        return self.loss.mixing == "own" and not self.loss.renormalize and self.encoder.projection <= 256
+        """Whether the Triton kernels know features of this width."""
+        return self.encoder.projection <= 256
 
     @property
     def bank_lr(self) -> float:

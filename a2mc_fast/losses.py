@@ -16,7 +16,6 @@ from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from a2mc_fast.errors import require
@@ -48,9 +47,6 @@ def mixing_contrast(
     mix: Sequence[float] = PAPER_MIX,
     temperature: float = 0.07,
     strong_target: Literal["distribution", "one_hot"] = "distribution",
-    mixing: Literal["own", "tiled"] = "own",
-    renormalize: bool = False,
-    live_target: bool = False,
     normalize: bool = False,
     reduction: Literal["mean", "none"] = "mean",
     backend: Backend = "auto",
@@ -60,40 +56,13 @@ def mixing_contrast(
     """The loss and its parts. Features [N, D] and bank [K, D], unit rows; raw bank rows with `normalize`.
 
     Differentiable in basic, weak, strong and bank; key is a constant. Without `weak` or `strong` their terms
-    are off. `strong_target` one_hot makes L2 a contrast like L1. The other readings of the mixer (`mixing`
-    tiled, `renormalize`) are exact but slower, and plain torch only. The Triton kernels give no gradient to
+    are off. `strong_target` one_hot makes L2 a contrast like L1. The Triton kernels give no gradient to
     the bank and multiply float32 as `products` says. With `ranks` the bank is a rank's own rows [K / W, D]:
     every rank has the same features and gets the same loss. Raises `ValueError` for shapes and values.
     """
     _check(key, basic, weak, strong, bank, mix, temperature)
     require(backend in ("auto", "triton", "torch"), f"mixing_contrast: unknown backend {backend!r}")
-    require(
-        ranks is None or not (mixing == "tiled" or renormalize),
-        "mixing_contrast: a bank shared by ranks knows own mixing without renormalisation alone",
-    )
     soft = strong_target == "distribution"
-    if mixing == "tiled" or renormalize:
-        require(
-            backend != "triton",
-            "mixing_contrast: backend triton knows own mixing without renormalisation alone",
-        )
-        rows = F.normalize(bank, dim=1) if normalize else bank
-        general = partial(
-            reference.mixing_contrast_general,
-            key=key,
-            bank=rows,
-            mix=mix,
-            temperature=temperature,
-            tiled=mixing == "tiled",
-            renormalize=renormalize,
-        )
-        off = basic.new_zeros(len(basic))
-        first = off if weak is None else general(weak, None)
-        second = off
-        if strong is not None:
-            second = general(strong, basic if soft else None, live_target=live_target)
-        return _reduced((first, second, general(basic, None)), reduction)
-
     if backend == "auto":
         fused = bank.is_cuda and not bank.requires_grad and bank.shape[1] <= 256
         backend = "triton" if fused else "torch"
@@ -114,7 +83,6 @@ def mixing_contrast(
         mix,
         temperature,
         distill=soft,
-        live_target=live_target,
         normalize=normalize,
     )
     return _reduced(parts, reduction)

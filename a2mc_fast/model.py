@@ -246,9 +246,6 @@ class A2MC(nn.Module):
             mix=loss.mix,
             temperature=temperature,
             strong_target="one_hot" if loss.strong == "contrast" else "distribution",
-            mixing=loss.mixing,
-            renormalize=loss.renormalize,
-            live_target=loss.live_target,
             normalize=normalize,
             reduction="none",
             backend=backend,
@@ -341,7 +338,6 @@ class A2MC(nn.Module):
             reduction=bank.reduction,
             weight=depth,
             distill=loss.strong == "distill",
-            live_target=loss.live_target,
             precision=self.products,
             ranks=self.shards.size,
         )

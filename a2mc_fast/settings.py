@@ -168,12 +168,6 @@ class LossConfig:
     """Softmax temperature tau of the loss."""
     mix: tuple[float, ...] = (0.4, 0.3, 0.2, 0.1)
     """Shares lambda of the positive feature in the mixed banks; none = the plain bank alone."""
-    mixing: Literal["own", "tiled"] = "own"
-    """Each query mixes its own feature into the bank, or bank row k is mixed with feature k mod N for all."""
-    renormalize: bool = False
-    """Bring mixed rows back to unit length."""
-    live_target: bool = False
-    """Let L2's gradient reach the target distribution of f3."""
     weak: Literal["contrast", "off"] = "contrast"
     """L1: InfoNCE of f1, or nothing."""
     strong: Literal["distill", "contrast", "off"] = "distill"
@@ -182,9 +176,6 @@ class LossConfig:
     def __post_init__(self) -> None:
         require(self.temperature > 0, f"loss.temperature must be > 0, got {self.temperature}")
         require(all(0 < share < 1 for share in self.mix), f"loss.mix must lie in (0, 1), got {self.mix}")
-        require(
-            not (self.live_target and self.strong != "distill"), "loss.live_target needs loss.strong distill"
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -391,7 +391,6 @@ def choose_backend(config: Config, device: torch.device) -> tuple[Literal["trito
         config.loss.mix,
         (config.loss.temperature, config.bank.temperature),
         distill=config.loss.strong == "distill",
-        live_target=config.loss.live_target,
         precision="ieee" if config.precision == "fp32" else "tf32",
     )
     if reason:

@@ -14,16 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def literal_mixed_bank(
-    feature: Tensor, bank: Tensor, mix: Sequence[float], *, tiled: bool = False, renormalize: bool = False
-) -> Tensor:
+def literal_mixed_bank(feature: Tensor, bank: Tensor, mix: Sequence[float]) -> Tensor:
     """The plain bank and its mixed copies for each query, all stored (Eq. 8). -> [N, (1 + len(mix)) K, D]"""
-    count, rows = len(feature), len(bank)
-    partner = feature[torch.arange(rows) % count].expand(count, -1, -1) if tiled else feature.unsqueeze(1)
-    banks = [bank.expand(count, rows, -1)]
-    for share in mix:
-        mixed = share * partner + (1 - share) * bank
-        banks.append(F.normalize(mixed, dim=2) if renormalize else mixed.expand(count, rows, -1))
+    banks = [bank.expand(len(feature), -1, -1)]
+    banks += [share * feature.unsqueeze(1) + (1 - share) * bank for share in mix]
     return torch.cat(banks, 1)
 
 
@@ -35,10 +29,6 @@ def literal_mixing_contrast(
     bank: Tensor,
     mix: Sequence[float],
     temperature: float,
-    *,
-    tiled: bool = False,
-    renormalize: bool = False,
-    live_target: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """L1, L2 and L3 (Eq. 9-11), batch means, with every mixed bank and every logit stored: (weak, strong,
     basic)."""
@@ -47,18 +37,14 @@ def literal_mixing_contrast(
         negatives = torch.einsum("nd,nkd->nk", query, columns)
         return torch.cat(((query * key).sum(1, keepdim=True), negatives), 1) / temperature
 
-    def mixed(feature: Tensor) -> Tensor:
-        return literal_mixed_bank(feature, bank, mix, tiled=tiled, renormalize=renormalize)
-
     def contrast(anchor: Tensor) -> Tensor:
         return F.cross_entropy(
-            logits(anchor, mixed(anchor)), torch.zeros(len(anchor), dtype=torch.int64, device=anchor.device)
+            logits(anchor, literal_mixed_bank(anchor, bank, mix)),
+            torch.zeros(len(anchor), dtype=torch.int64, device=anchor.device),
         )
 
-    columns = mixed(strong)
-    target = logits(basic, columns).softmax(1)
-    if not live_target:
-        target = target.detach()
+    columns = literal_mixed_bank(strong, bank, mix)
+    target = logits(basic, columns).softmax(1).detach()
     distill = -(target * logits(strong, columns).log_softmax(1)).sum(1).mean()
     return contrast(weak), distill, contrast(basic)
 

@@ -7,8 +7,7 @@ bank rows W: with unit rows m = W / |W|,
     g = dL/dm = 1/(N τ) sum_n [w1_n f1_n + (w2_n - wT_n) f2_n + w3_n f3_n]   w: (1-λ)-weighted probabilities
     v <- momentum v - (g - m (m·g)) / |W| + decay W,    W <- W - lr v        (AdCo's descent on -L)
 
-(wT is L2's target, f3's distribution over the banks mixed with f2. If it is live, f3 pulls once more, by the
-weights of `bank_pass`'s second pass less their mean.) Rows and velocity are stepped in place.
+(wT is L2's target, f3's distribution over the banks mixed with f2.) Rows and velocity are stepped in place.
 `summary_kernel` averages what the log shows, in a fixed order, on the device.
 Legend: N batch · K bank rows · D feature dim · J jobs, as in `bank_pass` · B blocks of bank rows.
 """
@@ -27,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .bank_pass import LN2, STRONG, Tile, inverse_norm, job_feature, plan_pass, present, product
+from .bank_pass import STRONG, Tile, inverse_norm, job_feature, plan_pass, present, product
 from .common import INTERPRET, AllRanks, Call, Gather, Precision, check_problem, launch_all, require, width
 from .row_softmax import plan_softmax, row_weights
 
@@ -44,14 +43,6 @@ _TILES = {
     ("ieee", 128): Tile(32, 32, 32, 8, 1, 255),
     ("ieee", 256): Tile(16, 16, 16, 8, 1, 255),
 }
-# with a live target, two similarities of each pair as well
-_LIVE_TILES = _TILES | {
-    ("tf32", 16): Tile(32, 32, 16, 4, 1, 255),
-    ("tf32", 32): Tile(32, 32, 32, 8, 1, 255),
-    ("tf32", 64): Tile(32, 32, 64, 4, 1, 255),
-    ("tf32", 128): Tile(32, 32, 128, 8, 1, 255),
-    ("tf32", 256): Tile(32, 16, 256, 8, 1, 255),
-}
 
 
 @triton.jit
@@ -62,7 +53,6 @@ def ascent_kernel(
     rows_ptr,
     velocity_ptr,
     softmax_ptr,  # [J, PLANES, N]
-    target_ptr,  # [2, N], unused unless LIVE
     partial_ptr,  # [2, B]: sums of row norms and of movements
     N,
     K,
@@ -75,7 +65,6 @@ def ascent_kernel(
     QUERY: tl.constexpr,  # which feature each job's similarities are with
     PARTNER: tl.constexpr,  # and which one they pull the rows to
     DISTILL: tl.constexpr,
-    LIVE: tl.constexpr,
     MIX: tl.constexpr,
     LARGEST: tl.constexpr,
     EVEN: tl.constexpr,
@@ -111,34 +100,12 @@ def ascent_kernel(
             else:
                 query = tl.load(query_ptr + tile, mask=here, other=0.0).to(tl.float32)
                 s = tl.dot(rows, tl.trans(query), input_precision=PRECISION)
-            w, _ = row_weights(s * inverse[:, None], softmax_ptr, job, n, N, scale, MIX, LARGEST, EVEN)
+            w = row_weights(s * inverse[:, None], softmax_ptr, job, n, N, scale, MIX, LARGEST, EVEN)
             if DISTILL and job == len(QUERY) - 1:
                 w = -w
             # clips beyond N have zero features, so their weights do not matter
             partner = tl.load(partner_ptr + tile, mask=here, other=0.0).to(tl.float32)
             gradient = tl.dot(w, partner, gradient, input_precision=PRECISION)
-    if LIVE:
-        # what the target's probabilities gain by f2's logits: f3 pulls the rows, as in its own job
-        for begin in range(0, N, BLOCK_N):
-            n = begin + tl.arange(0, BLOCK_N)
-            tile = n[:, None] * D + d[None, :]
-            here = (n[:, None] < N) & (d[None, :] < D)
-            basic = tl.load(basic_ptr + tile, mask=here, other=0.0).to(tl.float32)
-            if PRECISION == "ieee":
-                s = product(rows_ptr + k * D, own, basic_ptr + n * D, n < N, D, DEPTH)
-                gap = product(rows_ptr + k * D, own, strong_ptr + n * D, n < N, D, DEPTH)
-            else:
-                strong = tl.load(strong_ptr + tile, mask=here, other=0.0).to(tl.float32)
-                s = tl.dot(rows, tl.trans(basic), input_precision=PRECISION)
-                gap = tl.dot(rows, tl.trans(strong), input_precision=PRECISION)
-            w, q = row_weights(
-                s * inverse[:, None], softmax_ptr, len(QUERY) - 1, n, N, scale, MIX, LARGEST, False
-            )
-            square = tl.load(target_ptr + n, mask=n < N, other=0.0)
-            mean = tl.load(target_ptr + N + n, mask=n < N, other=0.0)
-            pull = q * (gap * inverse[:, None] - square[None, :]) - w * mean[None, :]
-            gradient = tl.dot(pull * (-scale * LN2), basic, gradient, input_precision=PRECISION)
-
     # read again: cheaper than registers held through the products
     rows = tl.load(rows_ptr + at, mask=inside, other=0.0)
     # rows beyond K have a gradient too, because their similarities are zero like any other's
@@ -194,24 +161,19 @@ def plan(
     rows: Tensor, velocity: Tensor, key: Tensor,
     basic: Tensor | None, weak: Tensor | None, strong: Tensor | None,
     mix: Sequence[float], temperature: float, lr: float, momentum: float, weight_decay: float,
-    weight: float, distill: bool, live_target: bool, precision: str, ranks: int = 1,
+    weight: float, distill: bool, precision: str, ranks: int = 1,
 ) -> tuple[list[Call | Gather], Tensor]:  # fmt: skip
     """The launches for contiguous inputs, and the summary [3] that they fill."""
     features = (weak, strong, basic)
     distill = distill and strong is not None
-    live = distill and live_target
-    passes = [
-        plan_pass(
-            features, rows, mix, temperature,
-            distill=distill, normalize=True, with_sums=False, precision=precision, cross=cross,
-            ranks=ranks,
-        )
-        for cross in (False, True)[: 1 + live]
-    ]  # fmt: skip
-    normalise, softmax, target = plan_softmax(passes, key)
+    bank_pass = plan_pass(
+        features, rows, mix, temperature,
+        distill=distill, normalize=True, with_sums=False, precision=precision, ranks=ranks,
+    )  # fmt: skip
+    normalise, softmax = plan_softmax(bank_pass, key)
     (n, d), k = key.shape, len(rows)
-    tile = (_LIVE_TILES if live else _TILES)[precision, width(d)]
-    known, blocks = passes[0].call.arguments, triton.cdiv(k, tile.bank)
+    tile = _TILES[precision, width(d)]
+    known, blocks = bank_pass.call.arguments, triton.cdiv(k, tile.bank)
     partial, summary = rows.new_empty(2, blocks), rows.new_empty(3)
     names = (
         "weak_ptr", "strong_ptr", "basic_ptr", "N", "scale", "D", "QUERY", "PARTNER",
@@ -222,7 +184,6 @@ def plan(
         "rows_ptr": rows,
         "velocity_ptr": velocity,
         "softmax_ptr": softmax,
-        "target_ptr": target,
         "partial_ptr": partial,
         "K": k,
         "gain": weight / (n * temperature),
@@ -230,7 +191,6 @@ def plan(
         "momentum": momentum,
         "weight_decay": weight_decay,
         "DISTILL": distill,
-        "LIVE": live,
         "PRECISION": precision,
         "BLOCK_N": tile.rows,
         "BLOCK_K": tile.bank,
@@ -248,7 +208,7 @@ def plan(
         "BLOCK": 256,
     }
     calls = [
-        *(call for each in passes for call in each.calls),
+        *bank_pass.calls,
         normalise,
         Call(ascent_kernel, (blocks,), ascend, *tile[3:]),
         Call(summary_kernel, (1,), summarise),
@@ -261,12 +221,12 @@ def _op(
     rows: Tensor, velocity: Tensor, key: Tensor,
     basic: Tensor | None, weak: Tensor | None, strong: Tensor | None,
     mix: Sequence[float], temperature: float, lr: float, momentum: float, weight_decay: float,
-    weight: float, distill: bool, live_target: bool, precision: str, ranks: int = 1,
+    weight: float, distill: bool, precision: str, ranks: int = 1,
 ) -> Tensor:  # fmt: skip
     """Steps rows and velocity in place -> [3]: mean row norm, mean movement, negatives' share."""
     calls, summary = plan(
         rows, velocity, key, basic, weak, strong, mix, temperature,
-        lr, momentum, weight_decay, weight, distill, live_target, precision, ranks,
+        lr, momentum, weight_decay, weight, distill, precision, ranks,
     )  # fmt: skip
     launch_all(calls, rows.device)
     return summary
@@ -281,7 +241,7 @@ def _on_cpu(
     rows: Tensor, velocity: Tensor, key: Tensor,
     basic: Tensor | None, weak: Tensor | None, strong: Tensor | None,
     mix: Sequence[float], temperature: float, lr: float, momentum: float, weight_decay: float,
-    weight: float, distill: bool, live_target: bool, precision: str, ranks: int = 1,
+    weight: float, distill: bool, precision: str, ranks: int = 1,
 ) -> Tensor:  # fmt: skip
     """The operation in plain torch, without kernels."""
     unit = torch.nn.functional.normalize(rows, dim=1)
@@ -294,8 +254,7 @@ def _on_cpu(
         with torch.enable_grad():
             if term == STRONG and distill and basic is not None:
                 loss = reference.distillation(
-                    anchor.float(), basic.float(), key.float(), leaf, mix, temperature, others,
-                    live_target=live_target,
+                    anchor.float(), basic.float(), key.float(), leaf, mix, temperature, others
                 )  # fmt: skip
             else:
                 loss = reference.contrast(anchor.float(), key.float(), leaf, mix, temperature, others)
@@ -340,16 +299,15 @@ def bank_ascent(
     reduction: Literal["mean", "sum"] = "mean",
     weight: float = 1.0,
     distill: bool = True,
-    live_target: bool = False,
     precision: Precision = "tf32",
     ranks: int = 1,
 ) -> Ascent:
     """Step raw rows and velocity [K, D] float32 in place, up `weight` times the batch mean of the objective.
 
     Features [N, D]; None takes no part. "total" is L1 + L2 + L3 on the mixed banks (L2 a contrast like L1 if
-    not `distill`; with `live_target` its gradient reaches the bank through the target too); "infonce" is the
-    mean or sum of the InfoNCE of the features given, on the plain bank. Of a bank shared by several `ranks`,
-    with the same features each, the rows here are given; norm and movement are theirs.
+    not `distill`); "infonce" is the mean or sum of the InfoNCE of the features given, on the plain bank. Of a
+    bank shared by several `ranks`, with the same features each, the rows here are given; norm and movement
+    are theirs.
     """
     given = {"key": key, "basic": basic, "weak": weak, "strong": strong}
     check_problem("bank_ascent", given, rows, mix, temperature, precision)
@@ -384,7 +342,6 @@ def bank_ascent(
         weight_decay,
         weight / terms if plain and reduction == "mean" else weight,
         distill and not plain,
-        live_target,
         precision,
         ranks,
     )

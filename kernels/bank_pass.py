@@ -12,11 +12,6 @@ a running maximum `top` of s, and sums the exponentials e, their (1-λ)-weighted
 reads the sums adds the slabs in a fixed order. Nothing of size [N, K] leaves the registers, and no float is
 added atomically: two runs give the same bits.
 
-The gradient through a target that is not detached weighs its probabilities by f2's logits too. Relative to
-a = f2·f2 such a logit is (1-λ) (f2·m_k - f2·f2), times τ. So a second pass of the target alone (CROSS) sums
-w (f2·m_k - f2·f2) in place of e, and q (f2·m_k - f2·f2) in place of w, with the exponentials weighted by
-(1-λ)² in q.
-
 Exponents are base 2: scale = log2(e) / τ. The largest logit of all banks is `level(top)`, so no exponential
 exceeds one, whatever τ and the lengths of the rows.
 Legend: N batch · K bank rows · D feature dim · S slabs · J jobs.
@@ -67,15 +62,6 @@ _TILES = {
     ("ieee", 128): Tile(32, 32, 32, 8, 1, 255),
     ("ieee", 256): Tile(32, 32, 16, 8, 1, 255),
 }
-# the weighted pass holds two similarities of each pair
-_CROSS_TILES = _TILES | {
-    ("tf32", 16): Tile(64, 32, 16, 4, 3),
-    ("tf32", 32): Tile(64, 32, 32, 4, 3),
-    ("tf32", 64): Tile(64, 32, 64, 4, 3),
-    ("tf32", 128): Tile(64, 16, 128, 4, 2),
-    ("tf32", 256): Tile(32, 16, 256, 4, 2),
-}
-_CROSS_TILES_WITHOUT_SUMS = _CROSS_TILES | {("tf32", 256): Tile(64, 16, 256, 8, 2)}
 
 
 @triton.jit
@@ -86,20 +72,19 @@ def level(top, a, LARGEST: tl.constexpr):
 
 @triton.jit
 def mixed_exponentials(s, top, a, offset, scale, MIX: tl.constexpr):
-    """Sums over the banks of 2^(logit - offset): plain e, weighted by 1-λ w, and by (1-λ)² q.
+    """Sums over the banks of 2^(logit - offset): plain e, and weighted by 1-λ w.
 
     All arguments broadcast with s. The logits are taken relative to scale * top, which keeps the digits of
     large ones.
     """
     x = (s - top) * scale
     e = tl.exp2(x - offset)
-    w, q = e, e
+    w = e
     for j in tl.static_range(len(MIX)):
         mixed = tl.exp2(x * (1.0 - MIX[j]) + (scale * MIX[j] * (a - top) - offset))
         e += mixed
         w += mixed * (1.0 - MIX[j])
-        q += mixed * ((1.0 - MIX[j]) * (1.0 - MIX[j]))
-    return e, w, q
+    return e, w
 
 
 @triton.jit
@@ -178,7 +163,6 @@ def bank_pass_kernel(
     EVEN: tl.constexpr,
     NORMALIZE: tl.constexpr,
     SUMS: tl.constexpr,
-    CROSS: tl.constexpr,  # weigh by the partner's own logits
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -204,8 +188,6 @@ def bank_pass_kernel(
     count = tl.minimum(K - start, slab).to(tl.int32)
     k = tl.arange(0, BLOCK_K)
     rows_ptr = bank_ptr + start * D + k * D
-    if CROSS:
-        own = tl.sum(partner * partner, 1)
     for first in range(0, count, BLOCK_K):
         valid = k < count - first
         rows = tl.load(rows_ptr[:, None] + d[None, :], mask=valid[:, None] & (d[None, :] < D), other=0.0)
@@ -226,16 +208,7 @@ def bank_pass_kernel(
                 s, higher[:, None], a[:, None], offset[:, None], scale, LARGEST, len(MIX)
             )
         else:
-            e, w, q = mixed_exponentials(s, higher[:, None], a[:, None], offset[:, None], scale, MIX)
-        if CROSS:
-            if PRECISION == "ieee":
-                gap = product(partner_ptr + n * D, n < N, rows_ptr, valid, D, DEPTH)
-            else:
-                gap = tl.dot(partner, tl.trans(rows), input_precision=PRECISION)
-            if NORMALIZE:
-                gap *= inverse[None, :]
-            gap -= own[:, None]
-            e, w = w * gap, q * gap
+            e, w = mixed_exponentials(s, higher[:, None], a[:, None], offset[:, None], scale, MIX)
         total = total * keep + tl.sum(e, 1)
         if SUMS:
             mass = mass * keep + tl.sum(w, 1)
@@ -278,21 +251,18 @@ def plan_pass(
     normalize: bool,
     with_sums: bool,
     precision: str,
-    cross: bool = False,
     ranks: int = 1,
 ) -> BankPass:
     """Plan `bank_pass_kernel` for contiguous features [N, D] (weak, strong, basic) and bank [K, D].
 
-    The jobs are the features given, then with `distill` the target; with `cross` the target alone, weighted.
+    The jobs are the features given, then with `distill` the target.
     Of a bank shared by `ranks`, [K / W, D] is here; the slabs become those of all, in the ranks' order.
     """
     like = next(feature for feature in features if feature is not None)
-    own = () if cross else present(features)
-    target = distill or cross
+    own = present(features)
     (n, d), k = like.shape, len(bank)
-    weighted = _CROSS_TILES if with_sums else _CROSS_TILES_WITHOUT_SUMS
-    tile = (weighted if cross else _TILES)[precision, width(d)]
-    jobs, blocks = len(own) + target, triton.cdiv(n, tile.rows)
+    tile = _TILES[precision, width(d)]
+    jobs, blocks = len(own) + distill, triton.cdiv(n, tile.rows)
     splits = max(1, resident_programs(bank.device) // (jobs * blocks))
     slab = triton.cdiv(triton.cdiv(k, splits), tile.bank) * tile.bank
     splits = triton.cdiv(k, slab)
@@ -308,15 +278,13 @@ def plan_pass(
         "slab": slab,
         "scale": 1 / (temperature * LN2.value),
         "D": d,
-        "QUERY": own + (BASIC,) * target,
-        "PARTNER": own + (STRONG,) * target,
+        "QUERY": own + (BASIC,) * distill,
+        "PARTNER": own + (STRONG,) * distill,
         "MIX": tuple(mix),
         "LARGEST": max(mix, default=0.0),
-        # a live target needs squares of 1-λ too
-        "EVEN": evenly_spaced(mix) and not cross,
+        "EVEN": evenly_spaced(mix),
         "NORMALIZE": normalize,
         "SUMS": with_sums,
-        "CROSS": cross,
         "PRECISION": precision,
         "BLOCK_N": tile.rows,
         "BLOCK_K": tile.bank,

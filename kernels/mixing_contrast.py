@@ -2,11 +2,10 @@
 
 `bank_pass` reads the bank. `combine_kernel` adds its slabs in a fixed order and forms losses and gradients.
 With the (1-λ)-weighted sums w come the probabilities of the mixed features, because sum(λ e) = e - w, and the
-mean of f2's similarity under the target, because sum_k w_k (m_k·f2) = (w @ bank)·f2. With a live target,
-`live_target_kernel` adds what reaches f2 and f3 through it, from a second pass of the target alone.
+mean of f2's similarity under the target, because sum_k w_k (m_k·f2) = (w @ bank)·f2.
 
 Legend: N batch · K bank rows · D feature dim · S slabs · J jobs · T terms present, in the order weak, strong,
-basic; gradients have one more row, dL2/df3, if the target is live.
+basic.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -33,11 +32,11 @@ def _slab_sums(
     stats_ptr, sums_ptr, n, job, a, reach, N, S, scale,
     D: tl.constexpr, JOBS: tl.constexpr, LARGEST: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One row's sums over the slabs, in units of 2^(scale * reach) -> (e, e - w, w @ bank [D])."""
+    """One row's sums over the slabs, in units of 2^(scale * reach) -> (e - w, w @ bank [D])."""
     d = tl.arange(0, BLOCK_D)
     c = tl.arange(0, CHUNK)
     row = tl.zeros((BLOCK_D,), tl.float32)
-    whole, share = 0.0, 0.0
+    share = 0.0
     for begin in range(0, S, CHUNK):
         s = begin + c
         place = s.to(tl.int64) * JOBS + job
@@ -46,12 +45,11 @@ def _slab_sums(
         factor = tl.exp2((level(top, a, LARGEST) - reach) * scale)
         total = tl.load(at + 2 * N, mask=s < S, other=0.0)
         mass = tl.load(at + 3 * N, mask=s < S, other=0.0)
-        whole += tl.sum(total * factor, 0)
         share += tl.sum((total - mass) * factor, 0)
         inside = (s[:, None] < S) & (d[None, :] < D)
         sums = tl.load(sums_ptr + (place * N + n)[:, None] * D + d[None, :], mask=inside, other=0.0)
         row += tl.sum(sums * factor[:, None], 0)
-    return whole, share, row
+    return share, row
 
 
 @triton.jit
@@ -60,19 +58,18 @@ def _distribution(
     D: tl.constexpr, JOBS: tl.constexpr, LARGEST: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Means under one row's softmax -> (log2 of the partition without scale * reach, reach, u·f0, a, what
-    turns exponentials into probabilities, probability of the positive, sum of λ times the probability, sum of
-    w / z times the bank rows [D])."""
+    """Means under one row's softmax -> (log2 of the partition without scale * reach, reach, u·f0, a,
+    probability of the positive, sum of λ times the probability, sum of w / z times the bank rows [D])."""
     positive = tl.sum(query * key, 0)
     _, a, reach, high, first, z = merged_stats(
         stats_ptr, n, job, positive, N, S, scale, JOBS, LARGEST, BLOCK_S
     )
     to_probability = tl.exp2(-high) / z
-    _, share, row = _slab_sums(
+    share, row = _slab_sums(
         stats_ptr, sums_ptr, n, job, a, reach, N, S, scale, D, JOBS, LARGEST, BLOCK_D, CHUNK
     )
     log = tl.log2(z) + high
-    return log, reach, positive, a, to_probability, first / z, share * to_probability, row * to_probability
+    return log, reach, positive, a, first / z, share * to_probability, row * to_probability
 
 
 @triton.jit
@@ -106,13 +103,13 @@ def combine_kernel(
         if tl.program_id(0) == term:
             anchor_ptr = weak_ptr if TERMS[term] == 0 else strong_ptr if TERMS[term] == 1 else basic_ptr
             anchor = tl.load(anchor_ptr + at, mask=d < D, other=0.0).to(tl.float32)
-            lse, reach, positive, a, _, first, share, row = _distribution(
+            lse, reach, positive, a, first, share, row = _distribution(
                 anchor, key, stats_ptr, sums_ptr, n, term, N, S, scale,
                 D, JOBS, LARGEST, BLOCK_S, BLOCK_D, CHUNK,
             )  # fmt: skip
             if DISTILL and TERMS[term] == 1:
                 teacher = tl.load(basic_ptr + at, mask=d < D, other=0.0).to(tl.float32)
-                _, _, _, _, _, first_t, share_t, row_t = _distribution(
+                _, _, _, _, first_t, share_t, row_t = _distribution(
                     teacher, key, stats_ptr, sums_ptr, n, len(TERMS), N, S, scale,
                     D, JOBS, LARGEST, BLOCK_S, BLOCK_D, CHUNK,
                 )  # fmt: skip
@@ -128,109 +125,50 @@ def combine_kernel(
             tl.store(out, gradient * (scale * LN2), mask=d < D)
 
 
-@triton.jit
-def live_target_kernel(
-    strong_ptr,
-    basic_ptr,
-    key_ptr,
-    stats_ptr,  # [S, J, PLANES, N]
-    sums_ptr,  # [S, J, N, D]
-    cross_stats_ptr,  # [C, 1, PLANES, N]
-    cross_sums_ptr,  # [C, 1, N, D]
-    gradients_ptr,  # [T + 1, N, D]
-    N,
-    S,
-    C,  # slabs of the second pass
-    scale,
-    D: tl.constexpr,
-    TERMS: tl.constexpr,  # which feature each term's anchor is
-    LARGEST: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """A step of a logit y of the target moves L2 by -t (l - mean of l) / τ, where l is f2's logit."""
-    n = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
-    at = n * D + d
-    key = tl.load(key_ptr + at, mask=d < D, other=0.0).to(tl.float32)
-    strong = tl.load(strong_ptr + at, mask=d < D, other=0.0).to(tl.float32)
-    basic = tl.load(basic_ptr + at, mask=d < D, other=0.0).to(tl.float32)
-    _, reach, _, a, to_probability, first, share, row = _distribution(
-        basic, key, stats_ptr, sums_ptr, n, len(TERMS), N, S, scale,
-        D, len(TERMS) + 1, LARGEST, BLOCK_S, BLOCK_D, CHUNK,
-    )  # fmt: skip
-    whole, cross_share, cross_row = _slab_sums(
-        cross_stats_ptr, cross_sums_ptr, n, 0, a, reach, N, C, scale, D, 1, LARGEST, BLOCK_D, CHUNK
-    )
-    # all of f2's logits are taken relative to f2·f2
-    positive = tl.sum(strong * (key - strong), 0)
-    mean = first * positive + whole * to_probability
-    along = cross_share * to_probability - mean * share
-    to_basic = first * (positive - mean) * key + along * strong + (cross_row * to_probability - mean * row)
-    factor = -(scale * LN2) * (scale * LN2)
-    tl.store(gradients_ptr + (n + len(TERMS) * N) * D + d, to_basic * factor, mask=d < D)
-    for term in tl.static_range(len(TERMS)):
-        if TERMS[term] == 1:
-            out = gradients_ptr + (n + term * N) * D + d
-            tl.store(out, tl.load(out, mask=d < D, other=0.0) + along * basic * factor, mask=d < D)
-
-
 def plan(
     key: Tensor, basic: Tensor, weak: Tensor | None, strong: Tensor | None, bank: Tensor,
-    mix: Sequence[float], temperature: float, distill: bool, live_target: bool, normalize: bool,
+    mix: Sequence[float], temperature: float, distill: bool, normalize: bool,
     precision: str, ranks: int = 1,
 ) -> tuple[list[Call | Gather], Tensor, Tensor]:  # fmt: skip
-    """The launches for contiguous inputs, and what they fill: losses [T, N], gradients [T (+ 1), N, D]."""
+    """The launches for contiguous inputs, and what they fill: losses [T, N], gradients [T, N, D]."""
     features = (weak, strong, basic)
     terms = present(features)
     distill = distill and strong is not None
-    live = distill and live_target
-    first, *second = (
-        plan_pass(
-            features, bank, mix, temperature,
-            distill=distill, normalize=normalize, with_sums=True, precision=precision, cross=cross,
-            ranks=ranks,
-        )
-        for cross in (False, True)[: 1 + live]
+    bank_pass = plan_pass(
+        features, bank, mix, temperature,
+        distill=distill, normalize=normalize, with_sums=True, precision=precision, ranks=ranks,
     )  # fmt: skip
     n, d = key.shape
-    losses = bank.new_empty(len(terms), n)
-    gradients = bank.new_empty(len(terms) + live, n, d)
-    known = first.call.arguments
-    shared = {
-        **{name: known[name] for name in ("strong_ptr", "basic_ptr", "N", "scale", "D", "LARGEST")},
+    losses, gradients = bank.new_empty(len(terms), n), bank.new_empty(len(terms), n, d)
+    known = bank_pass.call.arguments
+    names = ("weak_ptr", "strong_ptr", "basic_ptr", "N", "scale", "D", "LARGEST")
+    combine = {
+        **{name: known[name] for name in names},
         "key_ptr": key,
-        "stats_ptr": first.stats,
-        "sums_ptr": first.sums,
+        "stats_ptr": bank_pass.stats,
+        "sums_ptr": bank_pass.sums,
+        "losses_ptr": losses,
         "gradients_ptr": gradients,
-        "S": len(first.stats),
+        "S": len(bank_pass.stats),
         "TERMS": terms,
-        "BLOCK_S": triton.next_power_of_2(len(first.stats)),
+        "DISTILL": distill,
+        "BLOCK_S": triton.next_power_of_2(len(bank_pass.stats)),
         "BLOCK_D": width(d),
         "CHUNK": 32,
     }
-    one = {"weak_ptr": known["weak_ptr"], "losses_ptr": losses, "DISTILL": distill}
-    calls = [*first.calls, Call(combine_kernel, (len(terms), n), shared | one)]
-    for weighted in second:
-        two = {
-            "cross_stats_ptr": weighted.stats,
-            "cross_sums_ptr": weighted.sums,
-            "C": len(weighted.stats),
-        }
-        calls += [*weighted.calls, Call(live_target_kernel, (n,), shared | two, maxnreg=255)]
+    calls = [*bank_pass.calls, Call(combine_kernel, (len(terms), n), combine)]
     return calls, losses, gradients
 
 
 @torch.library.custom_op("a2mc::mixing_contrast", mutates_args=())
 def _op(
     key: Tensor, basic: Tensor, weak: Tensor | None, strong: Tensor | None, bank: Tensor,
-    mix: Sequence[float], temperature: float, distill: bool, live_target: bool, normalize: bool,
+    mix: Sequence[float], temperature: float, distill: bool, normalize: bool,
     precision: str, ranks: int = 1,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Losses [T, N] and gradients [T (+ 1), N, D], both float32, of the terms present."""
+    """Losses [T, N] and gradients [T, N, D], both float32, of the terms present."""
     calls, losses, gradients = plan(
-        key, basic, weak, strong, bank, mix, temperature, distill, live_target, normalize, precision, ranks
+        key, basic, weak, strong, bank, mix, temperature, distill, normalize, precision, ranks
     )
     launch_all(calls, bank.device)
     return losses, gradients
@@ -239,42 +177,37 @@ def _op(
 @_op.register_fake
 def _(
     key: Tensor, basic: Tensor, weak: Tensor | None, strong: Tensor | None, bank: Tensor,
-    mix: Sequence[float], temperature: float, distill: bool, live_target: bool, *_: Any,
+    *_: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     terms = 3 - (weak is None) - (strong is None)
-    live = distill and live_target and strong is not None
-    return bank.new_empty(terms, len(basic)), bank.new_empty(terms + live, *basic.shape)
+    return bank.new_empty(terms, len(basic)), bank.new_empty(terms, *basic.shape)
 
 
 def _on_cpu(
     key: Tensor, basic: Tensor, weak: Tensor | None, strong: Tensor | None, bank: Tensor,
-    mix: Sequence[float], temperature: float, distill: bool, live_target: bool, normalize: bool,
+    mix: Sequence[float], temperature: float, distill: bool, normalize: bool,
     precision: str, ranks: int = 1,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The operation in plain torch, without kernels."""
     rows = torch.nn.functional.normalize(bank, dim=1) if normalize else bank
-    losses, gradients, through_target = [], [], []
+    losses: list[Tensor] = []
+    gradients: list[Tensor] = []
     others = AllRanks(ranks) if ranks > 1 else None
     for term, feature in enumerate((weak, strong, basic)):
         if feature is None:
             continue
         anchor = feature.detach().float().requires_grad_()
-        leaves = [anchor]
         with torch.enable_grad():
             if term == STRONG and distill:
-                teacher = basic.detach().float().requires_grad_(live_target)
-                leaves += [teacher] * live_target
                 loss = reference.distillation(
-                    anchor, teacher, key.float(), rows, mix, temperature, others, live_target=live_target
+                    anchor, basic.float(), key.float(), rows, mix, temperature, others
                 )
             else:
                 loss = reference.contrast(anchor, key.float(), rows, mix, temperature, others)
         # no operation after the loss: below the dispatcher only autograd functions are recorded
-        gradient, *rest = torch.autograd.grad(loss, leaves, torch.ones_like(loss))
+        gradients += torch.autograd.grad(loss, anchor, torch.ones_like(loss))
         losses.append(loss.detach())
-        gradients.append(gradient)
-        through_target += rest
-    return torch.stack(losses), torch.stack(gradients + through_target)
+    return torch.stack(losses), torch.stack(gradients)
 
 
 if not INTERPRET:  # interpreted, CPU tensors go through the kernels
@@ -294,12 +227,9 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
         if not ctx.needs_input_grad[position]:
             return None
         term = ctx.terms.index(feature)
-        out = grad[term].unsqueeze(1) * gradients[term]
-        if feature == BASIC and len(gradients) > len(ctx.terms):
-            out = torch.addcmul(out, grad[ctx.terms.index(STRONG)].unsqueeze(1), gradients[-1])
-        return out.to(ctx.dtype)
+        return (grad[term].unsqueeze(1) * gradients[term]).to(ctx.dtype)
 
-    return None, anchor(1, BASIC), anchor(2, WEAK), anchor(3, STRONG), *[None] * 8
+    return None, anchor(1, BASIC), anchor(2, WEAK), anchor(3, STRONG), *[None] * 7
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
@@ -315,7 +245,6 @@ def mixing_contrast(
     temperature: float,
     *,
     distill: bool = True,
-    live_target: bool = False,
     normalize: bool = False,
     precision: Precision = "tf32",
     ranks: int = 1,
@@ -323,9 +252,9 @@ def mixing_contrast(
     """L1, L2, L3 per clip: features [N, D], bank [K, D] float32 -> (weak, strong, basic), each [N] float32.
 
     Differentiable in basic, weak and strong, not in key and bank: the bank's ascent is `bank_ascent`. A term
-    whose feature is None is zero. `distill` False makes L2 a contrast like L1; `live_target` lets L2's
-    gradient reach f2 and f3 through its target too; `normalize` contrasts the unit rows of the bank. Of a
-    bank shared by `ranks`, which have the same features, the rows here are given.
+    whose feature is None is zero. `distill` False makes L2 a contrast like L1; `normalize` contrasts
+    the unit rows of the bank. Of a bank shared by `ranks`, which have the same features, the rows here are
+    given.
     """
     features = {"key": key, "basic": basic, "weak": weak, "strong": strong}
     check_problem("mixing_contrast", features, bank, mix, temperature, precision)
@@ -343,7 +272,6 @@ def mixing_contrast(
         list(mix),
         temperature,
         distill,
-        live_target,
         normalize,
         precision,
         ranks,

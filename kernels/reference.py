@@ -11,12 +11,11 @@ Legend: N batch · K bank rows · D feature dim · J = 1 + len(mix) banks (the p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 _BLOCK = 4096  # bank rows per pass: a [64, 4096] float32 block stays in a core's second-level cache
 
@@ -44,7 +43,6 @@ class _Softmax(NamedTuple):
     positive: Tensor  # [N] probability of the positive
     bank: Tensor  # [J, N] probability of each bank
     weight: Tensor  # [N, rows at hand] sum over banks of (1-λ) times the probability: τ times d lse / d s
-    square: Tensor | None  # [N, rows at hand] the same with (1-λ)², if asked for
 
 
 def _scales(mix: Sequence[float]) -> list[float]:
@@ -75,8 +73,6 @@ def _softmax(
     mix: Sequence[float],
     inv_tau: float,
     ranks: Ranks | None,
-    *,
-    with_square: bool = False,
 ) -> _Softmax:
     """Softmax over {positive, offset_j + (1-λ_j) s_k} / τ in one pass over s.
 
@@ -91,18 +87,16 @@ def _softmax(
     shift = torch.maximum(positive, highest) * inv_tau
     bias = offset * inv_tau - shift
     bank = torch.zeros_like(offset)
-    sums = torch.zeros(1 + with_square, *similarity.shape, dtype=similarity.dtype, device=similarity.device)
-    for rows, outs in zip(similarity.split(_BLOCK, 1), sums.split(_BLOCK, 2), strict=True):
+    weight = torch.zeros_like(similarity)
+    for rows, out in zip(similarity.split(_BLOCK, 1), weight.split(_BLOCK, 1), strict=True):
         for j, scale in enumerate(scales):
             exponential = torch.add(bias[j].unsqueeze(1), rows, alpha=scale * inv_tau).exp_()
             bank[j] += exponential.sum(1)
-            for power, out in enumerate(outs, 1):
-                out.add_(exponential, alpha=scale**power)
+            out.add_(exponential, alpha=scale)
     bank = _summed(bank, ranks)
     first = torch.exp(positive * inv_tau - shift)
     total = first + bank.sum(0)
-    weight, *square = sums.div_(total.unsqueeze(1))
-    return _Softmax(shift + total.log(), first / total, bank / total, weight, *square or [None])
+    return _Softmax(shift + total.log(), first / total, bank / total, weight.div_(total.unsqueeze(1)))
 
 
 class _Contrast(torch.autograd.Function):
@@ -136,11 +130,7 @@ class _Contrast(torch.autograd.Function):
 
 
 class _Distill(torch.autograd.Function):
-    """`distillation`; see `_Contrast`.
-
-    A step of a logit of the target moves the loss by -t (l - mean of l) / τ, with its probability t and the
-    anchor's logit l. Relative to the own feature's, l is (1-λ) `gap` for the bank.
-    """
+    """`distillation`; see `_Contrast`."""
 
     @staticmethod
     def forward(
@@ -151,7 +141,6 @@ class _Distill(torch.autograd.Function):
         bank: Tensor,
         mix: tuple[float, ...],
         inv_tau: float,
-        live_target: bool,
         ranks: Ranks | None,
     ) -> Tensor:
         positive, own = _dot(anchor, key), _dot(anchor, anchor)
@@ -159,46 +148,26 @@ class _Distill(torch.autograd.Function):
         p = _softmax(similarity, positive, _offsets(own, mix), mix, inv_tau, ranks)
         # the target is evaluated on the same columns, those mixed with the anchor
         t = _softmax(
-            teacher @ bank.T, _dot(teacher, key), _offsets(_dot(teacher, anchor), mix), mix, inv_tau, ranks,
-            with_square=live_target,
-        )  # fmt: skip
+            teacher @ bank.T, _dot(teacher, key), _offsets(_dot(teacher, anchor), mix), mix, inv_tau, ranks
+        )
         share = _mean_share(t.bank, mix)
         mean_logit = t.positive * positive + share * own + _summed(_dot(t.weight, similarity), ranks)
         difference = p.weight.sub_(t.weight)
-        gradient = to_teacher = pull = None
+        gradient = None
         if ctx.needs_input_grad[0]:
             gradient = _summed(difference @ bank, ranks)
             gradient.addcmul_((p.positive - t.positive).unsqueeze(1), key)
             more = (_mean_share(p.bank, mix) - share).unsqueeze(1)
             gradient.addcmul_(more, anchor, value=2).mul_(inv_tau)
-        if t.square is not None:
-            gap, above = similarity - own.unsqueeze(1), positive - own
-            square = t.square * gap
-            mean_gap, mean_square = _summed(torch.stack((_dot(t.weight, gap), square.sum(1))), ranks)
-            mean = t.positive * above + mean_gap
-            along = (mean_gap - mean_square - mean * share).unsqueeze(1)
-            pull = (square - mean.unsqueeze(1) * t.weight).mul_(-(inv_tau**2))
-            to_teacher = (t.positive * (above - mean)).unsqueeze(1) * key + along * anchor
-            to_teacher = to_teacher.mul_(-(inv_tau**2)) + _summed(pull @ bank, ranks)
-            if gradient is not None:
-                gradient.addcmul_(along, teacher, value=-(inv_tau**2))
-        needs_bank = ctx.needs_input_grad[3]
-        ctx.save_for_backward(
-            gradient, anchor, difference if needs_bank else None,
-            to_teacher, teacher, pull if needs_bank else None,
-        )  # fmt: skip
+        ctx.save_for_backward(gradient, anchor, difference if ctx.needs_input_grad[3] else None)
         ctx.inv_tau = inv_tau
         return p.lse - mean_logit * inv_tau
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, anchor, weight, to_teacher, teacher, pull = ctx.saved_tensors
+        gradient, anchor, weight = ctx.saved_tensors
         to_anchor, _, to_bank = _backward(grad, gradient, anchor, weight, ctx.inv_tau)
-        if to_teacher is not None:
-            to_teacher = grad.unsqueeze(1) * to_teacher
-        if to_bank is not None and pull is not None:
-            to_bank = torch.addmm(to_bank, pull.T, grad.unsqueeze(1) * teacher)
-        return to_anchor, to_teacher, None, to_bank, None, None, None, None
+        return to_anchor, None, None, to_bank, None, None, None
 
 
 def _backward(
@@ -234,19 +203,14 @@ def distillation(
     mix: Sequence[float],
     temperature: float,
     ranks: Ranks | None = None,
-    *,
-    live_target: bool = False,
 ) -> Tensor:
     """Cross-entropy of the anchor's similarity distribution under the teacher's (A²MC Eq. 11).
 
     anchor, teacher, key [N, D], bank [K, D] -> [N]. Differentiable in anchor and bank; key is a constant, and
-    so is the teacher's distribution, unless `live_target` lets gradients reach teacher, anchor and bank
-    through it. Both distributions are taken over the banks mixed with the anchor. `ranks` as in `contrast`.
+    so is the teacher's distribution. Both distributions are taken over the banks mixed with the anchor.
+    `ranks` as in `contrast`.
     """
-    teacher = teacher if live_target else teacher.detach()
-    return _Distill.apply(
-        anchor, teacher, key.detach(), bank, tuple(mix), 1.0 / temperature, live_target, ranks
-    )
+    return _Distill.apply(anchor, teacher.detach(), key.detach(), bank, tuple(mix), 1.0 / temperature, ranks)
 
 
 def mixing_contrast(
@@ -259,16 +223,14 @@ def mixing_contrast(
     temperature: float,
     *,
     distill: bool = True,
-    live_target: bool = False,
     normalize: bool = False,
     ranks: Ranks | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """L1, L2 and L3 of A²MC (Eq. 9-11) per clip: features [N, D], bank [K, D] -> (weak, strong, basic), each
     [N].
 
-    A term whose feature is None is zero. `distill` False makes L2 a contrast like L1; `live_target` lets its
-    gradient reach basic and the target's bank; `normalize` contrasts the unit rows of the bank; `ranks` as in
-    `contrast`.
+    A term whose feature is None is zero. `distill` False makes L2 a contrast like L1; `normalize` contrasts
+    the unit rows of the bank; `ranks` as in `contrast`.
     """
     rows = torch.nn.functional.normalize(bank, dim=1) if normalize else bank
     off = basic.new_zeros(len(basic))
@@ -276,119 +238,13 @@ def mixing_contrast(
     def second(anchor: Tensor) -> Tensor:
         if not distill:
             return contrast(anchor, key, rows, mix, temperature, ranks)
-        return distillation(anchor, basic, key, rows, mix, temperature, ranks, live_target=live_target)
+        return distillation(anchor, basic, key, rows, mix, temperature, ranks)
 
     return (
         off if weak is None else contrast(weak, key, rows, mix, temperature, ranks),
         off if strong is None else second(strong),
         contrast(basic, key, rows, mix, temperature, ranks),
     )
-
-
-def mixing_contrast_general(
-    anchor: Tensor,
-    teacher: Tensor | None,
-    key: Tensor,
-    bank: Tensor,
-    mix: Sequence[float],
-    temperature: float,
-    *,
-    tiled: bool = False,
-    renormalize: bool = False,
-    live_target: bool = False,
-) -> Tensor:
-    """`contrast` (no teacher) or `distillation` under any reading of the mixer, per clip -> [N].
-
-    `tiled` mixes bank row k with feature k mod N instead of each query with its own; `renormalize` brings
-    mixed rows back to unit length; `live_target` lets gradients reach the teacher and the target's bank. It
-    goes block by block and recomputes the logits in the backward pass, so it stores no more than `contrast`,
-    but is slower.
-    """
-    inv_tau = 1.0 / temperature
-    key = key.detach()
-
-    def logits(query: Tensor, partner: Tensor, rows: Tensor, start: int) -> Tensor:
-        return _mixed_logits(query, partner, rows, start, mix, tiled, renormalize) * inv_tau
-
-    def block_lse(query: Tensor, partner: Tensor, rows: Tensor, start: int) -> Tensor:
-        return logits(query, partner, rows, start).logsumexp((0, 2))
-
-    def log_partition(query: Tensor, positive: Tensor, partner: Tensor, bank: Tensor) -> Tensor:
-        parts = [_recomputed(block_lse, query, partner, rows, start) for start, rows in _blocks(bank)]
-        return torch.stack([positive, *parts]).logsumexp(0)
-
-    positive = _dot(anchor, key) * inv_tau
-    lse = log_partition(anchor, positive, anchor, bank)
-    if teacher is None:
-        return lse - positive
-
-    partner, target_bank = anchor, bank
-    if not live_target:
-        teacher, partner, target_bank = teacher.detach(), anchor.detach(), bank.detach()
-
-    def block_mean(
-        anchor: Tensor,
-        teacher: Tensor,
-        partner: Tensor,
-        rows: Tensor,
-        target_rows: Tensor,
-        lse: Tensor,
-        start: int,
-    ) -> Tensor:
-        """This block's part of the anchor's mean logit under the teacher's distribution."""
-        probability = torch.exp(logits(teacher, partner, target_rows, start) - lse.unsqueeze(1))
-        return (probability * logits(anchor, anchor, rows, start)).sum((0, 2))
-
-    target_positive = _dot(teacher, key) * inv_tau
-    target_lse = log_partition(teacher, target_positive, partner, target_bank)
-    mean = torch.exp(target_positive - target_lse) * positive
-    for (start, rows), (_, target_rows) in zip(_blocks(bank), _blocks(target_bank), strict=True):
-        mean = mean + _recomputed(block_mean, anchor, teacher, partner, rows, target_rows, target_lse, start)
-    return lse - mean
-
-
-def _blocks(bank: Tensor) -> list[tuple[int, Tensor]]:
-    """(first row, rows) of each block."""
-    return [(i * _BLOCK, rows) for i, rows in enumerate(bank.split(_BLOCK))]
-
-
-def _recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """Call `function`, keeping only its arguments for the backward pass."""
-    result = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
-    assert isinstance(result, Tensor)
-    return result
-
-
-def _mixed_logits(
-    query: Tensor,
-    partner: Tensor,
-    rows: Tensor,
-    start: int,
-    mix: Sequence[float],
-    tiled: bool,
-    renormalize: bool,
-) -> Tensor:
-    """Similarities of query [N, D] with bank rows [B, D] and their mixes with partner [N, D] -> [J, N, B]."""
-    similarity = query @ rows.T
-    if tiled:  # one bank for all queries: row k is mixed with partner k mod N
-        mate = torch.arange(start, start + len(rows), device=rows.device) % len(partner)
-        cross, square, overlap = (
-            (query @ partner.T)[:, mate],
-            _dot(partner, partner)[mate],
-            _dot(partner[mate], rows),
-        )
-    else:
-        cross, square = _dot(query, partner).unsqueeze(1), _dot(partner, partner).unsqueeze(1)
-        overlap = partner @ rows.T
-    logits = [similarity]
-    for share in mix:
-        rest = 1 - share
-        mixed = share * cross + rest * similarity
-        if renormalize:
-            length = (share**2 * square + 2 * share * rest * overlap + rest**2 * _dot(rows, rows)).sqrt()
-            mixed = mixed / length
-        logits.append(mixed)
-    return torch.stack(logits)
 
 
 def bank_step(

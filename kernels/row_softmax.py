@@ -1,14 +1,12 @@
 """What normalises each clip's softmax, from the sums that `bank_pass` left of every slab, in a fixed order.
 
-Legend: N batch · D feature dim · S slabs, C those of the second pass · J jobs, as in `bank_pass`.
+Legend: N batch · D feature dim · S slabs · J jobs, as in `bank_pass`.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 # (the language of the kernels has no annotations that mypy could check)
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import triton
 import triton.language as tl
@@ -48,16 +46,12 @@ def row_softmax_kernel(
     basic_ptr,
     key_ptr,
     stats_ptr,  # [S, J, PLANES, N]
-    cross_stats_ptr,  # [C, 1, PLANES, N], unused unless LIVE
     softmax_ptr,  # [J, PLANES, N]: top, a, offset that normalises the exponentials, positive's probability
-    target_ptr,  # [2, N]: f2·f2 and the target's mean of f2's logits relative to it, unused unless LIVE
     N,
     S,
-    C,
     scale,
     D: tl.constexpr,
     QUERY: tl.constexpr,
-    LIVE: tl.constexpr,
     LARGEST: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -75,53 +69,37 @@ def row_softmax_kernel(
     tl.store(out + N, a)
     tl.store(out + 2 * N, (reach - top) * scale + high + tl.log2(z))
     tl.store(out + 3 * N, first / z)
-    if LIVE:
-        strong = tl.load(strong_ptr + n * D + d, mask=d < D, other=0.0).to(tl.float32)
-        s = tl.arange(0, BLOCK_S)
-        at = cross_stats_ptr + s.to(tl.int64) * PLANES * N + n
-        factor = tl.exp2((level(tl.load(at, mask=s < C, other=LOW), a, LARGEST) - reach) * scale)
-        total = tl.sum(tl.load(at + 2 * N, mask=s < C, other=0.0) * factor, 0)
-        mean = (first * tl.sum(strong * (key - strong), 0) + total * tl.exp2(-high)) / z
-        is_target = job == len(QUERY) - 1
-        tl.store(target_ptr + n, tl.sum(strong * strong, 0), mask=is_target)
-        tl.store(target_ptr + N + n, mean, mask=is_target)
 
 
 @triton.jit
 def row_weights(
     s, softmax_ptr, job, n, N, scale, MIX: tl.constexpr, LARGEST: tl.constexpr, EVEN: tl.constexpr
 ):
-    """Probabilities of bank rows [K] for clips n [N] from their similarities s [K, N], weighted by 1-λ and by
-    its square."""
+    """Probabilities of bank rows [K] for clips n [N] from their similarities s [K, N], weighted by 1-λ."""
     at = softmax_ptr + job * PLANES * N + n
     top = tl.load(at, mask=n < N, other=0.0)
     a = tl.load(at + N, mask=n < N, other=0.0)
     offset = tl.load(at + 2 * N, mask=n < N, other=0.0)
     if EVEN:
         _, w = even_exponentials(s, top[None, :], a[None, :], offset[None, :], scale, LARGEST, len(MIX))
-        q = w
     else:
-        _, w, q = mixed_exponentials(s, top[None, :], a[None, :], offset[None, :], scale, MIX)
-    return w, q
+        _, w = mixed_exponentials(s, top[None, :], a[None, :], offset[None, :], scale, MIX)
+    return w
 
 
-def plan_softmax(passes: Sequence[BankPass], key: Tensor) -> tuple[Call, Tensor, Tensor]:
-    """Plan `row_softmax_kernel` after the pass, or the two of a live target -> (call, softmax, target)."""
-    known, stats, cross = passes[0].call.arguments, passes[0].stats, passes[-1].stats
+def plan_softmax(bank_pass: BankPass, key: Tensor) -> tuple[Call, Tensor]:
+    """Plan `row_softmax_kernel` after the pass -> (call, softmax [J, PLANES, N])."""
+    known, stats = bank_pass.call.arguments, bank_pass.stats
     (n, d), jobs = key.shape, len(known["QUERY"])
-    softmax, target = stats.new_empty(jobs, PLANES.value, n), stats.new_empty(2, n)
+    softmax = stats.new_empty(jobs, PLANES.value, n)
     names = ("weak_ptr", "strong_ptr", "basic_ptr", "N", "scale", "D", "QUERY", "LARGEST")
     arguments = {
         **{name: known[name] for name in names},
         "key_ptr": key,
         "stats_ptr": stats,
-        "cross_stats_ptr": cross,
         "softmax_ptr": softmax,
-        "target_ptr": target,
         "S": len(stats),
-        "C": len(cross),
-        "LIVE": len(passes) > 1,
-        "BLOCK_S": triton.next_power_of_2(max(len(stats), len(cross))),
+        "BLOCK_S": triton.next_power_of_2(len(stats)),
         "BLOCK_D": width(d),
     }
-    return Call(row_softmax_kernel, (jobs, n), arguments, num_warps=1), softmax, target
+    return Call(row_softmax_kernel, (jobs, n), arguments, num_warps=1), softmax

@@ -31,7 +31,6 @@ class _Problem(NamedTuple):
     mix: Sequence[float]
     temperatures: tuple[float, float]
     distill: bool
-    live_target: bool
     precision: Precision
 
 
@@ -42,7 +41,6 @@ def mismatch(
     temperatures: tuple[float, float],
     *,
     distill: bool = True,
-    live_target: bool = False,
     precision: Precision = "tf32",
 ) -> str:
     """Why the kernels cannot be used on `device` for features of width `dim`; "" if they agree with float64.
@@ -58,7 +56,7 @@ def mismatch(
     features = tuple(F.normalize(gaussian(_CLIPS), dim=1) for _ in range(4))
     # several tiles of bank rows for each program
     bank = gaussian(12 * resident_programs(device) + 5)
-    problem = _Problem(features, bank, mix, temperatures, distill, live_target, precision)
+    problem = _Problem(features, bank, mix, temperatures, distill, precision)
     try:
         for compare in (_compare_losses, _compare_ascent):
             for name, got, truth in compare(problem):
@@ -82,7 +80,7 @@ def _compare_losses(p: _Problem) -> Iterator[tuple[str, Tensor, Tensor]]:
         with torch.enable_grad():
             losses = form(
                 key, basic, weak, strong, p.bank.to(dtype), p.mix, p.temperatures[0],
-                distill=p.distill, live_target=p.live_target, normalize=True,
+                distill=p.distill, normalize=True,
             )  # fmt: skip
             total = torch.stack(losses)
             results.append([total.detach(), *torch.autograd.grad(total.sum(), anchors)])
@@ -96,8 +94,7 @@ def _compare_ascent(p: _Problem) -> Iterator[tuple[str, Tensor, Tensor]]:
     rows, velocity = p.bank.clone(), torch.zeros_like(p.bank)
     bank_ascent(
         rows, velocity, key, basic, weak, strong, p.mix, p.temperatures[1],
-        lr=_LR, momentum=0.9, weight_decay=_DECAY, distill=p.distill, live_target=p.live_target,
-        precision=p.precision,
+        lr=_LR, momentum=0.9, weight_decay=_DECAY, distill=p.distill, precision=p.precision,
     )  # fmt: skip
 
     exact, truth = p.bank.double(), torch.zeros_like(p.bank, dtype=torch.float64)
@@ -105,8 +102,7 @@ def _compare_ascent(p: _Problem) -> Iterator[tuple[str, Tensor, Tensor]]:
     with torch.enable_grad():
         unit = F.normalize(exact, dim=1).requires_grad_()
         losses = reference.mixing_contrast(
-            key, basic, weak, strong, unit, p.mix, p.temperatures[1],
-            distill=p.distill, live_target=p.live_target,
+            key, basic, weak, strong, unit, p.mix, p.temperatures[1], distill=p.distill
         )  # fmt: skip
         (gradient,) = torch.autograd.grad(torch.stack(losses).sum() / len(key), unit)
     reference.bank_step(exact, truth, gradient, lr=_LR, momentum=0.9, weight_decay=_DECAY)

@@ -14,6 +14,7 @@ from a2mc_fast.config import (
     PRESETS,
     BankConfig,
     Config,
+    EncoderConfig,
     LossConfig,
     OptimConfig,
     RunConfig,
@@ -90,8 +91,8 @@ def test_cross_field_checks() -> None:
         OptimConfig(milestones=(9, 3))
     with pytest.raises(ValueError, match=r"loss\.mix must lie in \(0, 1\)"):
         LossConfig(mix=(1.0,))
-    with pytest.raises(ValueError, match=r"run\.backend triton knows own mixing and features"):
-        Config(loss=LossConfig(mixing="tiled"), run=RunConfig(backend="triton"))
+    with pytest.raises(ValueError, match=r"run\.backend triton knows features of at most 256 alone, not 300"):
+        Config(encoder=EncoderConfig(projection=300), run=RunConfig(backend="triton"))
     with pytest.raises(ValueError, match="queries names weak"):
         Config(bank=BankConfig(objective="infonce"), loss=LossConfig(weak="off"))
 

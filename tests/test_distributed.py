@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 from a2mc_fast import evaluate, train
 from a2mc_fast import ranks as distributed
-from a2mc_fast.config import AttackConfig, BankConfig, Config, LossConfig, RunConfig, preset
+from a2mc_fast.config import AttackConfig, BankConfig, Config, RunConfig, preset
 from a2mc_fast.data import Clips
 from a2mc_fast.encoders import build_encoder
 from a2mc_fast.encoders.joint_norm import join_batch_norms
@@ -166,7 +166,6 @@ CONFIGS = {
     "infonce": small(bank=BankConfig(objective="infonce", reduction="sum")),
     "fifo": small("demo-b3"),
     "plain": small("demo-b1"),
-    "live": small(loss=LossConfig(live_target=True)),
     "pseudo": small(attack=AttackConfig(classifier="pseudo_labels")),
     "keys": small(bank=BankConfig(init="keys_only"), attack=AttackConfig(grad_norm="none", reduction="mean")),
     "train": small(attack=AttackConfig(norm_mode="train", grad_norm="none")),
@@ -183,7 +182,7 @@ def test_ranks_equal_one_process(name: str, two: Ranks, three: Ranks) -> None:
         assert_close(first, alone)
 
 
-@pytest.mark.parametrize("name", ["full", "infonce", "fifo", "plain", "live", "pseudo", "keys"])
+@pytest.mark.parametrize("name", ["full", "infonce", "fifo", "plain", "pseudo", "keys"])
 def test_a_bank_shared_by_ranks_equals_a_whole_one(name: str, two: Ranks, three: Ranks) -> None:
     """Three ranks hold ten rows each, fewer than the twelve keys of a batch."""
     alone = trained(ALONE, CONFIGS[name])
@@ -199,7 +198,7 @@ def test_a_bank_shared_by_ranks_equals_a_whole_one(name: str, two: Ranks, three:
             assert_close(other, {n: v for n, v in first.items() if n in other}, 0)
 
 
-@pytest.mark.parametrize("name", ["infonce", "live"])
+@pytest.mark.parametrize("name", ["full", "infonce"])
 def test_kernels_know_a_bank_shared_by_ranks(name: str, two: Ranks) -> None:
     run = RunConfig(backend="triton", shard_bank=True)
     assert_close(two(trained, replace(CONFIGS[name], run=run))[0], trained(ALONE, CONFIGS[name]), 1e-5)
@@ -365,8 +364,6 @@ def test_ranks_must_share_evenly_and_be_told_the_same(two: Ranks, three: Ranks) 
     seed = replace(config, seed=1)
     for said in three(refused, config, seed):
         assert said.startswith("ranks 1, 2 got other flags or other data than rank 0")
-    with pytest.raises(InputError, match=r"run\.shard_bank knows own mixing alone"):
-        small(run=RunConfig(shard_bank=True), loss=LossConfig(mixing="tiled"))
 
 
 def other_data(world: World) -> str:

@@ -33,21 +33,16 @@ class Problem(NamedTuple):
     mix: tuple[float, ...] = PAPER_MIX
     dtype: str = "float32"
     precision: str = "tf32"
-    live: bool = False  # whether the gradient flows through the target
 
 
-WIDE = [
-    *(Problem(d=d) for d in (64, 128, 256)),
+PROBLEMS = [
+    *(Problem(d=d) for d in (24, 64, 128, 256)),
     Problem(d=256, precision="ieee"),
     Problem(dtype="bfloat16"),
-]
-PROBLEMS = [
-    *WIDE,
     Problem(precision="ieee"),
     Problem(mix=()),
     Problem(mix=(0.37, 0.11)),
     Problem(n=1, k=1, d=3),
-    *(problem._replace(live=True) for problem in (*WIDE, Problem(d=24), Problem(n=1, k=1, d=3))),
 ]
 
 
@@ -93,12 +88,10 @@ def launches(problem: Problem) -> list[Any]:
     contrast = [
         call
         for normalize in ((False, True) if p.k == 16384 else (False,))
-        for call in mixing_contrast.plan(*features, rows, p.mix, 0.07, soft, p.live, normalize, p.precision)[
-            0
-        ]
+        for call in mixing_contrast.plan(*features, rows, p.mix, 0.07, soft, normalize, p.precision)[0]
     ]
     sgd = (3.0, 0.9, 1e-4, 1.0)
-    ascent = bank_ascent.plan(rows, rows, *features, p.mix, 0.03, *sgd, soft, p.live, p.precision)[0]
+    ascent = bank_ascent.plan(rows, rows, *features, p.mix, 0.03, *sgd, soft, p.precision)[0]
     step = torch.empty((), dtype=torch.int64, device="meta")
     words = [philox.plan(step, seed, 2, first, 9600)[0] for seed, first in ((0, 0), (2**62, 2**40))]
     return [*contrast, *ascent, *words]
@@ -156,7 +149,6 @@ def test_no_spills_and_shared_memory_fits(compiled: dict[str, list[dict[str, Any
     assert {row["kernel"] for row in rows} == {
         "bank_pass_kernel",
         "combine_kernel",
-        "live_target_kernel",
         "philox_kernel",
         "row_softmax_kernel",
         "ascent_kernel",

@@ -43,9 +43,6 @@ MIXES = [(), (0.25,), (0.25, 0.5), (0.37, 0.11), (0.6, 0.3)]
 SHAPES = [(34, 40, 256), (5, 33, 100), (3, 65, 128), (5, 70, 24), (3, 300, 12), (1, 1, 3)]
 # relative to the largest value; tensor cores keep 10 bits of each operand, and the logits are up to 1/τ
 SLACK = {"ieee": 4e-6, "tf32": 4e-6 if DEVICE == "cpu" else 3e-2}
-# through a live target, the rounding of a logit is multiplied by 1/τ once more
-LIVE_SLACK = 4
-FORMS = [("tf32", False), ("ieee", False), ("tf32", True)]
 STEP = {"lr": 3.0, "momentum": 0.9, "weight_decay": 1e-4}
 
 Loss = Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -102,44 +99,40 @@ def check_contrast(
     temperature: float = 0.07,
     precision: str = "ieee",
     slack: float | None = None,
-    live: bool = False,
 ) -> None:
-    options = {"live_target": live}
-    got = with_gradients(mixing_contrast, features, bank, mix, temperature, precision=precision, **options)
+    got = with_gradients(mixing_contrast, features, bank, mix, temperature, precision=precision)
     low = [x.float() for x in features]
-    eager = with_gradients(reference.mixing_contrast, low, bank, mix, temperature, **options)
+    eager = with_gradients(reference.mixing_contrast, low, bank, mix, temperature)
     high = [x.double() for x in features]
-    truth = with_gradients(reference.mixing_contrast, high, bank.double(), mix, temperature, **options)
-    slack = SLACK[precision] if slack is None else slack
-    assert_no_worse(got, eager, truth, slack * LIVE_SLACK if live else slack)
+    truth = with_gradients(reference.mixing_contrast, high, bank.double(), mix, temperature)
+    assert_no_worse(got, eager, truth, SLACK[precision] if slack is None else slack)
 
 
-@pytest.mark.parametrize("precision, live", FORMS)
+@pytest.mark.parametrize("precision", SLACK)
 @pytest.mark.parametrize("n,k,d", SHAPES)
-def test_losses_and_gradients(n: int, k: int, d: int, precision: str, live: bool) -> None:
-    check_contrast(*problem(n, k, d), precision=precision, live=live)
+def test_losses_and_gradients(n: int, k: int, d: int, precision: str) -> None:
+    check_contrast(*problem(n, k, d), precision=precision)
 
 
 @pytest.mark.parametrize("mix", MIXES, ids=str)
-@pytest.mark.parametrize("n,k,d,precision,live", [(3, 70, 24, "ieee", True), (2, 33, 128, "tf32", False)])
-def test_any_shares(n: int, k: int, d: int, precision: str, live: bool, mix: tuple[float, ...]) -> None:
-    check_contrast(*problem(n, k, d), mix, precision=precision, live=live)
+@pytest.mark.parametrize("n,k,d,precision", [(3, 70, 24, "ieee"), (2, 33, 128, "tf32")])
+def test_any_shares(n: int, k: int, d: int, precision: str, mix: tuple[float, ...]) -> None:
+    check_contrast(*problem(n, k, d), mix, precision=precision)
 
 
-@pytest.mark.parametrize("live", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.03, 0.01, 0.005, 1e-3])
-def test_any_temperature(temperature: float, live: bool) -> None:
+def test_any_temperature(temperature: float) -> None:
     """The running maximum leaves no logit to overflow, nor all of them to underflow."""
     slack = SLACK["ieee"] * max(1, 0.07 / temperature)
-    check_contrast(*problem(3, 100, 16), temperature=temperature, slack=slack, live=live)
+    check_contrast(*problem(3, 100, 16), temperature=temperature, slack=slack)
 
 
-@pytest.mark.parametrize("mix, live", [(PAPER_MIX, False), (PAPER_MIX, True), ((0.37, 0.11), False)], ids=str)
-def test_rows_of_any_length(mix: tuple[float, ...], live: bool) -> None:
+@pytest.mark.parametrize("mix", [PAPER_MIX, (0.37, 0.11)], ids=str)
+def test_rows_of_any_length(mix: tuple[float, ...]) -> None:
     features, bank = problem(5, 90, 24)
     scales = torch.logspace(-1.5, 0.7, 90, device=DEVICE).unsqueeze(1)
     features = [x * (1 + i) for i, x in enumerate(features)]
-    check_contrast(features, bank * scales, mix, slack=5e-5, live=live)
+    check_contrast(features, bank * scales, mix, slack=5e-5)
 
 
 @pytest.mark.parametrize("mix", [PAPER_MIX, (0.5, 0.25)], ids=str)
@@ -181,7 +174,7 @@ def exponentials_kernel(s_ptr, out_ptr, K, top, a, offset, scale, MIX: tl.conste
     if EVEN:
         e, w = bank_pass.even_exponentials(s, top, a, offset, scale, MIX[0], len(MIX))
     else:
-        e, w, _ = bank_pass.mixed_exponentials(s, top, a, offset, scale, MIX)
+        e, w = bank_pass.mixed_exponentials(s, top, a, offset, scale, MIX)
     tl.store(out_ptr + k, e, mask=k < K)
     tl.store(out_ptr + K + k, w, mask=k < K)
 
@@ -238,9 +231,8 @@ def test_strong_term_as_a_contrast() -> None:
         torch.testing.assert_close(g, want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("live", [False, True])
 @pytest.mark.parametrize("precision", SLACK)
-def test_raw_rows(precision: str, live: bool) -> None:
+def test_raw_rows(precision: str) -> None:
     """`normalize` contrasts the unit rows; a row of zeros stays zero."""
     features, bank = problem(5, 70, 24)
     raw = bank * torch.rand(70, 1, device=DEVICE) * 5
@@ -250,59 +242,36 @@ def test_raw_rows(precision: str, live: bool) -> None:
         (reference.mixing_contrast, features, F.normalize(raw, dim=1)),
         (reference.mixing_contrast, [x.double() for x in features], F.normalize(raw.double(), dim=1)),
     )
-    results = (with_gradients(*form, PAPER_MIX, 0.07, live_target=live) for form in forms)
-    assert_no_worse(*results, max(SLACK[precision], 1e-5) * (LIVE_SLACK if live else 1))
+    results = (with_gradients(*form, PAPER_MIX, 0.07) for form in forms)
+    assert_no_worse(*results, max(SLACK[precision], 1e-5))
 
 
 @pytest.mark.parametrize("needed", list(product((0, 1), repeat=3)), ids=str)
 def test_each_subset_of_gradients(needed: tuple[int, ...]) -> None:
-    live = needed[2] == 1
     (key, *anchors), bank = problem(2, 20, 16)
     anchors = [x.requires_grad_(bool(flag)) for x, flag in zip(anchors, needed)]
     leaves = [x for x in anchors if x.requires_grad]
-    losses = mixing_contrast(key, *anchors, bank, PAPER_MIX, 0.07, live_target=live)
+    losses = mixing_contrast(key, *anchors, bank, PAPER_MIX, 0.07)
     assert losses[0].requires_grad == any(needed)
     if leaves:
         got = torch.autograd.grad(sum(x.sum() for x in losses), leaves)
-        whole = reference.mixing_contrast(key, *anchors, bank, PAPER_MIX, 0.07, live_target=live)
+        whole = reference.mixing_contrast(key, *anchors, bank, PAPER_MIX, 0.07)
         for a, b in zip(got, torch.autograd.grad(sum(x.sum() for x in whole), leaves)):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=max(SLACK["tf32"], 1e-4))
-
-
-def test_a_live_target_moves_the_gradient_of_the_second_term_alone() -> None:
-    """Not the losses, not the gradients of the other anchors, and not what is off."""
-    features, bank = problem(3, 40, 16)
-    calm, live = (
-        with_gradients(mixing_contrast, features, bank, PAPER_MIX, 0.07, live_target=flag)
-        for flag in (False, True)
-    )
-    assert [torch.equal(a, b) for a, b in zip(calm, live)] == [True, True, True, False, True, False]
-    off = partial(mixing_contrast, distill=False, live_target=True)
-    plain = partial(mixing_contrast, distill=False)
-    results = (with_gradients(form, features, bank, PAPER_MIX, 0.07) for form in (off, plain))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    key, basic, weak, _ = features
-    basic.requires_grad_()
-    loss = mixing_contrast(key, basic, weak, None, bank, PAPER_MIX, 0.07, live_target=True)[2]
-    want = reference.contrast(basic, key, bank, PAPER_MIX, 0.07)
-    gradients = [torch.autograd.grad(x.sum(), basic)[0] for x in (loss, want)]
-    torch.testing.assert_close(*gradients, rtol=1e-3, atol=max(SLACK["tf32"], 1e-4))
 
 
 def test_views_of_larger_tensors() -> None:
     """Transposed and offset inputs give the bits of contiguous ones."""
     features, bank = problem(5, 33, 24)
-    want = with_gradients(mixing_contrast, features, bank, PAPER_MIX, 0.07, live_target=True)
+    want = with_gradients(mixing_contrast, features, bank, PAPER_MIX, 0.07)
     odd = [F.pad(x, (1, 2))[:, 1:-2] for x in features]
-    got = with_gradients(mixing_contrast, odd, bank.T.contiguous().T, PAPER_MIX, 0.07, live_target=True)
+    got = with_gradients(mixing_contrast, odd, bank.T.contiguous().T, PAPER_MIX, 0.07)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_two_runs_are_equal_to_the_bit() -> None:
     features, bank = problem(5, 300, 24)
-    first, second = (
-        with_gradients(mixing_contrast, features, bank, PAPER_MIX, 0.07, live_target=True) for _ in range(2)
-    )
+    first, second = (with_gradients(mixing_contrast, features, bank, PAPER_MIX, 0.07) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -310,19 +279,19 @@ def test_contrast_is_a_proper_operation() -> None:
     (key, *anchors), bank = problem(2, 20, 16)
     basic, weak, strong = (x.requires_grad_() for x in anchors)
     numbers = (bank, list(PAPER_MIX), 0.07, True)
-    torch.library.opcheck(contrast_module._op, (key, basic, weak, strong, *numbers, True, False, "ieee"))
+    torch.library.opcheck(contrast_module._op, (key, basic, weak, strong, *numbers, False, "ieee"))
     shapes = ("test_schema", "test_faketensor")
-    for live, second in ((False, strong), (True, None)):
-        arguments = (key, basic, None, second, *numbers, live, False, "ieee")
+    for second in (strong, None):
+        arguments = (key, basic, None, second, *numbers, False, "ieee")
         torch.library.opcheck(contrast_module._op, arguments, test_utils=shapes)
 
 
-@pytest.mark.parametrize("backend, live", [("eager", False), ("aot_eager", True)])
-def test_contrast_compiles_without_a_graph_break(backend: str, live: bool) -> None:
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_contrast_compiles_without_a_graph_break(backend: str) -> None:
     features, bank = problem(3, 20, 16)
 
     def loss(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return mixing_contrast(*args, PAPER_MIX, 0.07, live_target=live)
+        return mixing_contrast(*args, PAPER_MIX, 0.07)
 
     compiled = torch.compile(loss, fullgraph=True, backend=backend)
     for a, b in zip(with_gradients(compiled, features, bank), with_gradients(loss, features, bank)):
@@ -338,7 +307,6 @@ def terms(
     mix: Sequence[float],
     temperature: float,
     distill: bool,
-    live: bool,
 ) -> dict[str, Tensor]:
     """Per-clip losses by name, in plain torch."""
     key, basic = features["key"], features["basic"]
@@ -350,9 +318,7 @@ def terms(
             continue
         if name == "strong" and distill:
             assert basic is not None
-            losses[name] = reference.distillation(
-                anchor, basic, key, unit_rows, mix, temperature, live_target=live
-            )
+            losses[name] = reference.distillation(anchor, basic, key, unit_rows, mix, temperature)
         else:
             losses[name] = reference.contrast(anchor, key, unit_rows, mix, temperature)
     return losses
@@ -369,14 +335,13 @@ def plain_ascent(
     reduction: str = "mean",
     weight: float = 1.0,
     distill: bool = True,
-    live_target: bool = False,
 ) -> list[Tensor]:
     """Autograd's gradient and the reference's step, in the dtype of rows: rows, velocity and the summary."""
     rows, velocity = rows.clone(), velocity.clone()
     features = {name: None if x is None else x.to(rows.dtype) for name, x in features.items()}
     unit_rows = F.normalize(rows, dim=1).requires_grad_()
     plain = objective == "infonce"
-    losses = terms(features, unit_rows, () if plain else mix, temperature, distill and not plain, live_target)
+    losses = terms(features, unit_rows, () if plain else mix, temperature, distill and not plain)
     value = torch.stack([loss.mean() for loss in losses.values()])
     value = value.mean() if plain and reduction == "mean" else value.sum()
     (gradient,) = torch.autograd.grad(weight * value, unit_rows)
@@ -400,8 +365,7 @@ def check_ascent(
     summary = bank_ascent(
         rows, velocity, **features, mix=mix, temperature=temperature, precision=precision, **STEP, **options
     )
-    slack = SLACK[precision] * (LIVE_SLACK if options.get("live_target") else 1)
-    assert_no_worse([rows, velocity, torch.stack(list(summary))], eager, truth, slack)
+    assert_no_worse([rows, velocity, torch.stack(list(summary))], eager, truth, SLACK[precision])
 
 
 def named(
@@ -412,14 +376,14 @@ def named(
     return {name: x if name == "key" or name in present else None for name, x in everything.items()}
 
 
-@pytest.mark.parametrize("precision, live", FORMS)
+@pytest.mark.parametrize("precision", SLACK)
 @pytest.mark.parametrize("n,k,d", SHAPES)
-def test_ascent_of_the_whole_loss(n: int, k: int, d: int, precision: str, live: bool) -> None:
+def test_ascent_of_the_whole_loss(n: int, k: int, d: int, precision: str) -> None:
     features, rows = named(n, d), torch.randn(k, d, device=DEVICE)
     basic = features["basic"]
     assert basic is not None
     rows[0] = 2 * basic[0]  # a peaked softmax
-    check_ascent(features, rows, precision=precision, live_target=live)
+    check_ascent(features, rows, precision=precision)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -429,15 +393,14 @@ def test_ascent_of_infonce(present: str, reduction: str) -> None:
     check_ascent(named(3, 24, present), rows, objective="infonce", reduction=reduction)
 
 
-@pytest.mark.parametrize("live", [False, True])
 @pytest.mark.parametrize(
     "present,mix,distill",
     [("basic", PAPER_MIX, True), ("basic weak", (), True), ("basic strong", (0.3,), True),
      ("basic weak strong", (0.37, 0.11), False)],
 )  # fmt: skip
-def test_ascent_with_terms_off(present: str, mix: tuple[float, ...], distill: bool, live: bool) -> None:
+def test_ascent_with_terms_off(present: str, mix: tuple[float, ...], distill: bool) -> None:
     rows = torch.randn(70, 24, device=DEVICE)
-    check_ascent(named(3, 24, present), rows, mix, distill=distill, live_target=live)
+    check_ascent(named(3, 24, present), rows, mix, distill=distill)
 
 
 @pytest.mark.parametrize("objective", ["total", "infonce"])
@@ -449,22 +412,22 @@ def test_weight_of_the_ascent(objective: str) -> None:
     for weight in (1.0, 2.0):
         state = (rows.clone(), torch.zeros_like(rows))
         step = {**STEP, "weight_decay": 0.0, "objective": objective, "weight": weight}
-        bank_ascent(*state, **features, mix=PAPER_MIX, temperature=0.03, live_target=True, **step)
+        bank_ascent(*state, **features, mix=PAPER_MIX, temperature=0.03, **step)
         velocities.append(state[1])
     assert torch.equal(velocities[1], 2 * velocities[0])
 
 
-@pytest.mark.parametrize("temperature, live", [(0.07, False), (0.005, False), (0.005, True)])
+@pytest.mark.parametrize("temperature", [0.07, 0.005])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_ascent_at_any_temperature_and_type(temperature: float, dtype: torch.dtype, live: bool) -> None:
+def test_ascent_at_any_temperature_and_type(temperature: float, dtype: torch.dtype) -> None:
     rows = 3 * torch.randn(40, 16, device=DEVICE)
     # a gradient of 1/τ, through products of float32
     features = named(4, 16, dtype=dtype)
     velocity = torch.zeros_like(rows)
-    problem = {"features": features, "mix": PAPER_MIX, "temperature": temperature, "live_target": live}
+    problem = {"features": features, "mix": PAPER_MIX, "temperature": temperature}
     truth = plain_ascent(rows.double(), velocity.double(), **problem)
     eager = plain_ascent(rows, velocity, **problem)
-    options = {"mix": PAPER_MIX, "temperature": temperature, "live_target": live, "precision": "ieee"}
+    options = {"mix": PAPER_MIX, "temperature": temperature, "precision": "ieee"}
     summary = bank_ascent(rows, velocity, **features, **options, **STEP)
     assert_no_worse([rows, velocity, torch.stack(list(summary))], eager, truth, 1e-6 / temperature)
 
@@ -481,7 +444,7 @@ def test_two_ascents_are_equal_to_the_bit() -> None:
     runs = []
     for _ in range(2):
         rows, velocity = start.clone(), torch.zeros_like(start)
-        options = {"mix": PAPER_MIX, "temperature": 0.03, "live_target": True}
+        options = {"mix": PAPER_MIX, "temperature": 0.03}
         summary = bank_ascent(rows, velocity, **features, **options, **STEP)
         runs.append([rows, velocity, *summary])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
@@ -490,17 +453,17 @@ def test_two_ascents_are_equal_to_the_bit() -> None:
 def test_ascent_is_a_proper_operation() -> None:
     features, rows = named(2, 16), torch.randn(20, 16, device=DEVICE)
     numbers = (0.03, *STEP.values(), 1.0)
-    flags = (True, True, "ieee")
+    flags = (True, "ieee")
     arguments = (rows, torch.zeros_like(rows), *features.values(), list(PAPER_MIX), *numbers, *flags)
     torch.library.opcheck(ascent_module._op, arguments)
 
 
-@pytest.mark.parametrize("backend, live", [("eager", False), ("aot_eager", True)])
-def test_ascent_compiles_without_a_graph_break(backend: str, live: bool) -> None:
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_ascent_compiles_without_a_graph_break(backend: str) -> None:
     features, start = named(3, 16), torch.randn(20, 16, device=DEVICE)
 
     def ascend(rows: Tensor, velocity: Tensor) -> tuple[Tensor, ...]:
-        options = {"mix": PAPER_MIX, "temperature": 0.03, "live_target": live}
+        options = {"mix": PAPER_MIX, "temperature": 0.03}
         return bank_ascent(rows, velocity, **features, **options, **STEP)
 
     results = []
@@ -567,15 +530,14 @@ def test_wrong_arguments_of_the_ascent(change: dict[str, Any], words: str) -> No
     assert words in str(raised.value)
 
 
-@pytest.mark.parametrize("live", [False, True])
-def test_plain_torch_form_of_both_operations(live: bool) -> None:
+def test_plain_torch_form_of_both_operations() -> None:
     """What a CPU without the interpreter runs gives the kernels' results."""
     features, rows = named(3, 16), torch.randn(30, 16, device=DEVICE)
     tensors = list(features.values())
-    loss = (rows, list(PAPER_MIX), 0.07, True, live, True, "ieee")
+    loss = (rows, list(PAPER_MIX), 0.07, True, True, "ieee")
     for a, b in zip(contrast_module._on_cpu(*tensors, *loss), contrast_module._op(*tensors, *loss)):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-4)
-    step = (list(PAPER_MIX), 0.03, *STEP.values(), 1.0, True, live, "ieee")
+    step = (list(PAPER_MIX), 0.03, *STEP.values(), 1.0, True, "ieee")
     results = []
     for function in (ascent_module._on_cpu, ascent_module._op):
         state = [rows.clone(), torch.zeros_like(rows)]
@@ -591,11 +553,10 @@ def mismatch(**options: Any) -> str:
     return verify.mismatch(torch.device(DEVICE), 16, PAPER_MIX, (0.07, 0.03), **options)
 
 
-@pytest.mark.parametrize("live", [False, True])
-def test_right_kernels_are_found_right(monkeypatch: pytest.MonkeyPatch, live: bool) -> None:
+def test_right_kernels_are_found_right(monkeypatch: pytest.MonkeyPatch) -> None:
     # the interpreter is slow, and right for any number
     monkeypatch.setattr(verify, "_CLIPS", 5)
-    assert mismatch(live_target=live) == ""
+    assert mismatch() == ""
 
 
 def test_broken_kernels_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -291,7 +291,8 @@ _axes = {"center": 0, "axis_z": [0, 0], "axis_x": [0, 0]}
             {"skeleton": json.dumps(_axes | {"parents": [0] * 10**6, "mirror": []})},
             "a skeleton has 1 to 1,000 joints",
         ),
-        ({"format": '"a2mc-checkpoint/1"'}, "is not a checkpoint"),
+        ({"format": '"a2mc-clips/1"'}, "is not a checkpoint"),
+        ({"format": '"a2mc-checkpoint/2"'}, 'has the format "a2mc-checkpoint/2", and this version'),
     ],
 )
 def test_headers_that_lie_are_refused(finished: Path, header: dict[str, str], words: str) -> None:

@@ -30,7 +30,7 @@ from a2mc_fast.model import A2MC
 from a2mc_fast.ranks import World
 from a2mc_fast.skeleton import Skeleton
 
-FORMAT = "a2mc-checkpoint/2"
+FORMAT = "a2mc-checkpoint/3"
 FILE = "checkpoint.safetensors"
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -249,7 +249,7 @@ def load(path: Path) -> Checkpoint:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             text: dict[str, str] = file.metadata() or {}
-            require(text.get("format") == json.dumps(FORMAT), f"{path} is not a checkpoint ({FORMAT})")
+            _check_format(path, text.get("format", ""))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         require(
             text.get("checksum") == _checksum(text, tensors),
@@ -264,6 +264,17 @@ def load(path: Path) -> Checkpoint:
         raise InputError(f"{path} is damaged or not a safetensors file ({error})") from None
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RuntimeError) as error:
         raise InputError(f"{path} is not a complete checkpoint ({error!r})") from None
+
+
+def _check_format(path: Path, written: str) -> None:
+    """`InputError` unless a file says that it is a checkpoint of this version's."""
+    name, version = FORMAT.split("/")
+    require(written.startswith(f'"{name}/'), f"{path} is not a checkpoint ({FORMAT})")
+    require(
+        written == json.dumps(FORMAT),
+        f"{path} has the format {written}, and this version of a2mc_fast reads {name}/{version} alone: train "
+        "again, or use the version that wrote it",
+    )
 
 
 def load_last_good(folder: Path) -> tuple[Checkpoint | None, str]:
