@@ -51,14 +51,12 @@ def mixing_contrast(
     reduction: Literal["mean", "none"] = "mean",
     backend: Backend = "auto",
     products: Literal["tf32", "ieee"] = "tf32",
-    ranks: reference.Ranks | None = None,
 ) -> Losses:
     """The loss and its parts. Features [N, D] and bank [K, D], unit rows; raw bank rows with `normalize`.
 
     Differentiable in basic, weak, strong and bank; key is a constant. Without `weak` or `strong` their terms
     are off. `strong_target` one_hot makes L2 a contrast like L1. The Triton kernels give no gradient to
-    the bank and multiply float32 as `products` says. With `ranks` the bank is a rank's own rows [K / W, D]:
-    every rank has the same features and gets the same loss. Raises `ValueError` for shapes and values.
+    the bank and multiply float32 as `products` says. Raises `ValueError` for shapes and values.
     """
     _check(key, basic, weak, strong, bank, mix, temperature)
     require(backend in ("auto", "triton", "torch"), f"mixing_contrast: unknown backend {backend!r}")
@@ -69,11 +67,9 @@ def mixing_contrast(
     if backend == "triton":
         from a2mc_fast.kernels.mixing_contrast import mixing_contrast as fused_terms
 
-        terms: Callable[..., tuple[Tensor, Tensor, Tensor]] = partial(
-            fused_terms, precision=products, ranks=1 if ranks is None else ranks.size
-        )
+        terms: Callable[..., tuple[Tensor, Tensor, Tensor]] = partial(fused_terms, precision=products)
     else:
-        terms = partial(reference.mixing_contrast, ranks=ranks)
+        terms = reference.mixing_contrast
     parts = terms(
         key,
         basic,
@@ -103,7 +99,6 @@ def info_nce(
     normalize: bool = False,
     backend: Backend = "auto",
     products: Literal["tf32", "ieee"] = "tf32",
-    ranks: reference.Ranks | None = None,
 ) -> Tensor:
     """InfoNCE of the query against its key and the bank (Eq. 1), per clip. [N, D], [N, D], [K, D] -> [N]"""
     return mixing_contrast(
@@ -118,7 +113,6 @@ def info_nce(
         reduction="none",
         backend=backend,
         products=products,
-        ranks=ranks,
     ).basic
 
 

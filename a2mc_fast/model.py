@@ -67,14 +67,13 @@ class A2MC(nn.Module):
         if config.encoder.batch_norm == "joint":
             join_batch_norms(self, world)
         encoder, bank, dim = self.query.encoder, config.bank, config.encoder.projection
-        self.shards = world if config.run.shard_bank else ALONE
         self.pairs = encoder.pairs
         # the whole feature's level comes last
         self.main = list(encoder.levels)[-1]
 
         def new_bank(seed: int) -> Queue:
             if bank.kind == "fifo":
-                return Queue(bank.size, dim, seed=seed, shards=self.shards)
+                return Queue(bank.size, dim, seed=seed)
             return MemoryBank(
                 bank.size,
                 dim,
@@ -82,7 +81,6 @@ class A2MC(nn.Module):
                 momentum=bank.momentum,
                 weight_decay=bank.weight_decay,
                 seed=seed,
-                shards=self.shards,
             )
 
         key_levels = dict.fromkeys(level for _, level in self.pairs)
@@ -171,7 +169,7 @@ class A2MC(nn.Module):
         }
 
     def gathered(self, features: dict[str, Features]) -> dict[str, Features]:
-        """The features of all ranks, as of the joint batch, in one message."""
+        """The features of all ranks, as of the joint batch, in one message and without a gradient."""
         if self.world.alone:
             return features
         given = [f for of_bank in features.values() for f in of_bank if f is not None]
@@ -199,7 +197,6 @@ class A2MC(nn.Module):
                 normalize=True,
                 backend=self.backend,
                 products=self.products,
-                ranks=self.ranks,
             )
             parts.append(self._depth(name) * loss.mean())
         basic = torch.stack(parts).sum()
@@ -223,11 +220,6 @@ class A2MC(nn.Module):
         assert isinstance(bank, Queue)
         return bank
 
-    @property
-    def ranks(self) -> World | None:
-        """Who shares the banks' rows; None if all are here."""
-        return None if self.shards.alone else self.shards
-
     def _depth(self, bank: str) -> int:
         """Pairs of levels that meet at a bank, P."""
         return sum(key == bank for _, key in self.pairs)
@@ -250,7 +242,6 @@ class A2MC(nn.Module):
             reduction="none",
             backend=backend,
             products=self.products,
-            ranks=self.ranks,
         )
 
     # what follows the optimiser step
@@ -304,8 +295,7 @@ class A2MC(nn.Module):
                 negatives = 1 - torch.exp(-terms.basic.detach()).mean()
                 return depth * terms.total.mean()
             losses = [
-                info_nce(getattr(f, name), f.key, unit, temperature=bank.temperature, ranks=self.ranks)
-                for name in bank.queries
+                info_nce(getattr(f, name), f.key, unit, temperature=bank.temperature) for name in bank.queries
             ]
             shown = next(name for name in ("basic", "strong", "weak") if name in bank.queries)
             negatives = 1 - torch.exp(-losses[bank.queries.index(shown)].detach()).mean()
@@ -324,7 +314,7 @@ class A2MC(nn.Module):
         chosen = {
             n: getattr(f, n) if total or n in bank.queries else None for n in ("basic", "weak", "strong")
         }
-        ascent = bank_ascent(
+        return bank_ascent(
             rows.rows,
             rows.velocity,
             f.key,
@@ -339,12 +329,7 @@ class A2MC(nn.Module):
             weight=depth,
             distill=loss.strong == "distill",
             precision=self.products,
-            ranks=self.shards.size,
         )
-        if self.ranks is None:
-            return ascent
-        norm, movement, negatives = self.ranks.mean(torch.stack(ascent)).unbind()
-        return norm, movement, negatives
 
     # other class layers of the attack
 
@@ -380,27 +365,16 @@ class A2MC(nn.Module):
 
     def _bank_centers(self, epoch: int) -> Tensor:
         """Spherical k-means centres of the main bank, one per class. -> unit rows [classes, D]"""
-        bank = self.bank()
-        unit = bank.unit()
-        start = rng.permutation(self.config.seed, epoch, rng.STREAM_KMEANS, bank.size, unit.device)
-        centers = bank.pick(start[: len(self.centers)])
+        unit = self.bank().unit()
+        start = rng.permutation(self.config.seed, epoch, rng.STREAM_KMEANS, len(unit), unit.device)
+        centers = unit[start[: len(self.centers)]]
         for _ in range(_KMEANS_ROUNDS):
             nearest = F.one_hot((unit @ centers.T).argmax(1), len(centers))
             # a product, because sums by index have no fixed order on a GPU
-            sums = self.shards.sum(nearest.T.to(unit.dtype) @ unit)
+            sums = nearest.T.to(unit.dtype) @ unit
             # an empty cluster keeps its centre
             centers = torch.where((sums == 0).all(1, keepdim=True), centers, F.normalize(sums, dim=1))
         return centers
-
-    # what leaves this rank
-
-    def whole_state(self) -> dict[str, Tensor]:
-        """The state dict of the model with all bank rows, complete on rank 0. Every rank must ask."""
-        state: dict[str, Tensor] = self.state_dict()
-        if self.ranks is not None:
-            for level in self.banks:
-                state |= {f"banks.{level}.{name}": t for name, t in self.bank(level).whole().items()}
-        return state
 
 
 def _stack(parts: list[Tensor]) -> Tensor:

@@ -55,27 +55,11 @@ class World:
     # in the step: tensors on the device, shapes alike on all ranks
 
     def gather(self, x: Tensor) -> Tensor:
-        """Those of all ranks, one rank after another. x [n, ...] -> [W n, ...]
-
-        Differentiable where all ranks go on to compute the same loss: its gradient comes back W-fold, since
-        `average_` will divide by W.
-        """
+        """Those of all ranks, one rank after another. No gradient. x [n, ...] -> [W n, ...]"""
         if self.alone:
             return x
-        gathered: Tensor = _Gather.apply(x, self)
-        return gathered
-
-    def sum(self, x: Tensor) -> Tensor:
-        """The sum over ranks. No gradient."""
-        return x if self.alone else _reduced(x, dist.ReduceOp.SUM)
-
-    def max(self, x: Tensor) -> Tensor:
-        """The maximum over ranks. No gradient."""
-        return x if self.alone else _reduced(x, dist.ReduceOp.MAX)
-
-    def mean(self, x: Tensor) -> Tensor:
-        """The mean over ranks. No gradient."""
-        return x if self.alone else self.sum(x) / self.size
+        gathered: Tensor = stacked(x.detach(), self.size)
+        return gathered.flatten(0, 1)
 
     @torch.no_grad()
     def average_(self, tensors: Sequence[Tensor]) -> None:
@@ -95,9 +79,7 @@ class World:
 
     def largest(self, number: int) -> int:
         """The largest of the ranks' numbers. All ranks must ask."""
-        if self.alone:
-            return number
-        return int(self.max(torch.tensor(number, device=self.device)))
+        return int(self.gather(torch.tensor([number], device=self.device)).max())
 
     def spread(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """function(x), where each rank computes some of its rows. x [n, ...] -> [n, ...]"""
@@ -128,19 +110,6 @@ class World:
         self.broadcast_([content])
         return json.loads(content.numpy().tobytes())
 
-    def collect(self, x: Tensor) -> Tensor:
-        """`gather`, without a gradient and into host memory: on rank 0 [W n, ...], on the others x itself."""
-        if self.alone:
-            return x
-        parts = []
-        for owner in range(self.size):
-            # one rank's part at a time, so that the whole need not fit into the device's memory
-            part = x.detach().clone()
-            dist.broadcast(part, owner)
-            if self.main:
-                parts.append(part.cpu())
-        return torch.cat(parts) if self.main else x
-
     def require_equal(self, values: Tensor, message: str) -> None:
         """`InputError` if a rank's int64 values [n] differ from rank 0's: {ranks} in the message names it."""
         if self.alone:
@@ -152,26 +121,6 @@ class World:
 
 
 ALONE = World()
-
-
-class _Gather(torch.autograd.Function):
-    """See `World.gather`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, world: World) -> Tensor:
-        ctx.world = world
-        return stacked(x, world.size).flatten(0, 1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        world: World = ctx.world
-        return grad[world.part(len(grad))] * world.size, None
-
-
-def _reduced(x: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
-    result = x.detach().clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(result, operation)
-    return result
 
 
 @torch.library.custom_op("a2mc::stacked", mutates_args=())

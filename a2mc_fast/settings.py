@@ -268,8 +268,6 @@ class RunConfig:
     backend: Literal["auto", "triton", "torch"] = "auto"
     """Loss and banks by the fused Triton kernels or in plain torch; auto = Triton on a GPU, once it has
     agreed with float64 there."""
-    shard_bank: bool = False
-    """Several ranks: each holds K / W bank rows instead of all K, for millions of rows."""
     timeout: float = 60.0
     """Seconds after which a rank that does not answer ends the run on all ranks."""
     log_every: int = 10

@@ -114,13 +114,11 @@ class Trainer:
         compiled = run.compile == "on" or (run.compile == "auto" and self.device.type == "cuda")
 
         def part(name: str, function: Callable[..., Any], compile: bool = True) -> Part:
-            return Part(
-                name, function, compile and compiled, run.compile == "on", lambda line: self.say(line)
-            )
+            strict = run.compile == "on"
+            return Part(name, function, compile and compiled, strict, lambda line: self.say(line))
 
         self._make_view = part("views", self.views.make)
-        # ranks that share a bank talk in the middle of the loss
-        self._losses = part("losses", self.model.losses, self.model.ranks is None)
+        self._losses = part("losses", self.model.losses)
         encoders = []
         for name, branch in (("query encoder", self.model.query), ("key encoder", self.model.key)):
             branch.compiled = part(name, branch.encoder, not branch.encoder.recurrent)
@@ -194,7 +192,7 @@ class Trainer:
         with record_function("ranks"):
             joint = model.gathered(features)
         with record_function("loss"):
-            losses = model.warmup_losses(features if model.ranks is None else joint)
+            losses = model.warmup_losses(features)
         losses = self._optimize(losses)
         with record_function("bank"):
             model.write_keys(model.keys(joint))
@@ -225,7 +223,7 @@ class Trainer:
         with record_function("ranks"):
             joint = model.gathered(features)
         with record_function("loss"):
-            losses = self._losses(features if model.ranks is None else joint)
+            losses = self._losses(features)
         losses = self._optimize(losses)
 
         # the banks move with the features, and from the rows, that the loss has seen
@@ -336,16 +334,13 @@ class Trainer:
         self.scaler.load_state_dict(saved.scaler)
 
     def state(self, step: int, progress: dict[str, float]) -> checkpoint.State:
-        """What a checkpoint holds after `step` steps: the live tensors, not copies. Whole on rank 0.
+        """What a checkpoint holds after `step` steps: the live tensors, not copies.
 
         `InputError` if the ranks do not hold the same.
         """
         if not self.world.alone:
-            same = self.model.state_dict()
-            if self.model.ranks is not None:
-                same = {name: t for name, t in same.items() if not name.startswith("banks.")}
             self.world.require_equal(
-                checksum(list(same.values())),
+                checksum(list(self.model.state_dict().values())),
                 f"{{ranks}} no longer held what rank 0 held after step {step}, as may happen on unlike GPUs: "
                 "continue from the last checkpoint on equal ones, with --resume",
             )

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from . import reference
 from .bank_pass import STRONG, Tile, inverse_norm, job_feature, plan_pass, present, product
-from .common import INTERPRET, AllRanks, Call, Gather, Precision, check_problem, launch_all, require, width
+from .common import INTERPRET, Call, Precision, check_problem, launch_all, require, width
 from .row_softmax import plan_softmax, row_weights
 
 # the step itself holds rows, velocity and gradient in registers, which is what limits the blocks
@@ -161,14 +161,14 @@ def plan(
     rows: Tensor, velocity: Tensor, key: Tensor,
     basic: Tensor | None, weak: Tensor | None, strong: Tensor | None,
     mix: Sequence[float], temperature: float, lr: float, momentum: float, weight_decay: float,
-    weight: float, distill: bool, precision: str, ranks: int = 1,
-) -> tuple[list[Call | Gather], Tensor]:  # fmt: skip
+    weight: float, distill: bool, precision: str,
+) -> tuple[list[Call], Tensor]:  # fmt: skip
     """The launches for contiguous inputs, and the summary [3] that they fill."""
     features = (weak, strong, basic)
     distill = distill and strong is not None
     bank_pass = plan_pass(
         features, rows, mix, temperature,
-        distill=distill, normalize=True, with_sums=False, precision=precision, ranks=ranks,
+        distill=distill, normalize=True, with_sums=False, precision=precision,
     )  # fmt: skip
     normalise, softmax = plan_softmax(bank_pass, key)
     (n, d), k = key.shape, len(rows)
@@ -208,7 +208,7 @@ def plan(
         "BLOCK": 256,
     }
     calls = [
-        *bank_pass.calls,
+        bank_pass.call,
         normalise,
         Call(ascent_kernel, (blocks,), ascend, *tile[3:]),
         Call(summary_kernel, (1,), summarise),
@@ -221,12 +221,12 @@ def _op(
     rows: Tensor, velocity: Tensor, key: Tensor,
     basic: Tensor | None, weak: Tensor | None, strong: Tensor | None,
     mix: Sequence[float], temperature: float, lr: float, momentum: float, weight_decay: float,
-    weight: float, distill: bool, precision: str, ranks: int = 1,
+    weight: float, distill: bool, precision: str,
 ) -> Tensor:  # fmt: skip
     """Steps rows and velocity in place -> [3]: mean row norm, mean movement, negatives' share."""
     calls, summary = plan(
         rows, velocity, key, basic, weak, strong, mix, temperature,
-        lr, momentum, weight_decay, weight, distill, precision, ranks,
+        lr, momentum, weight_decay, weight, distill, precision,
     )  # fmt: skip
     launch_all(calls, rows.device)
     return summary
@@ -241,12 +241,11 @@ def _on_cpu(
     rows: Tensor, velocity: Tensor, key: Tensor,
     basic: Tensor | None, weak: Tensor | None, strong: Tensor | None,
     mix: Sequence[float], temperature: float, lr: float, momentum: float, weight_decay: float,
-    weight: float, distill: bool, precision: str, ranks: int = 1,
+    weight: float, distill: bool, precision: str,
 ) -> Tensor:  # fmt: skip
     """The operation in plain torch, without kernels."""
     unit = torch.nn.functional.normalize(rows, dim=1)
     gradient = torch.zeros_like(rows)
-    others = AllRanks(ranks) if ranks > 1 else None
     for term, anchor in enumerate((weak, strong, basic)):
         if anchor is None:
             continue
@@ -254,10 +253,10 @@ def _on_cpu(
         with torch.enable_grad():
             if term == STRONG and distill and basic is not None:
                 loss = reference.distillation(
-                    anchor.float(), basic.float(), key.float(), leaf, mix, temperature, others
+                    anchor.float(), basic.float(), key.float(), leaf, mix, temperature
                 )  # fmt: skip
             else:
-                loss = reference.contrast(anchor.float(), key.float(), leaf, mix, temperature, others)
+                loss = reference.contrast(anchor.float(), key.float(), leaf, mix, temperature)
         # no operation after the loss: below the dispatcher only autograd functions are recorded
         (part,) = torch.autograd.grad(loss, leaf, torch.full_like(loss, weight / len(loss)))
         gradient += part
@@ -300,14 +299,11 @@ def bank_ascent(
     weight: float = 1.0,
     distill: bool = True,
     precision: Precision = "tf32",
-    ranks: int = 1,
 ) -> Ascent:
     """Step raw rows and velocity [K, D] float32 in place, up `weight` times the batch mean of the objective.
 
     Features [N, D]; None takes no part. "total" is L1 + L2 + L3 on the mixed banks (L2 a contrast like L1 if
-    not `distill`); "infonce" is the mean or sum of the InfoNCE of the features given, on the plain bank. Of a
-    bank shared by several `ranks`, with the same features each, the rows here are given; norm and movement
-    are theirs.
+    not `distill`); "infonce" is the mean or sum of the InfoNCE of the features given, on the plain bank.
     """
     given = {"key": key, "basic": basic, "weak": weak, "strong": strong}
     check_problem("bank_ascent", given, rows, mix, temperature, precision)
@@ -343,6 +339,5 @@ def bank_ascent(
         weight / terms if plain and reduction == "mean" else weight,
         distill and not plain,
         precision,
-        ranks,
     )
     return Ascent(*summary.unbind())

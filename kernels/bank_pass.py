@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Call, Gather, resident_programs, width
+from .common import Call, resident_programs, width
 
 WEAK, STRONG, BASIC = 0, 1, 2
 LOW = tl.constexpr(-1e30)  # below every similarity, yet its multiples are finite
@@ -234,11 +234,6 @@ class BankPass(NamedTuple):
     call: Call
     stats: Tensor  # [S, J, PLANES, N]
     sums: Tensor  # [S, J, N, D], one element if not asked for
-    gathers: tuple[Gather, ...] = ()  # ranks that share a bank: afterwards the slabs are those of all
-
-    @property
-    def calls(self) -> tuple[Call | Gather, ...]:
-        return self.call, *self.gathers
 
 
 def plan_pass(
@@ -251,12 +246,10 @@ def plan_pass(
     normalize: bool,
     with_sums: bool,
     precision: str,
-    ranks: int = 1,
 ) -> BankPass:
     """Plan `bank_pass_kernel` for contiguous features [N, D] (weak, strong, basic) and bank [K, D].
 
     The jobs are the features given, then with `distill` the target.
-    Of a bank shared by `ranks`, [K / W, D] is here; the slabs become those of all, in the ranks' order.
     """
     like = next(feature for feature in features if feature is not None)
     own = present(features)
@@ -291,12 +284,7 @@ def plan_pass(
         "BLOCK_D": width(d),
         "DEPTH": tile.depth,
     }
-    call = Call(bank_pass_kernel, (jobs, blocks, splits), arguments, *tile[3:])
-    if ranks == 1:
-        return BankPass(call, stats, sums)
-    known = [Gather(own, own.new_empty(ranks, *own.shape)) for own in (stats, sums)[: 1 + with_sums]]
-    of_all = [gather.all.flatten(0, 1) for gather in known]
-    return BankPass(call, of_all[0], of_all[-1] if with_sums else sums, tuple(known))
+    return BankPass(Call(bank_pass_kernel, (jobs, blocks, splits), arguments, *tile[3:]), stats, sums)
 
 
 def present(features: Sequence[Tensor | None]) -> tuple[int, ...]:

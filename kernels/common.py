@@ -40,36 +40,7 @@ class Call(NamedTuple):
         self.kernel[self.grid](**self.arguments, **self.options)
 
 
-class Gather(NamedTuple):
-    """Between launches: what this rank's kernels have left becomes known to all ranks that share a bank."""
-
-    own: Tensor  # [...]
-    all: Tensor  # [W, ...]
-
-    def launch(self) -> None:
-        torch.distributed.all_gather(list(self.all.unbind()), self.own)
-
-
-class AllRanks:
-    """The ranks of the default process group, as the plain-torch form of an operation asks for them."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def sum(self, x: Tensor) -> Tensor:
-        return self._reduced(x, torch.distributed.ReduceOp.SUM)
-
-    def max(self, x: Tensor) -> Tensor:
-        return self._reduced(x, torch.distributed.ReduceOp.MAX)
-
-    @staticmethod
-    def _reduced(x: Tensor, operation: Any) -> Tensor:
-        result = x.detach().clone()
-        torch.distributed.all_reduce(result, operation)
-        return result
-
-
-def launch_all(calls: Sequence[Call | Gather], device: torch.device) -> None:
+def launch_all(calls: Sequence[Call], device: torch.device) -> None:
     """Launch in order on `device`, whichever device is current."""
     if device.type == "cuda":
         with torch.cuda.device(device):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import reference
 from .bank_pass import BASIC, LN2, LOW, PLANES, STRONG, WEAK, level, plan_pass, present
-from .common import INTERPRET, AllRanks, Call, Gather, Precision, check_problem, launch_all, require, width
+from .common import INTERPRET, Call, Precision, check_problem, launch_all, require, width
 from .row_softmax import merged_stats
 
 
@@ -128,15 +128,15 @@ def combine_kernel(
 def plan(
     key: Tensor, basic: Tensor, weak: Tensor | None, strong: Tensor | None, bank: Tensor,
     mix: Sequence[float], temperature: float, distill: bool, normalize: bool,
-    precision: str, ranks: int = 1,
-) -> tuple[list[Call | Gather], Tensor, Tensor]:  # fmt: skip
+    precision: str,
+) -> tuple[list[Call], Tensor, Tensor]:  # fmt: skip
     """The launches for contiguous inputs, and what they fill: losses [T, N], gradients [T, N, D]."""
     features = (weak, strong, basic)
     terms = present(features)
     distill = distill and strong is not None
     bank_pass = plan_pass(
         features, bank, mix, temperature,
-        distill=distill, normalize=normalize, with_sums=True, precision=precision, ranks=ranks,
+        distill=distill, normalize=normalize, with_sums=True, precision=precision,
     )  # fmt: skip
     n, d = key.shape
     losses, gradients = bank.new_empty(len(terms), n), bank.new_empty(len(terms), n, d)
@@ -156,7 +156,7 @@ def plan(
         "BLOCK_D": width(d),
         "CHUNK": 32,
     }
-    calls = [*bank_pass.calls, Call(combine_kernel, (len(terms), n), combine)]
+    calls = [bank_pass.call, Call(combine_kernel, (len(terms), n), combine)]
     return calls, losses, gradients
 
 
@@ -164,11 +164,11 @@ def plan(
 def _op(
     key: Tensor, basic: Tensor, weak: Tensor | None, strong: Tensor | None, bank: Tensor,
     mix: Sequence[float], temperature: float, distill: bool, normalize: bool,
-    precision: str, ranks: int = 1,
+    precision: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Losses [T, N] and gradients [T, N, D], both float32, of the terms present."""
     calls, losses, gradients = plan(
-        key, basic, weak, strong, bank, mix, temperature, distill, normalize, precision, ranks
+        key, basic, weak, strong, bank, mix, temperature, distill, normalize, precision
     )
     launch_all(calls, bank.device)
     return losses, gradients
@@ -186,24 +186,21 @@ def _(
 def _on_cpu(
     key: Tensor, basic: Tensor, weak: Tensor | None, strong: Tensor | None, bank: Tensor,
     mix: Sequence[float], temperature: float, distill: bool, normalize: bool,
-    precision: str, ranks: int = 1,
+    precision: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The operation in plain torch, without kernels."""
     rows = torch.nn.functional.normalize(bank, dim=1) if normalize else bank
     losses: list[Tensor] = []
     gradients: list[Tensor] = []
-    others = AllRanks(ranks) if ranks > 1 else None
     for term, feature in enumerate((weak, strong, basic)):
         if feature is None:
             continue
         anchor = feature.detach().float().requires_grad_()
         with torch.enable_grad():
             if term == STRONG and distill:
-                loss = reference.distillation(
-                    anchor, basic.float(), key.float(), rows, mix, temperature, others
-                )
+                loss = reference.distillation(anchor, basic.float(), key.float(), rows, mix, temperature)
             else:
-                loss = reference.contrast(anchor, key.float(), rows, mix, temperature, others)
+                loss = reference.contrast(anchor, key.float(), rows, mix, temperature)
         # no operation after the loss: below the dispatcher only autograd functions are recorded
         gradients += torch.autograd.grad(loss, anchor, torch.ones_like(loss))
         losses.append(loss.detach())
@@ -229,7 +226,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
         term = ctx.terms.index(feature)
         return (grad[term].unsqueeze(1) * gradients[term]).to(ctx.dtype)
 
-    return None, anchor(1, BASIC), anchor(2, WEAK), anchor(3, STRONG), *[None] * 7
+    return None, anchor(1, BASIC), anchor(2, WEAK), anchor(3, STRONG), *[None] * 6
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
@@ -247,14 +244,12 @@ def mixing_contrast(
     distill: bool = True,
     normalize: bool = False,
     precision: Precision = "tf32",
-    ranks: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """L1, L2, L3 per clip: features [N, D], bank [K, D] float32 -> (weak, strong, basic), each [N] float32.
 
     Differentiable in basic, weak and strong, not in key and bank: the bank's ascent is `bank_ascent`. A term
     whose feature is None is zero. `distill` False makes L2 a contrast like L1; `normalize` contrasts
-    the unit rows of the bank. Of a bank shared by `ranks`, which have the same features, the rows here are
-    given.
+    the unit rows of the bank.
     """
     features = {"key": key, "basic": basic, "weak": weak, "strong": strong}
     check_problem("mixing_contrast", features, bank, mix, temperature, precision)
@@ -274,7 +269,6 @@ def mixing_contrast(
         distill,
         normalize,
         precision,
-        ranks,
     )
     given = iter(losses.unbind())
     first, second = (losses.new_zeros(len(basic)) if x is None else next(given) for x in (weak, strong))

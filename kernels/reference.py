@@ -12,28 +12,12 @@ Legend: N batch · K bank rows · D feature dim · J = 1 + len(mix) banks (the p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 _BLOCK = 4096  # bank rows per pass: a [64, 4096] float32 block stays in a core's second-level cache
-
-
-class Ranks(Protocol):
-    """Processes that each hold some of the bank's rows. None instead: one process, which holds all."""
-
-    @property
-    def size(self) -> int: ...
-
-    def sum(self, x: Tensor) -> Tensor: ...
-
-    def max(self, x: Tensor) -> Tensor: ...
-
-
-def _summed(x: Tensor, ranks: Ranks | None) -> Tensor:
-    """The sum over all bank rows from that over the rows at hand."""
-    return x if ranks is None else ranks.sum(x)
 
 
 class _Softmax(NamedTuple):
@@ -42,7 +26,7 @@ class _Softmax(NamedTuple):
     lse: Tensor  # [N] log-partition
     positive: Tensor  # [N] probability of the positive
     bank: Tensor  # [J, N] probability of each bank
-    weight: Tensor  # [N, rows at hand] sum over banks of (1-λ) times the probability: τ times d lse / d s
+    weight: Tensor  # [N, K] sum over banks of (1-λ) times the probability: τ times d lse / d s
 
 
 def _scales(mix: Sequence[float]) -> list[float]:
@@ -72,16 +56,13 @@ def _softmax(
     offset: Tensor,
     mix: Sequence[float],
     inv_tau: float,
-    ranks: Ranks | None,
 ) -> _Softmax:
     """Softmax over {positive, offset_j + (1-λ_j) s_k} / τ in one pass over s.
 
-    similarity [N, rows at hand], positive [N], offset [J, N] (λ_j u·f, zero for the plain bank).
+    similarity [N, K], positive [N], offset [J, N] (λ_j u·f, zero for the plain bank).
     """
     scales = _scales(mix)
     top = similarity.amax(1)
-    if ranks is not None:
-        top = ranks.max(top)
     # (1-λ) > 0, so the largest logit of each bank sits where s is largest: the shift is known before the pass
     highest = torch.stack([offset[j] + scale * top for j, scale in enumerate(scales)]).amax(0)
     shift = torch.maximum(positive, highest) * inv_tau
@@ -93,7 +74,6 @@ def _softmax(
             exponential = torch.add(bias[j].unsqueeze(1), rows, alpha=scale * inv_tau).exp_()
             bank[j] += exponential.sum(1)
             out.add_(exponential, alpha=scale)
-    bank = _summed(bank, ranks)
     first = torch.exp(positive * inv_tau - shift)
     total = first + bank.sum(0)
     return _Softmax(shift + total.log(), first / total, bank / total, weight.div_(total.unsqueeze(1)))
@@ -110,14 +90,13 @@ class _Contrast(torch.autograd.Function):
         bank: Tensor,
         mix: tuple[float, ...],
         inv_tau: float,
-        ranks: Ranks | None,
     ) -> Tensor:
         positive, own = _dot(anchor, key), _dot(anchor, anchor)
-        p = _softmax(anchor @ bank.T, positive, _offsets(own, mix), mix, inv_tau, ranks)
+        p = _softmax(anchor @ bank.T, positive, _offsets(own, mix), mix, inv_tau)
         gradient = None
         if ctx.needs_input_grad[0]:
             # d(λ f·f)/df = 2λ f: the own feature is mixed in, and nothing is detached
-            gradient = _summed(p.weight @ bank, ranks).addcmul_((p.positive - 1).unsqueeze(1), key)
+            gradient = (p.weight @ bank).addcmul_((p.positive - 1).unsqueeze(1), key)
             gradient.addcmul_(_mean_share(p.bank, mix).unsqueeze(1), anchor, value=2).mul_(inv_tau)
         ctx.save_for_backward(gradient, anchor, p.weight if ctx.needs_input_grad[2] else None)
         ctx.inv_tau = inv_tau
@@ -126,7 +105,7 @@ class _Contrast(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradient, anchor, weight = ctx.saved_tensors
-        return *_backward(grad, gradient, anchor, weight, ctx.inv_tau), None, None, None
+        return *_backward(grad, gradient, anchor, weight, ctx.inv_tau), None, None
 
 
 class _Distill(torch.autograd.Function):
@@ -141,21 +120,18 @@ class _Distill(torch.autograd.Function):
         bank: Tensor,
         mix: tuple[float, ...],
         inv_tau: float,
-        ranks: Ranks | None,
     ) -> Tensor:
         positive, own = _dot(anchor, key), _dot(anchor, anchor)
         similarity = anchor @ bank.T
-        p = _softmax(similarity, positive, _offsets(own, mix), mix, inv_tau, ranks)
+        p = _softmax(similarity, positive, _offsets(own, mix), mix, inv_tau)
         # the target is evaluated on the same columns, those mixed with the anchor
-        t = _softmax(
-            teacher @ bank.T, _dot(teacher, key), _offsets(_dot(teacher, anchor), mix), mix, inv_tau, ranks
-        )
+        t = _softmax(teacher @ bank.T, _dot(teacher, key), _offsets(_dot(teacher, anchor), mix), mix, inv_tau)
         share = _mean_share(t.bank, mix)
-        mean_logit = t.positive * positive + share * own + _summed(_dot(t.weight, similarity), ranks)
+        mean_logit = t.positive * positive + share * own + _dot(t.weight, similarity)
         difference = p.weight.sub_(t.weight)
         gradient = None
         if ctx.needs_input_grad[0]:
-            gradient = _summed(difference @ bank, ranks)
+            gradient = difference @ bank
             gradient.addcmul_((p.positive - t.positive).unsqueeze(1), key)
             more = (_mean_share(p.bank, mix) - share).unsqueeze(1)
             gradient.addcmul_(more, anchor, value=2).mul_(inv_tau)
@@ -167,7 +143,7 @@ class _Distill(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradient, anchor, weight = ctx.saved_tensors
         to_anchor, _, to_bank = _backward(grad, gradient, anchor, weight, ctx.inv_tau)
-        return to_anchor, None, None, to_bank, None, None, None
+        return to_anchor, None, None, to_bank, None, None
 
 
 def _backward(
@@ -185,14 +161,12 @@ def contrast(
     bank: Tensor,
     mix: Sequence[float],
     temperature: float,
-    ranks: Ranks | None = None,
 ) -> Tensor:
     """Cross-entropy of the positive against the bank and its mixed copies (A²MC Eq. 10; Eq. 1 without `mix`).
 
-    anchor, key [N, D], bank [K, D] -> [N]. Differentiable in anchor and bank; key is a constant. With `ranks`
-    the bank is a rank's own rows, and every rank has the same features and gets the same loss.
+    anchor, key [N, D], bank [K, D] -> [N]. Differentiable in anchor and bank; key is a constant.
     """
-    return _Contrast.apply(anchor, key.detach(), bank, tuple(mix), 1.0 / temperature, ranks)
+    return _Contrast.apply(anchor, key.detach(), bank, tuple(mix), 1.0 / temperature)
 
 
 def distillation(
@@ -202,15 +176,13 @@ def distillation(
     bank: Tensor,
     mix: Sequence[float],
     temperature: float,
-    ranks: Ranks | None = None,
 ) -> Tensor:
     """Cross-entropy of the anchor's similarity distribution under the teacher's (A²MC Eq. 11).
 
     anchor, teacher, key [N, D], bank [K, D] -> [N]. Differentiable in anchor and bank; key is a constant, and
     so is the teacher's distribution. Both distributions are taken over the banks mixed with the anchor.
-    `ranks` as in `contrast`.
     """
-    return _Distill.apply(anchor, teacher.detach(), key.detach(), bank, tuple(mix), 1.0 / temperature, ranks)
+    return _Distill.apply(anchor, teacher.detach(), key.detach(), bank, tuple(mix), 1.0 / temperature)
 
 
 def mixing_contrast(
@@ -224,26 +196,25 @@ def mixing_contrast(
     *,
     distill: bool = True,
     normalize: bool = False,
-    ranks: Ranks | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """L1, L2 and L3 of A²MC (Eq. 9-11) per clip: features [N, D], bank [K, D] -> (weak, strong, basic), each
     [N].
 
     A term whose feature is None is zero. `distill` False makes L2 a contrast like L1; `normalize` contrasts
-    the unit rows of the bank; `ranks` as in `contrast`.
+    the unit rows of the bank.
     """
     rows = torch.nn.functional.normalize(bank, dim=1) if normalize else bank
     off = basic.new_zeros(len(basic))
 
     def second(anchor: Tensor) -> Tensor:
         if not distill:
-            return contrast(anchor, key, rows, mix, temperature, ranks)
-        return distillation(anchor, basic, key, rows, mix, temperature, ranks)
+            return contrast(anchor, key, rows, mix, temperature)
+        return distillation(anchor, basic, key, rows, mix, temperature)
 
     return (
-        off if weak is None else contrast(weak, key, rows, mix, temperature, ranks),
+        off if weak is None else contrast(weak, key, rows, mix, temperature),
         off if strong is None else second(strong),
-        contrast(basic, key, rows, mix, temperature, ranks),
+        contrast(basic, key, rows, mix, temperature),
     )
 
 

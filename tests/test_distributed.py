@@ -147,7 +147,7 @@ def trained(world: World, config: Config) -> State:
         if new:
             trainer.model.refresh_classifier(epoch)
         losses.append([value.item() for value in trainer.step(step).values()])
-    state = {name: t.numpy() for name, t in trainer.model.whole_state().items()}
+    state = {name: t.numpy() for name, t in trainer.model.state_dict().items()}
     for name, parameter in trainer.model.query.named_parameters():
         state[f"optimizer.{name}"] = trainer.optimizer.state[parameter]["momentum_buffer"].numpy()
     return {**state, "losses": np.concatenate(losses), "knn": np.array(trainer.knn_accuracy())}
@@ -182,26 +182,9 @@ def test_ranks_equal_one_process(name: str, two: Ranks, three: Ranks) -> None:
         assert_close(first, alone)
 
 
-@pytest.mark.parametrize("name", ["full", "infonce", "fifo", "plain", "pseudo", "keys"])
-def test_a_bank_shared_by_ranks_equals_a_whole_one(name: str, two: Ranks, three: Ranks) -> None:
-    """Three ranks hold ten rows each, fewer than the twelve keys of a batch."""
-    alone = trained(ALONE, CONFIGS[name])
-    shared = replace(CONFIGS[name], run=RunConfig(shard_bank=True))
-    for ranks in (two, three):
-        first, *others = ranks(trained, shared)
-        assert_close(first, alone)
-        for other in others:
-            size = len(alone["banks.feature.rows"]) // len(ranks.lines)
-            assert len(other["banks.feature.rows"]) == size
-            for table in ("rows", "velocity"):
-                other.pop(f"banks.feature.{table}", None)
-            assert_close(other, {n: v for n, v in first.items() if n in other}, 0)
-
-
-@pytest.mark.parametrize("name", ["full", "infonce"])
-def test_kernels_know_a_bank_shared_by_ranks(name: str, two: Ranks) -> None:
-    run = RunConfig(backend="triton", shard_bank=True)
-    assert_close(two(trained, replace(CONFIGS[name], run=run))[0], trained(ALONE, CONFIGS[name]), 1e-5)
+def test_kernels_climb_with_the_features_of_all_ranks(two: Ranks) -> None:
+    fused = replace(CONFIGS["full"], run=RunConfig(backend="triton"))
+    assert_close(two(trained, fused)[0], trained(ALONE, CONFIGS["full"]), 1e-5)
 
 
 def levels_trained(world: World, config: Config) -> State:
@@ -215,12 +198,10 @@ def levels_trained(world: World, config: Config) -> State:
         build._ENCODERS["bigru"] = before
 
 
-@pytest.mark.parametrize("share", [False, True], ids=["whole", "shared"])
-def test_pairs_of_levels_keep_the_order_of_the_joint_batch(share: bool, three: Ranks) -> None:
-    config = small(run=RunConfig(shard_bank=share))
-    alone = levels_trained(ALONE, config)
+def test_pairs_of_levels_keep_the_order_of_the_joint_batch(three: Ranks) -> None:
+    alone = levels_trained(ALONE, small())
     assert "banks.t.rows" in alone
-    assert_close(three(levels_trained, config)[0], alone)
+    assert_close(three(levels_trained, small())[0], alone)
 
 
 def local_statistics(world: World) -> list[Any]:
@@ -265,7 +246,13 @@ def normalised(world: World, kind: str, x: torch.Tensor, up: torch.Tensor) -> li
     gradients = [p.grad for p in outer.parameters() if p.grad is not None]
     assert isinstance(own.grad, torch.Tensor)
     outer.eval()
-    results = [y, own.grad, outer(own), *(world.sum(g) for g in gradients), *outer.state_dict().values()]
+    results = [
+        y,
+        own.grad,
+        outer(own),
+        *(world.gather(g.unsqueeze(0)).sum(0) for g in gradients),
+        *outer.state_dict().values(),
+    ]
     return [r.detach().numpy() for r in results]
 
 
@@ -358,9 +345,6 @@ def test_ranks_must_share_evenly_and_be_told_the_same(two: Ranks, three: Ranks) 
     odd = replace(config, optim=replace(config.optim, batch_size=11))
     for said in two(refused, odd, odd):
         assert said.startswith("--optim.batch-size 11, the joint batch, cannot be shared evenly by 2 ranks")
-    shared = replace(config, run=RunConfig(shard_bank=True), bank=replace(config.bank, size=31))
-    for said in three(refused, shared, shared):
-        assert said.startswith("--bank.size 31 cannot be shared evenly by 3 ranks")
     seed = replace(config, seed=1)
     for said in three(refused, config, seed):
         assert said.startswith("ranks 1, 2 got other flags or other data than rank 0")
@@ -502,13 +486,13 @@ def tensors(folder: Path) -> State:
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(data: Path, tmp_path: Path) -> None:
-    """One rank of two gets SIGTERM: both stop at the same step. Three go on with a shared bank, then one."""
+    """One rank of two gets SIGTERM: both stop at the same step. Three go on, then one."""
     whole, folder = tmp_path / "whole", tmp_path / "run"
     assert processes.run(flags(data, whole), tmp_path / "said")[0] == 0
     ended = together(2, flags(data, folder), tmp_path, "SIGTERM", 5)
     assert [code for code, _ in ended] == [143, 143], ended
     assert "stopped after step 6 of 15" in ended[0][1] and ended[1][1] == ""
-    ended = together(3, flags(data, folder, "--run.shard-bank", "--resume"), tmp_path, "SIGTERM", 5)
+    ended = together(3, flags(data, folder, "--resume"), tmp_path, "SIGTERM", 5)
     assert [code for code, _ in ended] == [143] * 3, ended
     assert "resumed after step 6" in ended[0][1] and "stopped after step 12 of 15" in ended[0][1]
     assert [said for _, said in ended[1:]] == ["", ""]
@@ -601,11 +585,11 @@ def _environment(process: str) -> dict[str, str]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("encoder, share", [("bigru", False), ("bigru", True), ("stgcn", False)])
-def test_a_captured_step_holds_what_ranks_say(encoder: Any, share: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoder", ["bigru", "stgcn"])
+def test_a_captured_step_holds_what_ranks_say(encoder: Any, tmp_path: Path) -> None:
     """A group of one rank, whose messages go through NCCL all the same."""
     device = torch.device("cuda", torch.cuda.current_device())
-    config = small(run=RunConfig(shard_bank=share))
+    config = small()
     config = replace(config, encoder=replace(config.encoder, name=encoder, channels=4))
     plain = replace(config, run=replace(config.run, compile="off", graph="off", backend="torch"))
     clips = some_clips(device)

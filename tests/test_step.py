@@ -132,12 +132,10 @@ def test_the_step_stays_on_the_device(config: Config, elsewhere: Callable[[Confi
     "config",
     [
         small(),
-        small(run=RunConfig(shard_bank=True)),
         small(run=RunConfig(backend="triton")),
-        small(run=RunConfig(backend="triton", shard_bank=True)),
         small("demo-b3"),
     ],
-    ids=["whole", "shared", "triton", "triton-shared", "fifo"],
+    ids=["torch", "triton", "fifo"],
 )
 @pytest.mark.parametrize("norm", ["joint", "local"])
 def test_what_ranks_say_in_the_step_stays_on_the_device(

@@ -59,7 +59,7 @@ def state(
     progress: dict[str, float],
 ) -> State:
     """The run after `step` steps. Its tensors are the live ones, not copies."""
-    tensors = {f"model.{name}": tensor for name, tensor in model.whole_state().items()}
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for name, parameter in model.query.named_parameters():
         buffer = optimizer.state[parameter].get("momentum_buffer")
         if buffer is not None:
