@@ -18,24 +18,18 @@ import copy
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from a2mc_fast import rng
 from a2mc_fast.attack import semantic_attack
 from a2mc_fast.bank import MemoryBank, Queue
 from a2mc_fast.config import Config
 from a2mc_fast.encoders.branch import Branch
 from a2mc_fast.encoders.common import frozen
 from a2mc_fast.encoders.joint_norm import join_batch_norms
-from a2mc_fast.errors import require
 from a2mc_fast.losses import Backend, Losses, info_nce, mixing_contrast
 from a2mc_fast.ranks import ALONE, World
 from a2mc_fast.skeleton import Skeleton
-
-_KMEANS_ROUNDS = 10
-_PSEUDO_LABEL_LR = 0.1
 
 
 class Features(NamedTuple):
@@ -52,8 +46,6 @@ class Features(NamedTuple):
 
 class A2MC(nn.Module):
     """The whole method; `Trainer` calls its parts in the order of the paper."""
-
-    centers: Tensor  # [classes, D] k-means of the main bank, unless the class layer is random
 
     def __init__(
         self, config: Config, skeleton: Skeleton, persons: int, classes: int, world: World = ALONE
@@ -86,14 +78,7 @@ class A2MC(nn.Module):
         key_levels = dict.fromkeys(level for _, level in self.pairs)
         self.banks = nn.ModuleDict({level: new_bank(config.seed + i) for i, level in enumerate(key_levels)})
         # the attack's class layer: frozen, so that its directions mean the same throughout training
-        width = encoder.feature_dim if config.attack.feature == "encoder" else dim
-        self.classifier = nn.Linear(width, classes)
-        self.classifier.requires_grad_(False)
-        require(
-            config.attack.classifier == "random" or classes <= bank.size,
-            f"attack.classes {classes} exceeds bank.size {bank.size}: too few rows for that many centres",
-        )
-        self.register_buffer("centers", torch.zeros(classes, dim))
+        self.classifier = nn.Linear(encoder.feature_dim, classes).requires_grad_(False)
         # the Triton kernels, or plain torch; the trainer chooses once the model is on its device
         self.backend: Literal["triton", "torch"] = "triton" if config.run.backend == "triton" else "torch"
         # how the kernels multiply float32
@@ -113,33 +98,14 @@ class A2MC(nn.Module):
 
     def attack(self, x: Tensor) -> Tensor:
         """The perturbation of whole clips that flattens their class distribution. -> like x"""
-        a = self.config.attack
-        with frozen(self.query, inference=a.norm_mode == "eval"):
+        with frozen(self.query):
             return semantic_attack(
-                self.classify,
-                x,
-                lr=a.lr,
-                radius=a.radius,
-                scope=a.scope,
-                grad_norm=a.grad_norm,
-                objective=a.objective,
-                direction=a.direction,
-                reduction=a.reduction,
-                ranks=self.world.size,
-                steps=a.steps,
-                mask_absent=a.mask_absent,
+                self.classify, x, lr=self.config.attack.lr, radius=self.config.attack.radius
             )
 
     def classify(self, x: Tensor) -> Tensor:
         """Class logits of the attack. x [N, C, T, V, M] -> [N, classes] float32"""
-        return self.classifier(self._attacked_feature(x))
-
-    def _attacked_feature(self, x: Tensor) -> Tensor:
-        """What the class layer reads, float32."""
-        feature = self.query.feature(x, wide=True)
-        if self.config.attack.feature == "encoder":
-            return feature.float()
-        return self.query.project(feature, self.main, wide=True)
+        return self.classifier(self.query.feature(x, wide=True).float())
 
     # features, losses (sec. III-C, III-D)
 
@@ -330,51 +296,6 @@ class A2MC(nn.Module):
             distill=loss.strong == "distill",
             precision=self.products,
         )
-
-    # other class layers of the attack
-
-    @torch.no_grad()
-    def refresh_classifier(self, epoch: int) -> None:
-        """Once an epoch: new k-means centres of the main bank; as prototypes they are the class layer."""
-        kind = self.config.attack.classifier
-        if kind == "random":
-            return
-        self.centers.copy_(self._bank_centers(epoch))
-        if kind == "prototypes":
-            self.classifier.weight.copy_(self.centers / self.config.loss.temperature)
-            self.classifier.bias.zero_()
-
-    @torch.no_grad()
-    def fit_classifier(self, x: Tensor) -> None:
-        """pseudo_labels: one gradient step of the class layer towards the centre nearest to each clip.
-
-        x [N, C, T, V, M] is a basic view.
-        """
-        if self.config.attack.classifier != "pseudo_labels":
-            return
-        with frozen(self.query):
-            feature = self.query.feature(x)
-            contrasted = self.query.project(feature, self.main)
-        read = feature.float() if self.config.attack.feature == "encoder" else contrasted
-        label = (contrasted @ self.centers.T).argmax(1)
-        error = self.classifier(read).softmax(1) - F.one_hot(label, len(self.centers))
-        to_weight, to_bias = error.T @ read / len(x), error.mean(0)
-        self.world.average_([to_weight, to_bias])
-        self.classifier.weight.sub_(to_weight, alpha=_PSEUDO_LABEL_LR)
-        self.classifier.bias.sub_(to_bias, alpha=_PSEUDO_LABEL_LR)
-
-    def _bank_centers(self, epoch: int) -> Tensor:
-        """Spherical k-means centres of the main bank, one per class. -> unit rows [classes, D]"""
-        unit = self.bank().unit()
-        start = rng.permutation(self.config.seed, epoch, rng.STREAM_KMEANS, len(unit), unit.device)
-        centers = unit[start[: len(self.centers)]]
-        for _ in range(_KMEANS_ROUNDS):
-            nearest = F.one_hot((unit @ centers.T).argmax(1), len(centers))
-            # a product, because sums by index have no fixed order on a GPU
-            sums = nearest.T.to(unit.dtype) @ unit
-            # an empty cluster keeps its centre
-            centers = torch.where((sums == 0).all(1, keepdim=True), centers, F.normalize(sums, dim=1))
-        return centers
 
 
 def _stack(parts: list[Tensor]) -> Tensor:

@@ -121,42 +121,15 @@ class AttackConfig:
     lr: float = 0.1
     """Step size epsilon of Adam, metres."""
     radius: float = 0.5
-    """Largest norm eta of the perturbation within `scope`, metres."""
-    scope: Literal["person_frame", "frame", "person", "sample", "joint"] = "person_frame"
-    """What `radius` bounds: one person in one frame, one frame, one person, the clip, or one joint."""
-    grad_norm: Literal["person_frame", "frame", "sample", "none"] = "person_frame"
-    """Scale the gradient to unit length within this scope before Adam, so that early frames are reached."""
-    objective: Literal["softmax", "logits", "entropy", "cross_entropy"] = "softmax"
-    """Squared distance of the class distribution (or of the logits) to 1/C, its negative entropy, or the
-    negative cross-entropy of the predicted class."""
-    direction: Literal["descend", "ascend"] = "descend"
-    """Descend makes the class distribution flatter; ascend is for debugging."""
-    reduction: Literal["sum", "mean"] = "sum"
-    """How clips are reduced; it matters only with `grad_norm none`."""
-    steps: int = 1
-    """Adam steps, projected after each."""
-    mask_absent: bool = True
-    """Leave absent (all-zero) persons untouched."""
+    """Largest norm eta of the perturbation of one person in one frame, metres."""
     classes: int = 0
     """Outputs C of the frozen class layer; 0 = the number of classes of the data."""
-    classifier: Literal["random", "prototypes", "pseudo_labels"] = "random"
-    """The class layer: frozen and random, the k-means centres of the bank, or trained on the nearest
-    centre."""
-    feature: Literal["encoder", "head"] = "encoder"
-    """What the class layer reads: the encoder's feature or the projected one."""
-    norm_mode: Literal["eval", "train"] = "eval"
-    """BatchNorm and dropout during the attack: inference mode leaves the running statistics alone."""
 
     def __post_init__(self) -> None:
         require(self.lr > 0, f"attack.lr must be > 0, got {self.lr}")
         require(self.radius > 0, f"attack.radius must be > 0, got {self.radius}")
-        require(self.steps >= 1, f"attack.steps must be >= 1, got {self.steps}")
         require(
             self.classes == 0 or self.classes >= 2, f"attack.classes must be 0 or >= 2, got {self.classes}"
-        )
-        require(
-            self.classifier != "prototypes" or self.feature == "head",
-            "attack.classifier prototypes are centres of projected features: add --attack.feature head",
         )
 
 

@@ -228,9 +228,7 @@ class Trainer:
 
         # the banks move with the features, and from the rows, that the loss has seen
         with record_function("bank"):
-            bank = model.update_banks(joint)
-            model.fit_classifier(x3)
-        return _to_log(losses) | bank
+            return _to_log(losses) | model.update_banks(joint)
 
     def _optimize(self, losses: Losses) -> Losses:
         """Backward pass and SGD; once a loss or gradient is not finite, the weights stay as they are.
@@ -286,17 +284,12 @@ class Trainer:
         self._time.fill_(step)
         return self._batch()
 
-    def epochs_done(self, steps: int) -> tuple[int, bool]:
-        """Whole epochs after the warm-up once `steps` steps are done, and whether one ends there exactly."""
-        epoch, rest = divmod(steps - self.config.warmup_steps, self.steps_per_epoch)
-        return max(epoch, 0), rest == 0 and epoch >= 0
-
     def learning_rate(self, step: int) -> float:
         """The warm-up runs at the base rate; after it, gamma for each milestone that has passed."""
         optim = self.config.optim
         if step < self.config.warmup_steps:
             return optim.lr
-        epoch = self.epochs_done(step)[0]
+        epoch = (step - self.config.warmup_steps) // self.steps_per_epoch
         return optim.lr * optim.gamma ** sum(epoch >= milestone for milestone in optim.milestones)
 
     def start(self) -> None:

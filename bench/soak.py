@@ -54,7 +54,7 @@ def flags(folder: Path, steps: int) -> list[str]:
     text = (
         f"--run.out {folder} --synthetic.clips 240 --views.frames 8 --views.min-frames 8 --encoder.hidden 8 "
         f"--encoder.projection 16 --bank.size 64 --bank.warmup-steps 20 --optim.epochs {steps // 10} "
-        "--optim.batch-size 16 --optim.lr 0.02 --attack.classifier pseudo_labels --run.log-every 3 "
+        "--optim.batch-size 16 --optim.lr 0.02 --run.log-every 3 "
         "--run.eval-every 20 --run.keep-last 3 --run.keep-every 50 --run.no-progress"
     )
     return ["demo", *text.split()]

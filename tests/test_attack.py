@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor, nn
 
-from a2mc_fast.attack import _SPANS, attack_loss, semantic_attack
-from a2mc_fast.config import AttackConfig, Config, EncoderConfig
-from a2mc_fast.encoders.common import frozen
+from a2mc_fast.attack import attack_loss, semantic_attack
+from a2mc_fast.config import Config, EncoderConfig
 from a2mc_fast.model import A2MC
 from a2mc_fast.skeleton import NTU25
 
@@ -33,14 +30,11 @@ def clips() -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("scope", list(_SPANS))
-@pytest.mark.parametrize("steps", [1, 3])
-def test_norm_is_bounded_in_every_scope(model: A2MC, scope: str, steps: int) -> None:
-    rho = semantic_attack(model.classify, clips(), scope=scope, steps=steps)  # type: ignore[arg-type]
-    norms = torch.linalg.vector_norm(rho, dim=_SPANS[scope])
-    limit = min(0.5, 0.1 * 3**0.5) if scope == "joint" and steps == 1 else 0.5
-    assert norms.max() <= limit + 1e-6
-    assert norms.max() > 0.9 * limit  # and the bound is reached
+def test_norm_is_bounded_per_person_and_frame(model: A2MC) -> None:
+    rho = semantic_attack(model.classify, clips())
+    norms = torch.linalg.vector_norm(rho, dim=(1, 3))
+    assert norms.max() <= 0.5 + 1e-6
+    assert norms.max() > 0.45  # and the bound is reached
 
 
 def test_absent_persons_stay_untouched(model: A2MC) -> None:
@@ -48,7 +42,6 @@ def test_absent_persons_stay_untouched(model: A2MC) -> None:
     rho = semantic_attack(model.classify, x)
     assert (rho[1::2, :, :, :, 1] == 0).all() and (rho[0, :, 5, :, 0] == 0).all()
     assert (rho[0, :, 6, :, 0] != 0).any()
-    assert (semantic_attack(model.classify, x, mask_absent=False)[1, :, :, :, 1] != 0).any()
 
 
 def test_early_frames_are_attacked() -> None:
@@ -56,46 +49,37 @@ def test_early_frames_are_attacked() -> None:
     fully."""
     fade = (10.0 ** torch.linspace(-18, -9, 64)).view(64, 1, 1)
 
-    def classify(x: Tensor) -> Tensor:
-        return (x * fade).flatten(1)
+    confident = torch.randn(3 * 64 * 25 * 2)
 
-    x = torch.randn(4, 3, 64, 25, 2)
-    rho = semantic_attack(classify, x, objective="logits")
-    plain = semantic_attack(classify, x, objective="logits", grad_norm="none")
+    def classify(x: Tensor) -> Tensor:
+        return confident + (x * fade).flatten(1)
+
+    rho = semantic_attack(classify, torch.randn(4, 3, 64, 25, 2))
     norms = torch.linalg.vector_norm(rho, dim=(1, 3))
     torch.testing.assert_close(norms, torch.full_like(norms, 0.5), rtol=1e-3, atol=1e-3)
-    assert torch.linalg.vector_norm(plain, dim=(1, 3))[:, 0].max() < 1e-6  # what the normalisation is for
 
 
 def test_tiny_gradients_survive() -> None:
     """A gradient of 1e-18 still gives a full step; exactly zero gives none."""
     scale = torch.zeros(SHAPE)
     scale[:3] = 1e-18
+    confident = torch.randn(scale[0].numel())
 
     def classify(x: Tensor) -> Tensor:
-        return (x * scale).flatten(1)
+        return confident + (x * scale).flatten(1)
 
-    rho = semantic_attack(classify, torch.randn(SHAPE), objective="logits")
+    rho = semantic_attack(classify, torch.randn(SHAPE))
     assert rho[:3].abs().max() > 0.05 and (rho[3:] == 0).all()
 
 
 def test_it_flattens_the_class_distribution(model: A2MC) -> None:
-    """With a small step the distance to uniform falls for at least 95 % of clips; ascending raises it."""
+    """With a small step the distance to uniform falls for at least 95 % of clips, and rises against it."""
     x = torch.randn(128, 3, 16, 25, 2)
     before = attack_loss(model.classify(x))
-    small = {"lr": 0.001, "radius": 0.05}
-    after = attack_loss(model.classify(x + semantic_attack(model.classify, x, **small)))
-    worse = attack_loss(model.classify(x + semantic_attack(model.classify, x, direction="ascend", **small)))
+    rho = semantic_attack(model.classify, x, lr=0.001, radius=0.05)
+    after, worse = (attack_loss(model.classify(x + sign * rho)) for sign in (1, -1))
     assert (after < before).float().mean() >= 0.95
     assert (worse > before).float().mean() >= 0.95
-
-
-@pytest.mark.parametrize("objective", ["softmax", "logits", "entropy", "cross_entropy"])
-def test_objectives_descend(model: A2MC, objective: str) -> None:
-    x = torch.randn(64, 3, 16, 25, 2)
-    rho = semantic_attack(model.classify, x, objective=objective, lr=0.005, radius=0.05)  # type: ignore[arg-type]
-    before, after = (attack_loss(model.classify(c), objective) for c in (x, x + rho))  # type: ignore[arg-type]
-    assert after.mean() < before.mean()
 
 
 def test_clips_do_not_influence_each_other(model: A2MC) -> None:
@@ -130,30 +114,3 @@ def test_recurrent_layers_stay_in_training_mode(model: A2MC) -> None:
     for hook in hooks:
         hook.remove()
     assert dict(seen) == {nn.GRU: True, nn.BatchNorm1d: False}
-
-
-def test_prototypes_are_centres_of_the_bank() -> None:
-    attack = AttackConfig(classifier="prototypes", feature="head")
-    config = Config(encoder=EncoderConfig(hidden=8, layers=1, projection=4), attack=attack)
-    model = A2MC(replace(config, precision="fp32"), NTU25, 2, 3)
-    corners = torch.eye(3, 4).repeat_interleave(2000, 0)
-    model.bank().rows[:6000] = corners + 0.01 * torch.randn(6000, 4)
-    model.bank().rows[6000:] = model.bank().rows[torch.randint(0, 6000, (len(model.bank().rows) - 6000,))]
-    model.refresh_classifier(0)
-    found = {tuple(row.abs().topk(1).indices.tolist()) for row in model.centers}
-    torch.testing.assert_close(model.classifier.weight, model.centers / 0.07)
-    assert (model.centers @ model.bank().unit().T).amax(0).mean() > 0.65 and len(found) >= 2
-
-
-def test_pseudo_labels_are_learned(model: A2MC) -> None:
-    attack = AttackConfig(classifier="pseudo_labels")
-    config = Config(encoder=EncoderConfig(hidden=16, layers=1), attack=attack, precision="fp32")
-    model = A2MC(config, NTU25, 2, 4)
-    model.refresh_classifier(0)
-    x = torch.randn(32, 3, 16, 25, 2)
-    with torch.no_grad(), frozen(model.query):
-        label = (model.query(x)["feature"] @ model.centers.T).argmax(1)
-    before = nn.functional.cross_entropy(model.classify(x), label)
-    for _ in range(20):
-        model.fit_classifier(x)
-    assert nn.functional.cross_entropy(model.classify(x), label) < before

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 from a2mc_fast import evaluate, train
 from a2mc_fast import ranks as distributed
-from a2mc_fast.config import AttackConfig, BankConfig, Config, RunConfig, preset
+from a2mc_fast.config import BankConfig, Config, RunConfig, preset
 from a2mc_fast.data import Clips
 from a2mc_fast.encoders import build_encoder
 from a2mc_fast.encoders.joint_norm import join_batch_norms
@@ -143,9 +143,6 @@ def trained(world: World, config: Config) -> State:
     trainer.start()
     losses = []
     for step in range(STEPS):
-        epoch, new = trainer.epochs_done(step)
-        if new:
-            trainer.model.refresh_classifier(epoch)
         losses.append([value.item() for value in trainer.step(step).values()])
     state = {name: t.numpy() for name, t in trainer.model.state_dict().items()}
     for name, parameter in trainer.model.query.named_parameters():
@@ -166,9 +163,7 @@ CONFIGS = {
     "infonce": small(bank=BankConfig(objective="infonce", reduction="sum")),
     "fifo": small("demo-b3"),
     "plain": small("demo-b1"),
-    "pseudo": small(attack=AttackConfig(classifier="pseudo_labels")),
-    "keys": small(bank=BankConfig(init="keys_only"), attack=AttackConfig(grad_norm="none", reduction="mean")),
-    "train": small(attack=AttackConfig(norm_mode="train", grad_norm="none")),
+    "keys": small(bank=BankConfig(init="keys_only")),
 }
 
 

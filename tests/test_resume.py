@@ -32,10 +32,10 @@ from a2mc_fast.trainer import Trainer
 from tests.processes import assert_same_end, run, start, wait_for
 from tests.test_train import tiny
 
-# 27 steps, an epoch of four; k-means centres and their class layer are state too
+# 27 steps, an epoch of four
 FLAGS = [
     "--views.frames", "8", "--views.min-frames", "8", "--encoder.hidden", "8", "--encoder.projection", "16",
-    "--bank.size", "40", "--bank.warmup-steps", "3", "--attack.classifier", "pseudo_labels",
+    "--bank.size", "40", "--bank.warmup-steps", "3",
     "--optim.epochs", "6", "--optim.milestones", "2", "4", "--optim.batch-size", "8", "--optim.lr", "0.05",
     "--run.log-every", "2", "--run.eval-every", "2", "--run.no-progress",
 ]  # fmt: skip

@@ -113,7 +113,7 @@ def elsewhere(make_clips: MakeClips, monkeypatch: pytest.MonkeyPatch) -> Callabl
         small("demo-b1"),
         small("demo-b3"),
         small("demo-a3"),
-        small(stream="motion", attack=replace(preset("demo").attack, classifier="pseudo_labels")),
+        small(stream="motion"),
         small(views=ViewConfig(flip_mirror_x=True, filter_normalize=True)),
     ],
     ids=["full", "triton", "b1", "b3", "a3", "motion", "mirror"],

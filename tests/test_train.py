@@ -146,8 +146,6 @@ def test_ablations_run(data: Path, tmp_path: Path, name: str) -> None:
             "basic",
         ],
         ["--bank.init", "keys_only"],
-        ["--attack.classifier", "prototypes", "--attack.feature", "head", "--attack.steps", "2"],
-        ["--attack.classifier", "pseudo_labels", "--attack.norm-mode", "train"],
         ["--stream", "bone", "--encoder.time-mode", "bidirectional"],
         ["--stream", "motion", "--encoder.no-input-norm"],
     ],

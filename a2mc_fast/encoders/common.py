@@ -67,8 +67,8 @@ class EveryFrame(nn.Conv2d):
 
 
 @contextmanager
-def frozen(module: nn.Module, inference: bool = True) -> Iterator[None]:
-    """No parameter gets a gradient; all but recurrent layers are in inference mode, if `inference`.
+def frozen(module: nn.Module) -> Iterator[None]:
+    """No parameter gets a gradient; all but recurrent layers are in inference mode.
 
     cuDNN has no backward pass for recurrent layers in inference mode, so a GRU is in training mode while its
     input is attacked; it has no dropout, so its result is the same.
@@ -78,7 +78,7 @@ def frozen(module: nn.Module, inference: bool = True) -> Iterator[None]:
     for p in weights:
         p.requires_grad_(False)
     for m in modes:
-        m.training = isinstance(m, nn.RNNBase) or (m.training and not inference)
+        m.training = isinstance(m, nn.RNNBase)
     try:
         yield
     finally:

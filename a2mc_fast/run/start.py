@@ -75,9 +75,6 @@ def _pretrain(config: Config, clips: Clips | None, resume: bool, world: World) -
                 progress = log.accuracy(trainer.knn_accuracy(), "_untrained")
                 trainer.start()
         for step in range(log.step, total):
-            epoch, new_epoch = trainer.epochs_done(step)
-            if new_epoch:
-                trainer.model.refresh_classifier(epoch)
             values = trainer.step(step)
             logged = log.advance()
             if logged:
