@@ -58,11 +58,6 @@ class Config:
             f"bank.size {self.bank.size} is smaller than optim.batch_size {self.optim.batch_size}: "
             "a batch of keys must fit into the bank",
         )
-        unused = {name for name in self.bank.queries if name != "basic" and getattr(self.loss, name) == "off"}
-        require(
-            self.bank.objective != "infonce" or not unused,
-            f"bank.queries names {', '.join(sorted(unused))}, which loss switches off",
-        )
         require(
             self.fits_kernels or self.run.backend != "triton",
             f"run.backend triton knows features of at most 256 alone, not {self.encoder.projection}: lower "
@@ -85,7 +80,7 @@ class Config:
         """MoCo steps before the method proper begins."""
         if self.bank.warmup_steps >= 0:
             return self.bank.warmup_steps
-        return -(-self.bank.size // self.optim.batch_size) if self.bank.init == "warmup" else 0
+        return -(-self.bank.size // self.optim.batch_size)
 
 
 def _paper(preset: str, data: str, split: str, *, epochs: int = 450, milestone: int = 350) -> Config:

@@ -256,17 +256,9 @@ class A2MC(nn.Module):
 
         def objective(unit: Tensor) -> Tensor:
             nonlocal negatives
-            if bank.objective == "total":
-                terms = self._terms(f, unit, bank.temperature, normalize=False, backend="torch")
-                negatives = 1 - torch.exp(-terms.basic.detach()).mean()
-                return depth * terms.total.mean()
-            losses = [
-                info_nce(getattr(f, name), f.key, unit, temperature=bank.temperature) for name in bank.queries
-            ]
-            shown = next(name for name in ("basic", "strong", "weak") if name in bank.queries)
-            negatives = 1 - torch.exp(-losses[bank.queries.index(shown)].detach()).mean()
-            value = torch.stack([loss.mean() for loss in losses])
-            return depth * (value.mean() if bank.reduction == "mean" else value.sum())
+            terms = self._terms(f, unit, bank.temperature, normalize=False, backend="torch")
+            negatives = 1 - torch.exp(-terms.basic.detach()).mean()
+            return depth * terms.total.mean()
 
         return (*rows.ascend(objective), negatives)
 
@@ -276,22 +268,15 @@ class A2MC(nn.Module):
 
         assert isinstance(rows, MemoryBank)
         bank, loss = self.config.bank, self.config.loss
-        total = bank.objective == "total"
-        chosen = {
-            n: getattr(f, n) if total or n in bank.queries else None for n in ("basic", "weak", "strong")
-        }
         return bank_ascent(
             rows.rows,
             rows.velocity,
-            f.key,
-            **chosen,
+            *f,
             mix=loss.mix,
             temperature=bank.temperature,
             lr=rows.lr,
             momentum=rows.momentum,
             weight_decay=rows.weight_decay,
-            objective=bank.objective,
-            reduction=bank.reduction,
             weight=depth,
             distill=loss.strong == "distill",
             precision=self.products,

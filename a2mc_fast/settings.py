@@ -169,14 +169,6 @@ class BankConfig:
     """Momentum of the ascent."""
     weight_decay: float = 1e-4
     """Weight decay of the ascent."""
-    objective: Literal["total", "infonce"] = "total"
-    """What the rows ascend: the whole loss L, or InfoNCE of `queries` against the plain bank."""
-    queries: tuple[Literal["weak", "strong", "basic"], ...] = ("weak", "basic")
-    """Objective infonce: the features whose gradients are combined."""
-    reduction: Literal["mean", "sum"] = "mean"
-    """Objective infonce: how they are combined."""
-    init: Literal["warmup", "keys_only", "random"] = "warmup"
-    """How the rows start: MoCo steps that write their keys, keys of the untrained encoder, or random rows."""
     warmup_steps: int = -1
     """MoCo steps before mixing, attack and ascent begin; -1 = just enough to fill the rows, ceil(K / N)."""
 
@@ -186,7 +178,6 @@ class BankConfig:
         require(self.temperature > 0, f"bank.temperature must be > 0, got {self.temperature}")
         require(0 <= self.momentum < 1, f"bank.momentum must be in [0, 1), got {self.momentum}")
         require(self.weight_decay >= 0, f"bank.weight_decay must be >= 0, got {self.weight_decay}")
-        require(len(self.queries) > 0, "bank.queries must name at least one of weak, strong, basic")
         require(self.warmup_steps >= -1, f"bank.warmup_steps must be >= 0, or -1, got {self.warmup_steps}")
 
 

@@ -292,20 +292,6 @@ class Trainer:
         epoch = (step - self.config.warmup_steps) // self.steps_per_epoch
         return optim.lr * optim.gamma ** sum(epoch >= milestone for milestone in optim.milestones)
 
-    def start(self) -> None:
-        """Before the first step: bank.init keys_only fills the rows with keys of the untrained encoder."""
-        if self.config.bank.init != "keys_only":
-            return
-        size = self.config.optim.batch_size
-        with torch.no_grad():
-            for number in range(-(-self.config.bank.size // size)):
-                step = -1 - number  # negative, so that no training step draws the same views
-                index = self.batch(number)
-                own = self.world.part(size)
-                draws = self.views.draw(step, size, views=1)[0].part(own)
-                keys = self.model.key(self.views.make(index[own], "weak", draws, step))
-                self.model.write_keys({level: self.world.gather(key) for level, key in keys.items()})
-
     def knn_accuracy(self) -> float | None:
         """kNN accuracy of the protocol in percent, None where a side of it has no labels."""
         labels = self.clips.labels

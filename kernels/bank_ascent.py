@@ -1,4 +1,4 @@
-"""One ascent step of the bank on the whole loss or on InfoNCE (A²MC Eq. 7), without storing its gradient.
+"""One ascent step of the bank on the whole loss (A²MC Eq. 7), without storing its gradient.
 
 `bank_pass_kernel` (a first reading of the rows) and `row_softmax_kernel` find, per clip and term, what
 normalises the softmax over the positive and all K rows. Then each program of `ascent_kernel` owns a block of
@@ -18,7 +18,7 @@ Legend: N batch · K bank rows · D feature dim · J jobs, as in `bank_pass` · 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -159,7 +159,7 @@ def summary_kernel(
 
 def plan(
     rows: Tensor, velocity: Tensor, key: Tensor,
-    basic: Tensor | None, weak: Tensor | None, strong: Tensor | None,
+    basic: Tensor, weak: Tensor | None, strong: Tensor | None,
     mix: Sequence[float], temperature: float, lr: float, momentum: float, weight_decay: float,
     weight: float, distill: bool, precision: str,
 ) -> tuple[list[Call], Tensor]:  # fmt: skip
@@ -199,7 +199,7 @@ def plan(
     }
     summarise = {
         "partial_ptr": partial,
-        # the basic feature's share, or that of the last one given
+        # of the basic feature, the last one beside the target
         "positive_ptr": softmax[len(present(features)) - 1, 3],
         "summary_ptr": summary,
         "N": n,
@@ -219,7 +219,7 @@ def plan(
 @torch.library.custom_op("a2mc::bank_ascent", mutates_args=("rows", "velocity"))
 def _op(
     rows: Tensor, velocity: Tensor, key: Tensor,
-    basic: Tensor | None, weak: Tensor | None, strong: Tensor | None,
+    basic: Tensor, weak: Tensor | None, strong: Tensor | None,
     mix: Sequence[float], temperature: float, lr: float, momentum: float, weight_decay: float,
     weight: float, distill: bool, precision: str,
 ) -> Tensor:  # fmt: skip
@@ -239,7 +239,7 @@ def _(rows: Tensor, *_: Any) -> Tensor:
 
 def _on_cpu(
     rows: Tensor, velocity: Tensor, key: Tensor,
-    basic: Tensor | None, weak: Tensor | None, strong: Tensor | None,
+    basic: Tensor, weak: Tensor | None, strong: Tensor | None,
     mix: Sequence[float], temperature: float, lr: float, momentum: float, weight_decay: float,
     weight: float, distill: bool, precision: str,
 ) -> Tensor:  # fmt: skip
@@ -251,7 +251,7 @@ def _on_cpu(
             continue
         leaf = unit.detach().requires_grad_()
         with torch.enable_grad():
-            if term == STRONG and distill and basic is not None:
+            if term == STRONG and distill:
                 loss = reference.distillation(
                     anchor.float(), basic.float(), key.float(), leaf, mix, temperature
                 )  # fmt: skip
@@ -277,7 +277,7 @@ class Ascent(NamedTuple):
 
     row_norm: Tensor  # mean norm of the rows before the step
     movement: Tensor  # mean distance that a unit row moved
-    negatives: Tensor  # softmax share of the negatives, mean over the clips of basic (else strong, else weak)
+    negatives: Tensor  # softmax share of the negatives, mean over the clips of basic
 
 
 @torch.no_grad()
@@ -285,7 +285,7 @@ def bank_ascent(
     rows: Tensor,
     velocity: Tensor,
     key: Tensor,
-    basic: Tensor | None,
+    basic: Tensor,
     weak: Tensor | None,
     strong: Tensor | None,
     mix: Sequence[float],
@@ -294,16 +294,13 @@ def bank_ascent(
     lr: float,
     momentum: float,
     weight_decay: float,
-    objective: Literal["total", "infonce"] = "total",
-    reduction: Literal["mean", "sum"] = "mean",
     weight: float = 1.0,
     distill: bool = True,
     precision: Precision = "tf32",
 ) -> Ascent:
-    """Step raw rows and velocity [K, D] float32 in place, up `weight` times the batch mean of the objective.
+    """Step raw rows and velocity [K, D] float32 in place, up `weight` times the batch mean of L1 + L2 + L3.
 
-    Features [N, D]; None takes no part. "total" is L1 + L2 + L3 on the mixed banks (L2 a contrast like L1 if
-    not `distill`); "infonce" is the mean or sum of the InfoNCE of the features given, on the plain bank.
+    Features [N, D]; a term whose feature is None takes no part. L2 is a contrast like L1 if not `distill`.
     """
     given = {"key": key, "basic": basic, "weak": weak, "strong": strong}
     check_problem("bank_ascent", given, rows, mix, temperature, precision)
@@ -316,28 +313,20 @@ def bank_ascent(
         rows.is_contiguous() and velocity.is_contiguous(),
         "bank_ascent: rows and velocity are stepped in place and must be contiguous",
     )
-    require(objective in ("total", "infonce"), f"bank_ascent: unknown objective {objective!r}")
-    require(reduction in ("mean", "sum"), f"bank_ascent: unknown reduction {reduction!r}")
-    require(
-        basic is not None or (objective == "infonce" and not (weak is None and strong is None)),
-        "bank_ascent: objective total needs basic, and infonce needs at least one feature",
-    )
-    plain = objective == "infonce"
-    terms = sum(feature is not None for feature in (basic, weak, strong))
     summary = _op(
         rows,
         velocity,
         key.contiguous(),
-        None if basic is None else basic.contiguous(),
+        basic.contiguous(),
         None if weak is None else weak.contiguous(),
         None if strong is None else strong.contiguous(),
-        [] if plain else list(mix),
+        list(mix),
         temperature,
         lr,
         momentum,
         weight_decay,
-        weight / terms if plain and reduction == "mean" else weight,
-        distill and not plain,
+        weight,
+        distill,
         precision,
     )
     return Ascent(*summary.unbind())

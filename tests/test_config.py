@@ -93,8 +93,6 @@ def test_cross_field_checks() -> None:
         LossConfig(mix=(1.0,))
     with pytest.raises(ValueError, match=r"run\.backend triton knows features of at most 256 alone, not 300"):
         Config(encoder=EncoderConfig(projection=300), run=RunConfig(backend="triton"))
-    with pytest.raises(ValueError, match="queries names weak"):
-        Config(bank=BankConfig(objective="infonce"), loss=LossConfig(weak="off"))
 
 
 def test_differences_are_listed_by_field() -> None:

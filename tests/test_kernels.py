@@ -331,8 +331,6 @@ def plain_ascent(
     mix: Sequence[float],
     temperature: float,
     *,
-    objective: str = "total",
-    reduction: str = "mean",
     weight: float = 1.0,
     distill: bool = True,
 ) -> list[Tensor]:
@@ -340,10 +338,8 @@ def plain_ascent(
     rows, velocity = rows.clone(), velocity.clone()
     features = {name: None if x is None else x.to(rows.dtype) for name, x in features.items()}
     unit_rows = F.normalize(rows, dim=1).requires_grad_()
-    plain = objective == "infonce"
-    losses = terms(features, unit_rows, () if plain else mix, temperature, distill and not plain)
-    value = torch.stack([loss.mean() for loss in losses.values()])
-    value = value.mean() if plain and reduction == "mean" else value.sum()
+    losses = terms(features, unit_rows, mix, temperature, distill)
+    value = torch.stack([loss.mean() for loss in losses.values()]).sum()
     (gradient,) = torch.autograd.grad(weight * value, unit_rows)
     norm, movement = reference.bank_step(rows, velocity, gradient, **STEP)
     last = next(reversed(losses.values())).detach()
@@ -386,13 +382,6 @@ def test_ascent_of_the_whole_loss(n: int, k: int, d: int, precision: str) -> Non
     check_ascent(features, rows, precision=precision)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("present", ["weak basic", "weak", "strong", "weak strong basic"])
-def test_ascent_of_infonce(present: str, reduction: str) -> None:
-    rows = torch.randn(70, 24, device=DEVICE)
-    check_ascent(named(3, 24, present), rows, objective="infonce", reduction=reduction)
-
-
 @pytest.mark.parametrize(
     "present,mix,distill",
     [("basic", PAPER_MIX, True), ("basic weak", (), True), ("basic strong", (0.3,), True),
@@ -403,15 +392,14 @@ def test_ascent_with_terms_off(present: str, mix: tuple[float, ...], distill: bo
     check_ascent(named(3, 24, present), rows, mix, distill=distill)
 
 
-@pytest.mark.parametrize("objective", ["total", "infonce"])
-def test_weight_of_the_ascent(objective: str) -> None:
+def test_weight_of_the_ascent() -> None:
     """The gradient in the velocity, which starts at zero, doubles with the weight."""
     features, rows = named(3, 24), torch.randn(70, 24, device=DEVICE)
-    check_ascent(features, rows, objective=objective, weight=2.0)
+    check_ascent(features, rows, weight=2.0)
     velocities = []
     for weight in (1.0, 2.0):
         state = (rows.clone(), torch.zeros_like(rows))
-        step = {**STEP, "weight_decay": 0.0, "objective": objective, "weight": weight}
+        step = {**STEP, "weight_decay": 0.0, "weight": weight}
         bank_ascent(*state, **features, mix=PAPER_MIX, temperature=0.03, **step)
         velocities.append(state[1])
     assert torch.equal(velocities[1], 2 * velocities[0])
@@ -515,9 +503,6 @@ def test_too_wide_rows_are_refused() -> None:
     [
         ({"velocity": torch.zeros(5, 8)}, "velocity must be like the rows [6, 8], got [5, 8]"),
         ({"rows": torch.zeros(8, 6).T}, "must be contiguous"),
-        ({"objective": "both"}, "unknown objective 'both'"),
-        ({"reduction": "none"}, "unknown reduction 'none'"),
-        ({"basic": None}, "objective total needs basic"),
     ],
     ids=str,
 )

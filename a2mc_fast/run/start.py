@@ -73,7 +73,6 @@ def _pretrain(config: Config, clips: Clips | None, resume: bool, world: World) -
                 log.say(f"resumed after step {resumed.step}")
             else:
                 progress = log.accuracy(trainer.knn_accuracy(), "_untrained")
-                trainer.start()
         for step in range(log.step, total):
             values = trainer.step(step)
             logged = log.advance()
