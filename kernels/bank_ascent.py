@@ -25,9 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import reference
-from .bank_pass import STRONG, Tile, inverse_norm, job_feature, plan_pass, present, product
-from .common import INTERPRET, Call, Precision, check_problem, launch_all, require, width
+from .bank_pass import Tile, inverse_norm, job_feature, plan_pass, present, product
+from .common import Call, Precision, check_problem, launch_all, require, width
 from .row_softmax import plan_softmax, row_weights
 
 # the step itself holds rows, velocity and gradient in registers, which is what limits the blocks
@@ -235,41 +234,6 @@ def _op(
 @_op.register_fake
 def _(rows: Tensor, *_: Any) -> Tensor:
     return rows.new_empty(3)
-
-
-def _on_cpu(
-    rows: Tensor, velocity: Tensor, key: Tensor,
-    basic: Tensor, weak: Tensor | None, strong: Tensor | None,
-    mix: Sequence[float], temperature: float, lr: float, momentum: float, weight_decay: float,
-    weight: float, distill: bool, precision: str,
-) -> Tensor:  # fmt: skip
-    """The operation in plain torch, without kernels."""
-    unit = torch.nn.functional.normalize(rows, dim=1)
-    gradient = torch.zeros_like(rows)
-    for term, anchor in enumerate((weak, strong, basic)):
-        if anchor is None:
-            continue
-        leaf = unit.detach().requires_grad_()
-        with torch.enable_grad():
-            if term == STRONG and distill:
-                loss = reference.distillation(
-                    anchor.float(), basic.float(), key.float(), leaf, mix, temperature
-                )  # fmt: skip
-            else:
-                loss = reference.contrast(anchor.float(), key.float(), leaf, mix, temperature)
-        # no operation after the loss: below the dispatcher only autograd functions are recorded
-        (part,) = torch.autograd.grad(loss, leaf, torch.full_like(loss, weight / len(loss)))
-        gradient += part
-        negatives = 1 - torch.exp(-loss.detach()).mean()
-    norm, movement = reference.bank_step(
-        rows, velocity, gradient, lr=lr, momentum=momentum, weight_decay=weight_decay
-    )
-    # the last term is the basic one, if it is given
-    return torch.stack((norm, movement, negatives))
-
-
-if not INTERPRET:  # interpreted, CPU tensors go through the kernels
-    _op.register_kernel("cpu")(_on_cpu)
 
 
 class Ascent(NamedTuple):

@@ -88,6 +88,10 @@ def check_problem(
         and min(*like.shape, len(bank)) > 0,
         f"{name}: expected {label} [N, D] and bank [K, D], got {list(like.shape)} and {list(bank.shape)}",
     )
+    require(
+        INTERPRET or bank.device.type != "cpu",
+        f"{name}: the kernels need tensors on a GPU, or TRITON_INTERPRET=1: use the backend torch",
+    )
     require(bank.shape[1] <= MAX_DIM, f"{name}: D must be <= {MAX_DIM}, got {bank.shape[1]}")
     require(bank.dtype == torch.float32, f"{name}: bank must be float32, got {bank.dtype}", TypeError)
     require(

@@ -21,9 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import reference
 from .bank_pass import BASIC, LN2, LOW, PLANES, STRONG, WEAK, level, plan_pass, present
-from .common import INTERPRET, Call, Precision, check_problem, launch_all, require, width
+from .common import Call, Precision, check_problem, launch_all, require, width
 from .row_softmax import merged_stats
 
 
@@ -181,34 +180,6 @@ def _(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     terms = 3 - (weak is None) - (strong is None)
     return bank.new_empty(terms, len(basic)), bank.new_empty(terms, *basic.shape)
-
-
-def _on_cpu(
-    key: Tensor, basic: Tensor, weak: Tensor | None, strong: Tensor | None, bank: Tensor,
-    mix: Sequence[float], temperature: float, distill: bool, normalize: bool,
-    precision: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The operation in plain torch, without kernels."""
-    rows = torch.nn.functional.normalize(bank, dim=1) if normalize else bank
-    losses: list[Tensor] = []
-    gradients: list[Tensor] = []
-    for term, feature in enumerate((weak, strong, basic)):
-        if feature is None:
-            continue
-        anchor = feature.detach().float().requires_grad_()
-        with torch.enable_grad():
-            if term == STRONG and distill:
-                loss = reference.distillation(anchor, basic.float(), key.float(), rows, mix, temperature)
-            else:
-                loss = reference.contrast(anchor, key.float(), rows, mix, temperature)
-        # no operation after the loss: below the dispatcher only autograd functions are recorded
-        gradients += torch.autograd.grad(loss, anchor, torch.ones_like(loss))
-        losses.append(loss.detach())
-    return torch.stack(losses), torch.stack(gradients)
-
-
-if not INTERPRET:  # interpreted, CPU tensors go through the kernels
-    _op.register_kernel("cpu")(_on_cpu)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

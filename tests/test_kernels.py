@@ -515,22 +515,6 @@ def test_wrong_arguments_of_the_ascent(change: dict[str, Any], words: str) -> No
     assert words in str(raised.value)
 
 
-def test_plain_torch_form_of_both_operations() -> None:
-    """What a CPU without the interpreter runs gives the kernels' results."""
-    features, rows = named(3, 16), torch.randn(30, 16, device=DEVICE)
-    tensors = list(features.values())
-    loss = (rows, list(PAPER_MIX), 0.07, True, True, "ieee")
-    for a, b in zip(contrast_module._on_cpu(*tensors, *loss), contrast_module._op(*tensors, *loss)):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-4)
-    step = (list(PAPER_MIX), 0.03, *STEP.values(), 1.0, True, "ieee")
-    results = []
-    for function in (ascent_module._on_cpu, ascent_module._op):
-        state = [rows.clone(), torch.zeros_like(rows)]
-        results.append([function(*state, *tensors, *step), *state])
-    for a, b in zip(*results):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-
-
 # the check before a run
 
 
