@@ -6,15 +6,13 @@ gradient bank can `ascend`. All state is in buffers on the device: no step waits
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from a2mc_fast.errors import require
 from a2mc_fast.kernels import reference
+from a2mc_fast.kernels.problem import Ascent, Contrast, Features, Step
 
 
 class Queue(nn.Module):
@@ -44,44 +42,26 @@ class Queue(nn.Module):
         self.position.add_(count).remainder_(size)
 
 
-class Ascent(NamedTuple):
-    """What one ascent did, as tensors on the device."""
-
-    row_norm: Tensor  # mean norm of the rows
-    movement: Tensor  # mean distance that a unit row moved
-
-
 class MemoryBank(Queue):
     """Rows that climb the loss as adversarial negatives (AdCo)."""
 
     velocity: Tensor  # [K, D]
 
-    def __init__(
-        self,
-        size: int,
-        dim: int,
-        *,
-        lr: float = 3.0,
-        momentum: float = 0.9,
-        weight_decay: float = 1e-4,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, size: int, dim: int, step: Step | None = None, *, seed: int = 0) -> None:
         super().__init__(size, dim, seed=seed)
-        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
+        self.step = step or Step()
         self.register_buffer("velocity", torch.zeros_like(self.rows))
 
-    def ascend(self, objective: Callable[[Tensor], Tensor]) -> Ascent:
-        """One step up the objective, a scalar function of the unit rows, through the normalisation."""
-        unit = self.unit().requires_grad_()
-        with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(objective(unit), unit)
-        with torch.no_grad():
-            stats = reference.bank_step(
-                self.rows,
-                self.velocity,
-                gradient,
-                lr=self.lr,
-                momentum=self.momentum,
-                weight_decay=self.weight_decay,
-            )
-        return Ascent(*stats)
+    def ascend(
+        self, features: Features, settings: Contrast, *, weight: float = 1.0, triton: bool = False
+    ) -> Ascent:
+        """One step up `weight` times the batch mean of L1 + L2 + L3, through the rows' normalisation.
+
+        With `triton` in one pass of the fused kernels over rows and velocity, else by autograd.
+        """
+        if triton:
+            from a2mc_fast.kernels.bank_ascent import bank_ascent
+        else:
+            bank_ascent = reference.bank_ascent
+        step = self.step._replace(weight=weight)
+        return bank_ascent(self.rows, self.velocity, features.detach(), settings, step)

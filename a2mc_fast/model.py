@@ -15,7 +15,8 @@ pairs deep.
 from __future__ import annotations
 
 import copy
-from typing import Literal, NamedTuple
+from collections import Counter
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,21 +28,10 @@ from a2mc_fast.config import Config
 from a2mc_fast.encoders.branch import Branch
 from a2mc_fast.encoders.common import frozen
 from a2mc_fast.encoders.joint_norm import join_batch_norms
-from a2mc_fast.losses import Backend, Losses, info_nce, mixing_contrast
+from a2mc_fast.kernels.problem import Contrast, Features, Step
+from a2mc_fast.losses import Losses, contrasted
 from a2mc_fast.ranks import ALONE, World
 from a2mc_fast.skeleton import Skeleton
-
-
-class Features(NamedTuple):
-    """Unit rows [P N, D] of one batch that meet at one bank; weak and strong are absent where not used."""
-
-    key: Tensor  # f0
-    basic: Tensor  # f3
-    weak: Tensor | None = None  # f1
-    strong: Tensor | None = None  # f2
-
-    def detach(self) -> Features:
-        return Features(*(None if f is None else f.detach() for f in self))  # type: ignore[arg-type]
 
 
 class A2MC(nn.Module):
@@ -60,39 +50,27 @@ class A2MC(nn.Module):
             join_batch_norms(self, world)
         encoder, bank, dim = self.query.encoder, config.bank, config.encoder.projection
         self.pairs = encoder.pairs
+        # how many of them meet at each bank
+        self.depth = Counter(key for _, key in self.pairs)
         # the whole feature's level comes last
         self.main = list(encoder.levels)[-1]
 
         def new_bank(seed: int) -> Queue:
             if bank.kind == "fifo":
                 return Queue(bank.size, dim, seed=seed)
-            return MemoryBank(
-                bank.size,
-                dim,
-                lr=config.bank_lr,
-                momentum=bank.momentum,
-                weight_decay=bank.weight_decay,
-                seed=seed,
-            )
+            step = Step(config.bank_lr, bank.momentum, bank.weight_decay)
+            return MemoryBank(bank.size, dim, step, seed=seed)
 
-        key_levels = dict.fromkeys(level for _, level in self.pairs)
-        self.banks = nn.ModuleDict({level: new_bank(config.seed + i) for i, level in enumerate(key_levels)})
+        self.banks = nn.ModuleDict({level: new_bank(config.seed + i) for i, level in enumerate(self.depth)})
         # the attack's class layer: frozen, so that its directions mean the same throughout training
         self.classifier = nn.Linear(encoder.feature_dim, classes).requires_grad_(False)
         # the Triton kernels, or plain torch; the trainer chooses once the model is on its device
         self.backend: Literal["triton", "torch"] = "triton" if config.run.backend == "triton" else "torch"
-        # how the kernels multiply float32
-        self.products: Literal["tf32", "ieee"] = "ieee" if config.precision == "fp32" else "tf32"
-
-    @property
-    def uses_weak(self) -> bool:
-        """Whether the loss has the term of the weak view, L1."""
-        return self.config.loss.weak != "off"
-
-    @property
-    def uses_strong(self) -> bool:
-        """Whether the loss has the term of the strong view, L2."""
-        return self.config.loss.strong != "off"
+        loss, products = config.loss, "ieee" if config.precision == "fp32" else "tf32"
+        self.settings = Contrast(loss.mix, loss.temperature, loss.strong == "distill", True, products)
+        """Of the loss."""
+        self.ascent = self.settings._replace(temperature=bank.temperature)
+        """Of what the banks climb."""
 
     # Att-Aug (sec. III-B)
 
@@ -129,7 +107,7 @@ class A2MC(nn.Module):
         return {
             bank: Features(
                 _stack([keys[key] for _, key in self.pairs if key == bank]),
-                *(None if view is None else stacked(bank, view) for view in at),  # type: ignore[arg-type]
+                *(None if view is None else stacked(bank, view) for view in at),
             )
             for bank in self.banks
         }
@@ -138,43 +116,25 @@ class A2MC(nn.Module):
         """The features of all ranks, as of the joint batch, in one message and without a gradient."""
         if self.world.alone:
             return features
-        given = [f for of_bank in features.values() for f in of_bank if f is not None]
-        ranks = self.world.gather(torch.cat(given).unsqueeze(0))  # [W, all rows, D]
-        parts = iter(ranks.split([len(f) for f in given], 1))
-
-        def joint(bank: str) -> Tensor:
-            """Pair by pair, and each in the joint batch's order."""
-            return next(parts).unflatten(1, (self._depth(bank), -1)).transpose(0, 1).flatten(0, 2)
-
+        given = [
+            (f, self.depth[name]) for name, all_four in features.items() for f in all_four if f is not None
+        ]
+        joint = iter(self.world.gather_stacks(*zip(*given)))
         return {
-            bank: Features(*(None if f is None else joint(bank) for f in of_bank))  # type: ignore[arg-type]
-            for bank, of_bank in features.items()
+            name: Features(*(None if f is None else next(joint) for f in all_four))
+            for name, all_four in features.items()
         }
 
-    def warmup_losses(self, features: dict[str, Features]) -> Losses:
-        """MoCo on the bank as it fills: InfoNCE of f3 (Eq. 1)."""
-        parts = []
-        for name, f in features.items():
-            loss = info_nce(
-                f.basic,
-                f.key,
-                self.bank(name).rows,
-                temperature=self.config.loss.temperature,
-                normalize=True,
-                backend=self.backend,
-                products=self.products,
-            )
-            parts.append(self._depth(name) * loss.mean())
-        basic = torch.stack(parts).sum()
-        return Losses(basic, torch.zeros_like(basic), torch.zeros_like(basic), basic)
+    def losses(self, features: dict[str, Features], *, warmup: bool = False) -> Losses:
+        """L1, L2, L3 and their sum (Eq. 9), batch means, summed over the pairs of levels.
 
-    def losses(self, features: dict[str, Features]) -> Losses:
-        """L1, L2, L3 and their sum (Eq. 9), batch means, summed over the pairs of levels."""
-        tau = self.config.loss.temperature
+        During the warm-up it is MoCo on the bank as it fills: InfoNCE of f3 (Eq. 1), without mixing.
+        """
+        settings = self.settings._replace(mix=()) if warmup else self.settings
         per_bank = [
             [
-                self._depth(name) * part.mean()
-                for part in self._terms(f, self.bank(name).rows, tau, normalize=True, backend=self.backend)
+                self.depth[name] * part.mean()
+                for part in contrasted(f, self.bank(name).rows, settings, self.backend)
             ]
             for name, f in features.items()
         ]
@@ -185,30 +145,6 @@ class A2MC(nn.Module):
         bank = self.banks[level or self.main]
         assert isinstance(bank, Queue)
         return bank
-
-    def _depth(self, bank: str) -> int:
-        """Pairs of levels that meet at a bank, P."""
-        return sum(key == bank for _, key in self.pairs)
-
-    def _terms(
-        self, f: Features, bank: Tensor, temperature: float, *, normalize: bool, backend: Backend
-    ) -> Losses:
-        """The loss per clip, against unit rows, or those of raw rows with `normalize`."""
-        loss = self.config.loss
-        return mixing_contrast(
-            f.key,
-            f.basic,
-            f.weak,
-            f.strong,
-            bank,
-            mix=loss.mix,
-            temperature=temperature,
-            strong_target="one_hot" if loss.strong == "contrast" else "distribution",
-            normalize=normalize,
-            reduction="none",
-            backend=backend,
-            products=self.products,
-        )
 
     # what follows the optimiser step
 
@@ -224,14 +160,10 @@ class A2MC(nn.Module):
         """Query parameters into the key encoder, when the bank has been filled."""
         torch._foreach_copy_(list(self.key.parameters()), list(self.query.parameters()))
 
-    def keys(self, features: dict[str, Features]) -> dict[str, Tensor]:
-        """The keys of a batch by level, [N, D] each: stacked pairs share theirs."""
-        return {n: f.key.detach()[: len(f.key) // self._depth(n)] for n, f in features.items()}
-
-    def write_keys(self, keys: dict[str, Tensor]) -> None:
-        """The keys of a batch, by level, [N, D] each, into the next rows of their banks."""
-        for name in self.banks:
-            self.bank(name).write(keys[name])
+    def write_keys(self, features: dict[str, Features]) -> None:
+        """The keys of a batch into the next rows of their banks: stacked pairs share theirs."""
+        for name, f in features.items():
+            self.bank(name).write(f.key[: len(f.key) // self.depth[name]])
 
     def update_banks(self, features: dict[str, Features]) -> dict[str, Tensor]:
         """Ascend the loss (Eq. 7), or queue the keys, with the features from before the optimiser step.
@@ -241,46 +173,16 @@ class A2MC(nn.Module):
         ascent's temperature.
         """
         if self.config.bank.kind == "fifo":
-            self.write_keys(self.keys(features))
+            self.write_keys(features)
             return {}
-        step = self._fused_ascent if self.backend == "triton" else self._plain_ascent
-        stats = [step(self.bank(name), f.detach(), self._depth(name)) for name, f in features.items()]
-        norm, movement, negatives = (torch.stack(values).mean() for values in zip(*stats, strict=True))
+        ascents = []
+        for name, f in features.items():
+            bank = self.bank(name)
+            assert isinstance(bank, MemoryBank)
+            fused = self.backend == "triton"
+            ascents.append(bank.ascend(f, self.ascent, weight=self.depth[name], triton=fused))
+        norm, movement, negatives = (torch.stack(values).mean() for values in zip(*ascents, strict=True))
         return {"bank_norm": norm, "bank_movement": movement, "bank_negatives": negatives}
-
-    def _plain_ascent(self, rows: Queue, f: Features, depth: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The ascent by autograd. -> (row norm, movement, share of negatives)"""
-        assert isinstance(rows, MemoryBank)
-        bank = self.config.bank
-        negatives = f.basic.new_zeros(())
-
-        def objective(unit: Tensor) -> Tensor:
-            nonlocal negatives
-            terms = self._terms(f, unit, bank.temperature, normalize=False, backend="torch")
-            negatives = 1 - torch.exp(-terms.basic.detach()).mean()
-            return depth * terms.total.mean()
-
-        return (*rows.ascend(objective), negatives)
-
-    def _fused_ascent(self, rows: Queue, f: Features, depth: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The same step in one pass over rows and velocity."""
-        from a2mc_fast.kernels.bank_ascent import bank_ascent
-
-        assert isinstance(rows, MemoryBank)
-        bank, loss = self.config.bank, self.config.loss
-        return bank_ascent(
-            rows.rows,
-            rows.velocity,
-            *f,
-            mix=loss.mix,
-            temperature=bank.temperature,
-            lr=rows.lr,
-            momentum=rows.momentum,
-            weight_decay=rows.weight_decay,
-            weight=depth,
-            distill=loss.strong == "distill",
-            precision=self.products,
-        )
 
 
 def _stack(parts: list[Tensor]) -> Tensor:

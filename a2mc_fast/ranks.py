@@ -61,6 +61,19 @@ class World:
         gathered: Tensor = stacked(x.detach(), self.size)
         return gathered.flatten(0, 1)
 
+    def gather_stacks(self, stacks: Sequence[Tensor], depths: Sequence[int]) -> list[Tensor]:
+        """Of features of P batches one after another, those of the joint batches, in one message.
+
+        stacks [P n, D], each with its P -> [P W n, D]. No gradient.
+        """
+        ranks = self.gather(torch.cat(list(stacks)).unsqueeze(0))  # [W, all rows, D]
+        parts = ranks.split([len(stack) for stack in stacks], 1)
+        # batch by batch, and each in the joint batch's order
+        return [
+            part.unflatten(1, (depth, -1)).transpose(0, 1).flatten(0, 2)
+            for part, depth in zip(parts, depths, strict=True)
+        ]
+
     @torch.no_grad()
     def average_(self, tensors: Sequence[Tensor]) -> None:
         """Put the mean over ranks into float32 tensors, in one message."""

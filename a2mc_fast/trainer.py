@@ -92,7 +92,7 @@ class Trainer:
             # torch would leave it unwritten if fp16 skips the first step
             self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.scaler = torch.amp.GradScaler("cuda", enabled=cuda and config.precision == "fp16")
-        self.model.backend, note = choose_backend(config, self.device)
+        self.model.backend, note = choose_backend(self.model, self.device)
         if world.any(self.model.backend == "torch") and self.model.backend == "triton":
             self.model.backend, note = "torch", "loss and bank in plain torch, as on another rank"
         refused = rng.kernel_refused(self.device) if cuda else ""
@@ -192,10 +192,10 @@ class Trainer:
         with record_function("ranks"):
             joint = model.gathered(features)
         with record_function("loss"):
-            losses = model.warmup_losses(features)
+            losses = model.losses(features, warmup=True)
         losses = self._optimize(losses)
         with record_function("bank"):
-            model.write_keys(model.keys(joint))
+            model.write_keys(joint)
         return _to_log(losses)
 
     def _train_step(self) -> dict[str, Tensor]:
@@ -213,9 +213,9 @@ class Trainer:
             with record_function("attack"):
                 rho = model.attack(self.views.whole(index))
         with record_function("views"):
-            if model.uses_weak:
+            if config.loss.weak != "off":
                 x1 = self._make_view(index, config.views.weak, draw1, time, rho)
-            if model.uses_strong:
+            if config.loss.strong != "off":
                 x2 = self._make_view(index, config.views.strong, draw2, time, rho)
 
         # f0 from the key encoder, f3, f1 and f2 from the query encoder
@@ -340,11 +340,12 @@ def _to_log(losses: Losses) -> dict[str, Tensor]:
     return dict(zip(("loss", "loss_weak", "loss_strong", "loss_basic"), losses, strict=True))
 
 
-def choose_backend(config: Config, device: torch.device) -> tuple[Literal["triton", "torch"], str]:
+def choose_backend(model: A2MC, device: torch.device) -> tuple[Literal["triton", "torch"], str]:
     """How losses and banks are computed, and why, as a sentence for the log or "".
 
     `auto` takes the Triton kernels on a GPU, once they have agreed with float64 there.
     """
+    config = model.config
     if config.run.backend == "triton" and device.type != "cuda":
         from a2mc_fast.kernels.common import INTERPRET
 
@@ -359,14 +360,7 @@ def choose_backend(config: Config, device: torch.device) -> tuple[Literal["trito
         return "torch", ""
     from a2mc_fast.kernels.verify import mismatch
 
-    reason = mismatch(
-        device,
-        config.encoder.projection,
-        config.loss.mix,
-        (config.loss.temperature, config.bank.temperature),
-        distill=config.loss.strong == "distill",
-        precision="ieee" if config.precision == "fp32" else "tf32",
-    )
+    reason = mismatch(device, config.encoder.projection, model.settings, model.ascent)
     if reason:
         return (
             "torch",

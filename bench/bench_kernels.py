@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from a2mc_fast.kernels import reference
 from a2mc_fast.kernels.bank_ascent import bank_ascent
 from a2mc_fast.kernels.mixing_contrast import mixing_contrast
+from a2mc_fast.kernels.problem import Contrast, Features, Step
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
@@ -25,7 +27,6 @@ from bench.harness import CUDA, DEVICE, Form, report
 
 D, PAPER_MIX = 128, (0.4, 0.3, 0.2, 0.1)
 LITERAL_LIMIT = 30e9  # bytes of mixed banks beyond which the literal form is left out
-STEP = {"lr": 3.0, "momentum": 0.9, "weight_decay": 1e-4}
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,19 @@ SWEEP = [
     *(Size(n=n) for n in ((32, 256, 1024) if CUDA else (32,))),
     *(Size(mix=mix) for mix in ((), (0.25,))),
 ]
+
+
+def ours(form: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """An operation that is called as the forms of `baselines` are."""
+
+    def called(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *features, bank, mix, temperature = args
+        return form(Features(*features), bank, Contrast(mix, temperature))
+
+    return called
+
+
+EAGER = ours(reference.mixing_contrast)
 
 
 class Problem:
@@ -76,9 +90,9 @@ class Problem:
     def losses(self) -> dict[str, Callable[[], list[Tensor]]]:
         """Loss with feature gradients, by form."""
         forms: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = (
-            {"triton": mixing_contrast, "compiled": self.compiled, "eager": reference.mixing_contrast}
+            {"triton": ours(mixing_contrast), "compiled": self.compiled, "eager": EAGER}
             if CUDA
-            else {"ours": reference.mixing_contrast, "compiled": self.compiled}
+            else {"ours": EAGER, "compiled": self.compiled}
         )
         if 4 * self.size.n * self.size.k * D * (1 + len(self.size.mix)) * 3 < (
             LITERAL_LIMIT if CUDA else 3e9
@@ -96,12 +110,13 @@ class Problem:
             parts = form(key, basic, weak, strong, unit, mix, 0.03)
             weak_, strong_, basic_ = (part.mean() for part in parts)
             (gradient,) = torch.autograd.grad(weak_ + strong_ + basic_, unit)
-            return reference.bank_step(self.rows, self.velocity, gradient, **STEP)
+            return reference.bank_step(self.rows, self.velocity, gradient, Step())
 
         def triton() -> object:
-            return bank_ascent(self.rows, self.velocity, key, basic, weak, strong, mix, 0.03, **STEP)
+            features = Features(key, basic, weak, strong)
+            return bank_ascent(self.rows, self.velocity, features, Contrast(mix, 0.03), Step())
 
-        compiled, single_pass = lambda: plain(self.compiled), lambda: plain(reference.mixing_contrast)
+        compiled, single_pass = lambda: plain(self.compiled), lambda: plain(EAGER)
         if CUDA:
             return {"triton": triton, "compiled": compiled, "eager": single_pass}
         return {"ours": single_pass, "compiled": compiled}

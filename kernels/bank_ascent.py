@@ -18,15 +18,16 @@ Legend: N batch · K bank rows · D feature dim · J jobs, as in `bank_pass` · 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bank_pass import Tile, inverse_norm, job_feature, plan_pass, present, product
-from .common import Call, Precision, check_problem, launch_all, require, width
+from .bank_pass import Tile, has_target, inverse_norm, job_feature, plan_pass, present, product
+from .common import Call, check_problem, launch_all, require, width
+from .problem import Ascent, Contrast, Features, Step, contrast_from
 from .row_softmax import plan_softmax, row_weights
 
 # the step itself holds rows, velocity and gradient in registers, which is what limits the blocks
@@ -157,21 +158,13 @@ def summary_kernel(
 
 
 def plan(
-    rows: Tensor, velocity: Tensor, key: Tensor,
-    basic: Tensor, weak: Tensor | None, strong: Tensor | None,
-    mix: Sequence[float], temperature: float, lr: float, momentum: float, weight_decay: float,
-    weight: float, distill: bool, precision: str,
-) -> tuple[list[Call], Tensor]:  # fmt: skip
+    rows: Tensor, velocity: Tensor, features: Features, settings: Contrast, step: Step
+) -> tuple[list[Call], Tensor]:
     """The launches for contiguous inputs, and the summary [3] that they fill."""
-    features = (weak, strong, basic)
-    distill = distill and strong is not None
-    bank_pass = plan_pass(
-        features, rows, mix, temperature,
-        distill=distill, normalize=True, with_sums=False, precision=precision,
-    )  # fmt: skip
-    normalise, softmax = plan_softmax(bank_pass, key)
-    (n, d), k = key.shape, len(rows)
-    tile = _TILES[precision, width(d)]
+    bank_pass = plan_pass(features, rows, settings._replace(normalize=True), with_sums=False)
+    normalise, softmax = plan_softmax(bank_pass, features.key)
+    (n, d), k = features.key.shape, len(rows)
+    tile = _TILES[settings.precision, width(d)]
     known, blocks = bank_pass.call.arguments, triton.cdiv(k, tile.bank)
     partial, summary = rows.new_empty(2, blocks), rows.new_empty(3)
     names = (
@@ -185,12 +178,12 @@ def plan(
         "softmax_ptr": softmax,
         "partial_ptr": partial,
         "K": k,
-        "gain": weight / (n * temperature),
-        "lr": lr,
-        "momentum": momentum,
-        "weight_decay": weight_decay,
-        "DISTILL": distill,
-        "PRECISION": precision,
+        "gain": step.weight / (n * settings.temperature),
+        "lr": step.lr,
+        "momentum": step.momentum,
+        "weight_decay": step.weight_decay,
+        "DISTILL": has_target(features, settings),
+        "PRECISION": settings.precision,
         "BLOCK_N": tile.rows,
         "BLOCK_K": tile.bank,
         "BLOCK_D": width(d),
@@ -217,16 +210,13 @@ def plan(
 
 @torch.library.custom_op("a2mc::bank_ascent", mutates_args=("rows", "velocity"))
 def _op(
-    rows: Tensor, velocity: Tensor, key: Tensor,
-    basic: Tensor, weak: Tensor | None, strong: Tensor | None,
-    mix: Sequence[float], temperature: float, lr: float, momentum: float, weight_decay: float,
-    weight: float, distill: bool, precision: str,
+    rows: Tensor, velocity: Tensor,
+    key: Tensor, basic: Tensor, weak: Tensor | None, strong: Tensor | None,
+    settings: Sequence[float], step: Sequence[float],
 ) -> Tensor:  # fmt: skip
-    """Steps rows and velocity in place -> [3]: mean row norm, mean movement, negatives' share."""
-    calls, summary = plan(
-        rows, velocity, key, basic, weak, strong, mix, temperature,
-        lr, momentum, weight_decay, weight, distill, precision,
-    )  # fmt: skip
+    """Steps rows and velocity in place -> [3]: what is in an `Ascent`."""
+    features = Features(key, basic, weak, strong)
+    calls, summary = plan(rows, velocity, features, contrast_from(settings), Step(*step))
     launch_all(calls, rows.device)
     return summary
 
@@ -236,38 +226,14 @@ def _(rows: Tensor, *_: Any) -> Tensor:
     return rows.new_empty(3)
 
 
-class Ascent(NamedTuple):
-    """What one ascent did, as float32 scalars on the device."""
-
-    row_norm: Tensor  # mean norm of the rows before the step
-    movement: Tensor  # mean distance that a unit row moved
-    negatives: Tensor  # softmax share of the negatives, mean over the clips of basic
-
-
 @torch.no_grad()
-def bank_ascent(
-    rows: Tensor,
-    velocity: Tensor,
-    key: Tensor,
-    basic: Tensor,
-    weak: Tensor | None,
-    strong: Tensor | None,
-    mix: Sequence[float],
-    temperature: float,
-    *,
-    lr: float,
-    momentum: float,
-    weight_decay: float,
-    weight: float = 1.0,
-    distill: bool = True,
-    precision: Precision = "tf32",
-) -> Ascent:
-    """Step raw rows and velocity [K, D] float32 in place, up `weight` times the batch mean of L1 + L2 + L3.
+def bank_ascent(rows: Tensor, velocity: Tensor, features: Features, settings: Contrast, step: Step) -> Ascent:
+    """Step raw rows and velocity [K, D] float32 in place, up the batch mean of L1 + L2 + L3.
 
-    Features [N, D]; a term whose feature is None takes no part. L2 is a contrast like L1 if not `distill`.
+    Features [N, D]; a term whose feature is None takes no part. It is the unit rows that count, whatever
+    `settings.normalize` says.
     """
-    given = {"key": key, "basic": basic, "weak": weak, "strong": strong}
-    check_problem("bank_ascent", given, rows, mix, temperature, precision)
+    check_problem("bank_ascent", features, rows, settings)
     require(
         velocity.shape == rows.shape and velocity.dtype == rows.dtype and velocity.device == rows.device,
         f"bank_ascent: velocity must be like the rows {list(rows.shape)}, got {list(velocity.shape)} "
@@ -277,20 +243,6 @@ def bank_ascent(
         rows.is_contiguous() and velocity.is_contiguous(),
         "bank_ascent: rows and velocity are stepped in place and must be contiguous",
     )
-    summary = _op(
-        rows,
-        velocity,
-        key.contiguous(),
-        basic.contiguous(),
-        None if weak is None else weak.contiguous(),
-        None if strong is None else strong.contiguous(),
-        list(mix),
-        temperature,
-        lr,
-        momentum,
-        weight_decay,
-        weight,
-        distill,
-        precision,
-    )
+    ready = [None if f is None else f.contiguous() for f in features]
+    summary = _op(rows, velocity, *ready, settings.numbers(), list(map(float, step)))
     return Ascent(*summary.unbind())

@@ -31,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import Call, resident_programs, width
+from .problem import Contrast, Features
 
 WEAK, STRONG, BASIC = 0, 1, 2
 LOW = tl.constexpr(-1e30)  # below every similarity, yet its multiples are finite
@@ -236,49 +237,41 @@ class BankPass(NamedTuple):
     sums: Tensor  # [S, J, N, D], one element if not asked for
 
 
-def plan_pass(
-    features: tuple[Tensor | None, Tensor | None, Tensor | None],
-    bank: Tensor,
-    mix: Sequence[float],
-    temperature: float,
-    *,
-    distill: bool,
-    normalize: bool,
-    with_sums: bool,
-    precision: str,
-) -> BankPass:
-    """Plan `bank_pass_kernel` for contiguous features [N, D] (weak, strong, basic) and bank [K, D].
+def plan_pass(features: Features, bank: Tensor, settings: Contrast, *, with_sums: bool) -> BankPass:
+    """Plan `bank_pass_kernel` for contiguous features [N, D] and bank [K, D].
 
-    The jobs are the features given, then with `distill` the target.
+    The jobs are the features given, then with `settings.distill` the target.
     """
-    like = next(feature for feature in features if feature is not None)
-    own = present(features)
+    own, like, mix = present(features), features.basic, settings.mix
+    target = has_target(features, settings)
     (n, d), k = like.shape, len(bank)
-    tile = _TILES[precision, width(d)]
-    jobs, blocks = len(own) + distill, triton.cdiv(n, tile.rows)
+    tile = _TILES[settings.precision, width(d)]
+    jobs, blocks = len(own) + target, triton.cdiv(n, tile.rows)
     splits = max(1, resident_programs(bank.device) // (jobs * blocks))
     slab = triton.cdiv(triton.cdiv(k, splits), tile.bank) * tile.bank
     splits = triton.cdiv(k, slab)
     stats = bank.new_empty(splits, jobs, PLANES.value, n)
     sums = bank.new_empty((splits, jobs, n, d) if with_sums else (1,))
     arguments = {
-        **dict(zip(("weak_ptr", "strong_ptr", "basic_ptr"), (like if f is None else f for f in features))),
+        "weak_ptr": like if features.weak is None else features.weak,
+        "strong_ptr": like if features.strong is None else features.strong,
+        "basic_ptr": like,
         "bank_ptr": bank,
         "stats_ptr": stats,
         "sums_ptr": sums,
         "N": n,
         "K": k,
         "slab": slab,
-        "scale": 1 / (temperature * LN2.value),
+        "scale": 1 / (settings.temperature * LN2.value),
         "D": d,
-        "QUERY": own + (BASIC,) * distill,
-        "PARTNER": own + (STRONG,) * distill,
+        "QUERY": own + (BASIC,) * target,
+        "PARTNER": own + (STRONG,) * target,
         "MIX": tuple(mix),
         "LARGEST": max(mix, default=0.0),
         "EVEN": evenly_spaced(mix),
-        "NORMALIZE": normalize,
+        "NORMALIZE": settings.normalize,
         "SUMS": with_sums,
-        "PRECISION": precision,
+        "PRECISION": settings.precision,
         "BLOCK_N": tile.rows,
         "BLOCK_K": tile.bank,
         "BLOCK_D": width(d),
@@ -287,9 +280,14 @@ def plan_pass(
     return BankPass(Call(bank_pass_kernel, (jobs, blocks, splits), arguments, *tile[3:]), stats, sums)
 
 
-def present(features: Sequence[Tensor | None]) -> tuple[int, ...]:
-    """Which of (weak, strong, basic) are given."""
-    return tuple(i for i, feature in enumerate(features) if feature is not None)
+def present(features: Features) -> tuple[int, ...]:
+    """Which of WEAK, STRONG and BASIC are given."""
+    return (WEAK,) * (features.weak is not None) + (STRONG,) * (features.strong is not None) + (BASIC,)
+
+
+def has_target(features: Features, settings: Contrast) -> bool:
+    """Whether f2's distribution is pulled to f3's."""
+    return settings.distill and features.strong is not None
 
 
 def evenly_spaced(mix: Sequence[float]) -> bool:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from .problem import Contrast, Features
+
 INTERPRET: bool = triton.knobs.runtime.interpret
 """Whether kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1 before the first import."""
-
-Precision = Literal["tf32", "ieee"]
-"""How float32 operands are multiplied: on tensor cores with 10-bit mantissas, or in full float32."""
 
 MAX_DIM = 256
 FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -70,23 +69,15 @@ def require(condition: bool, message: str, error: type[Exception] = ValueError) 
         raise error(message)
 
 
-def check_problem(
-    name: str,
-    features: dict[str, Tensor | None],
-    bank: Tensor,
-    mix: Sequence[float],
-    temperature: float,
-    precision: str,
-) -> None:
-    """Shapes, types and ranges of an operation on features [N, D] (the key first) and bank rows [K, D]."""
-    given = {label: feature for label, feature in features.items() if feature is not None}
-    label, like = next(iter(given.items()))
+def check_problem(name: str, features: Features, bank: Tensor, settings: Contrast) -> None:
+    """Shapes, types and ranges of an operation on features [N, D] and bank rows [K, D]."""
+    like = features.key
     require(
         like.ndim == 2
         and bank.ndim == 2
         and like.shape[1] == bank.shape[1]
         and min(*like.shape, len(bank)) > 0,
-        f"{name}: expected {label} [N, D] and bank [K, D], got {list(like.shape)} and {list(bank.shape)}",
+        f"{name}: expected key [N, D] and bank [K, D], got {list(like.shape)} and {list(bank.shape)}",
     )
     require(
         INTERPRET or bank.device.type != "cpu",
@@ -96,23 +87,27 @@ def check_problem(
     require(bank.dtype == torch.float32, f"{name}: bank must be float32, got {bank.dtype}", TypeError)
     require(
         like.dtype in FEATURE_DTYPES,
-        f"{name}: {label} must be float32, bfloat16 or float16, got {like.dtype}",
+        f"{name}: key must be float32, bfloat16 or float16, got {like.dtype}",
         TypeError,
     )
-    for other, feature in given.items():
+    for other, feature in features._asdict().items():
+        if feature is None:
+            continue
         require(
             feature.shape == like.shape,
-            f"{name}: {other} is {list(feature.shape)}, {label} is {list(like.shape)}",
+            f"{name}: {other} is {list(feature.shape)}, key is {list(like.shape)}",
         )
         require(
             feature.dtype == like.dtype,
-            f"{name}: {other} is {feature.dtype}, {label} is {like.dtype}",
+            f"{name}: {other} is {feature.dtype}, key is {like.dtype}",
             TypeError,
         )
         require(
             feature.device == bank.device,
             f"{name}: {other} is on {feature.device}, bank on {bank.device}",
         )
-    require(temperature > 0, f"{name}: temperature must be > 0, got {temperature}")
-    require(all(0 < share < 1 for share in mix), f"{name}: mix must lie in (0, 1), got {tuple(mix)}")
-    require(precision in ("tf32", "ieee"), f"{name}: precision must be tf32 or ieee, got {precision!r}")
+    require(settings.temperature > 0, f"{name}: temperature must be > 0, got {settings.temperature}")
+    in_range = all(0 < share < 1 for share in settings.mix)
+    require(in_range, f"{name}: mix must lie in (0, 1), got {tuple(settings.mix)}")
+    known = settings.precision in ("tf32", "ieee")
+    require(known, f"{name}: precision must be tf32 or ieee, got {settings.precision!r}")

@@ -21,8 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bank_pass import BASIC, LN2, LOW, PLANES, STRONG, WEAK, level, plan_pass, present
-from .common import Call, Precision, check_problem, launch_all, require, width
+from .bank_pass import BASIC, LN2, LOW, PLANES, STRONG, WEAK, has_target, level, plan_pass, present
+from .common import Call, check_problem, launch_all, require, width
+from .problem import Contrast, Features, contrast_from
 from .row_softmax import merged_stats
 
 
@@ -124,33 +125,24 @@ def combine_kernel(
             tl.store(out, gradient * (scale * LN2), mask=d < D)
 
 
-def plan(
-    key: Tensor, basic: Tensor, weak: Tensor | None, strong: Tensor | None, bank: Tensor,
-    mix: Sequence[float], temperature: float, distill: bool, normalize: bool,
-    precision: str,
-) -> tuple[list[Call], Tensor, Tensor]:  # fmt: skip
+def plan(features: Features, bank: Tensor, settings: Contrast) -> tuple[list[Call], Tensor, Tensor]:
     """The launches for contiguous inputs, and what they fill: losses [T, N], gradients [T, N, D]."""
-    features = (weak, strong, basic)
     terms = present(features)
-    distill = distill and strong is not None
-    bank_pass = plan_pass(
-        features, bank, mix, temperature,
-        distill=distill, normalize=normalize, with_sums=True, precision=precision,
-    )  # fmt: skip
-    n, d = key.shape
+    bank_pass = plan_pass(features, bank, settings, with_sums=True)
+    n, d = features.key.shape
     losses, gradients = bank.new_empty(len(terms), n), bank.new_empty(len(terms), n, d)
     known = bank_pass.call.arguments
     names = ("weak_ptr", "strong_ptr", "basic_ptr", "N", "scale", "D", "LARGEST")
     combine = {
         **{name: known[name] for name in names},
-        "key_ptr": key,
+        "key_ptr": features.key,
         "stats_ptr": bank_pass.stats,
         "sums_ptr": bank_pass.sums,
         "losses_ptr": losses,
         "gradients_ptr": gradients,
         "S": len(bank_pass.stats),
         "TERMS": terms,
-        "DISTILL": distill,
+        "DISTILL": has_target(features, settings),
         "BLOCK_S": triton.next_power_of_2(len(bank_pass.stats)),
         "BLOCK_D": width(d),
         "CHUNK": 32,
@@ -162,30 +154,26 @@ def plan(
 @torch.library.custom_op("a2mc::mixing_contrast", mutates_args=())
 def _op(
     key: Tensor, basic: Tensor, weak: Tensor | None, strong: Tensor | None, bank: Tensor,
-    mix: Sequence[float], temperature: float, distill: bool, normalize: bool,
-    precision: str,
+    settings: Sequence[float],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Losses [T, N] and gradients [T, N, D], both float32, of the terms present."""
-    calls, losses, gradients = plan(
-        key, basic, weak, strong, bank, mix, temperature, distill, normalize, precision
-    )
+    features = Features(key, basic, weak, strong)
+    calls, losses, gradients = plan(features, bank, contrast_from(settings))
     launch_all(calls, bank.device)
     return losses, gradients
 
 
 @_op.register_fake
-def _(
-    key: Tensor, basic: Tensor, weak: Tensor | None, strong: Tensor | None, bank: Tensor,
-    *_: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    terms = 3 - (weak is None) - (strong is None)
-    return bank.new_empty(terms, len(basic)), bank.new_empty(terms, *basic.shape)
+def _(*inputs: Any) -> tuple[Tensor, Tensor]:
+    *features, bank, _ = inputs
+    terms = len(present(Features(*features)))
+    return bank.new_empty(terms, len(features[0])), bank.new_empty(terms, *features[0].shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(output[1])
     ctx.dtype = inputs[1].dtype
-    ctx.terms = present((inputs[2], inputs[3], inputs[1]))
+    ctx.terms = present(Features(*inputs[:4]))
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -197,50 +185,27 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
         term = ctx.terms.index(feature)
         return (grad[term].unsqueeze(1) * gradients[term]).to(ctx.dtype)
 
-    return None, anchor(1, BASIC), anchor(2, WEAK), anchor(3, STRONG), *[None] * 6
+    return None, anchor(1, BASIC), anchor(2, WEAK), anchor(3, STRONG), None, None
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def mixing_contrast(
-    key: Tensor,
-    basic: Tensor,
-    weak: Tensor | None,
-    strong: Tensor | None,
-    bank: Tensor,
-    mix: Sequence[float],
-    temperature: float,
-    *,
-    distill: bool = True,
-    normalize: bool = False,
-    precision: Precision = "tf32",
-) -> tuple[Tensor, Tensor, Tensor]:
+def mixing_contrast(features: Features, bank: Tensor, settings: Contrast) -> tuple[Tensor, Tensor, Tensor]:
     """L1, L2, L3 per clip: features [N, D], bank [K, D] float32 -> (weak, strong, basic), each [N] float32.
 
     Differentiable in basic, weak and strong, not in key and bank: the bank's ascent is `bank_ascent`. A term
-    whose feature is None is zero. `distill` False makes L2 a contrast like L1; `normalize` contrasts
-    the unit rows of the bank.
+    whose feature is None is zero.
     """
-    features = {"key": key, "basic": basic, "weak": weak, "strong": strong}
-    check_problem("mixing_contrast", features, bank, mix, temperature, precision)
+    check_problem("mixing_contrast", features, bank, settings)
     require(
         not (bank.requires_grad and torch.is_grad_enabled()),
         "mixing_contrast: bank requires grad, which this operation does not give: detach it, or use "
         "reference.mixing_contrast",
     )
-    losses, _ = _op(
-        key.detach().contiguous(),
-        basic.contiguous(),
-        None if weak is None else weak.contiguous(),
-        None if strong is None else strong.contiguous(),
-        bank.contiguous(),
-        list(mix),
-        temperature,
-        distill,
-        normalize,
-        precision,
-    )
+    ready = [None if f is None else f.contiguous() for f in (features.key.detach(), *features[1:])]
+    losses, _ = _op(*ready, bank.contiguous(), settings.numbers())
     given = iter(losses.unbind())
-    first, second = (losses.new_zeros(len(basic)) if x is None else next(given) for x in (weak, strong))
+    off = losses.new_zeros(len(features.key))
+    first, second = (off if f is None else next(given) for f in (features.weak, features.strong))
     return first, second, next(given)

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .problem import Ascent, Contrast, Features, Step
+
 _BLOCK = 4096  # bank rows per pass: a [64, 4096] float32 block stays in a core's second-level cache
 
 
@@ -155,79 +157,57 @@ def _backward(
     return to_anchor, None, to_bank
 
 
-def contrast(
-    anchor: Tensor,
-    key: Tensor,
-    bank: Tensor,
-    mix: Sequence[float],
-    temperature: float,
-) -> Tensor:
+def contrast(anchor: Tensor, key: Tensor, bank: Tensor, settings: Contrast) -> Tensor:
     """Cross-entropy of the positive against the bank and its mixed copies (A²MC Eq. 10; Eq. 1 without `mix`).
 
     anchor, key [N, D], bank [K, D] -> [N]. Differentiable in anchor and bank; key is a constant.
     """
-    return _Contrast.apply(anchor, key.detach(), bank, tuple(mix), 1.0 / temperature)
+    return _Contrast.apply(anchor, key.detach(), bank, tuple(settings.mix), 1.0 / settings.temperature)
 
 
-def distillation(
-    anchor: Tensor,
-    teacher: Tensor,
-    key: Tensor,
-    bank: Tensor,
-    mix: Sequence[float],
-    temperature: float,
-) -> Tensor:
+def distillation(anchor: Tensor, teacher: Tensor, key: Tensor, bank: Tensor, settings: Contrast) -> Tensor:
     """Cross-entropy of the anchor's similarity distribution under the teacher's (A²MC Eq. 11).
 
     anchor, teacher, key [N, D], bank [K, D] -> [N]. Differentiable in anchor and bank; key is a constant, and
     so is the teacher's distribution. Both distributions are taken over the banks mixed with the anchor.
     """
-    return _Distill.apply(anchor, teacher.detach(), key.detach(), bank, tuple(mix), 1.0 / temperature)
+    mix, inv_tau = tuple(settings.mix), 1.0 / settings.temperature
+    return _Distill.apply(anchor, teacher.detach(), key.detach(), bank, mix, inv_tau)
 
 
-def mixing_contrast(
-    key: Tensor,
-    basic: Tensor,
-    weak: Tensor | None,
-    strong: Tensor | None,
-    bank: Tensor,
-    mix: Sequence[float],
-    temperature: float,
-    *,
-    distill: bool = True,
-    normalize: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+def mixing_contrast(features: Features, bank: Tensor, settings: Contrast) -> tuple[Tensor, Tensor, Tensor]:
     """L1, L2 and L3 of A²MC (Eq. 9-11) per clip: features [N, D], bank [K, D] -> (weak, strong, basic), each
     [N].
 
-    A term whose feature is None is zero. `distill` False makes L2 a contrast like L1; `normalize` contrasts
-    the unit rows of the bank.
+    A term whose feature is None is zero.
     """
-    rows = torch.nn.functional.normalize(bank, dim=1) if normalize else bank
-    off = basic.new_zeros(len(basic))
-
-    def second(anchor: Tensor) -> Tensor:
-        if not distill:
-            return contrast(anchor, key, rows, mix, temperature)
-        return distillation(anchor, basic, key, rows, mix, temperature)
-
-    return (
-        off if weak is None else contrast(weak, key, rows, mix, temperature),
-        off if strong is None else second(strong),
-        contrast(basic, key, rows, mix, temperature),
-    )
+    key, basic, weak, strong = features
+    rows = torch.nn.functional.normalize(bank, dim=1) if settings.normalize else bank
+    first = second = basic.new_zeros(len(basic))
+    if weak is not None:
+        first = contrast(weak, key, rows, settings)
+    if strong is not None and settings.distill:
+        second = distillation(strong, basic, key, rows, settings)
+    elif strong is not None:
+        second = contrast(strong, key, rows, settings)
+    return first, second, contrast(basic, key, rows, settings)
 
 
-def bank_step(
-    rows: Tensor,
-    velocity: Tensor,
-    gradient: Tensor,
-    *,
-    lr: float,
-    momentum: float,
-    weight_decay: float,
-) -> tuple[Tensor, Tensor]:
-    """One gradient-ascent step of the bank (A²MC Eq. 7, with AdCo's momentum and weight decay), in place.
+def bank_ascent(rows: Tensor, velocity: Tensor, features: Features, settings: Contrast, step: Step) -> Ascent:
+    """One step up the batch mean of L1 + L2 + L3 (A²MC Eq. 7), in place. rows, velocity [K, D], features
+    [N, D]."""
+    unit = torch.nn.functional.normalize(rows, dim=1).requires_grad_()
+    with torch.enable_grad():
+        weak, strong, basic = mixing_contrast(features, unit, settings._replace(normalize=False))
+        value = step.weight * (weak + strong + basic).mean()
+        (gradient,) = torch.autograd.grad(value, unit)
+    with torch.no_grad():
+        norm, movement = bank_step(rows, velocity, gradient, step)
+        return Ascent(norm, movement, 1 - torch.exp(-basic).mean())
+
+
+def bank_step(rows: Tensor, velocity: Tensor, gradient: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+    """Step rows and velocity along a gradient, in place.
 
     rows, velocity [K, D]; gradient [K, D] of the loss with respect to the unit rows. It is carried through
     the normalisation, so it is tangential. Returns, as tensors, the mean row norm before the step and the
@@ -237,7 +217,7 @@ def bank_step(
     unit = rows / norm
     tangent = (gradient - unit * _dot(unit, gradient).unsqueeze(1)) / norm
     # v <- momentum v - dL/dW + decay W, then W <- W - lr v: ascent, written as AdCo's descent on -L
-    velocity.mul_(momentum).sub_(tangent).add_(rows, alpha=weight_decay)
-    rows.sub_(velocity, alpha=lr)
+    velocity.mul_(step.momentum).sub_(tangent).add_(rows, alpha=step.weight_decay)
+    rows.sub_(velocity, alpha=step.lr)
     moved = torch.nn.functional.normalize(rows, dim=1) - unit
     return norm.mean(), moved.norm(dim=1).mean()

@@ -7,15 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from a2mc_fast.kernels import reference
+from a2mc_fast.kernels.problem import Contrast, Features, Step
 from torch import Tensor
 
 from a2mc_fast.bank import MemoryBank, Queue
-from a2mc_fast.losses import info_nce, mixing_contrast
+from a2mc_fast.losses import mixing_contrast
 from tests.test_losses import unit, wave
 
 
-def bank_of(rows: Tensor, **options: float) -> MemoryBank:
-    bank = MemoryBank(*rows.shape, **options).to(rows.dtype)  # type: ignore[arg-type]
+def bank_of(rows: Tensor, lr: float = 3.0) -> MemoryBank:
+    bank = MemoryBank(*rows.shape, Step(lr)).to(rows.dtype)
     bank.rows.copy_(rows)
     return bank
 
@@ -24,9 +25,7 @@ def test_golden_step() -> None:
     """One step up the mean InfoNCE of f1 and f3 at 0.03; rows and columns are exchanged in the source's W."""
     f0, f1, _, f3 = (F.normalize(wave(4, 8, s), dim=1) for s in (0, 0.3, 0.8, 0.1))
     bank = bank_of(2.5 * F.normalize(wave(6, 8, 2.0), dim=1))
-    bank.ascend(
-        lambda m: (info_nce(f1, f0, m, temperature=0.03) + info_nce(f3, f0, m, temperature=0.03)).mean() / 2
-    )
+    bank.ascend(Features(f0, f3, f1), Contrast((), 0.03), weight=0.5)
     got = (bank.rows[0, 0], bank.rows[4, 3], bank.velocity.norm())
     assert [round(value.item(), 6) for value in got] == [1.075340, 0.335893, 0.167827]
 
@@ -38,7 +37,7 @@ def test_infonce_gradient_is_the_published_closed_form() -> None:
     bank = bank_of(rows)
     bank.velocity.normal_()
     before = bank.velocity.clone()
-    bank.ascend(lambda m: info_nce(q, k, m, temperature=tau).mean())
+    bank.ascend(Features(k, q), Contrast((), tau))
     unit_rows = F.normalize(rows, dim=1)
     s = q @ unit_rows.T
     p = torch.cat(((q * k).sum(1, keepdim=True), s), 1).div(tau).softmax(1)[:, 1:]
@@ -51,15 +50,15 @@ def test_infonce_gradient_is_the_published_closed_form() -> None:
 
 
 def test_ascent_raises_the_loss() -> None:
-    key, basic, weak, strong = (unit(16, 32) for _ in range(4))
+    features = Features(*(unit(16, 32) for _ in range(4)))
     bank = bank_of(torch.randn(64, 32, dtype=torch.float64), lr=0.1)
 
-    def objective(rows: Tensor) -> Tensor:
-        return mixing_contrast(key, basic, weak, strong, rows, temperature=0.03).total
+    def objective() -> float:
+        return mixing_contrast(*features, bank.unit(), temperature=0.03).total.item()
 
-    before = objective(bank.unit()).item()
-    ascent = bank.ascend(objective)
-    assert objective(bank.unit()).item() > before
+    before = objective()
+    ascent = bank.ascend(features, Contrast(temperature=0.03))
+    assert objective() > before
     assert ascent.movement > 0
 
 
@@ -69,7 +68,7 @@ def test_step_equals_autograd_through_the_normalisation() -> None:
     value = (F.normalize(rows, dim=1) * weights).sum()
     (gradient,) = torch.autograd.grad(value, rows)
     moved, velocity = rows.detach().clone(), torch.zeros(9, 6, dtype=torch.float64)
-    reference.bank_step(moved, velocity, weights, lr=1.0, momentum=0.9, weight_decay=0.0)
+    reference.bank_step(moved, velocity, weights, Step(lr=1.0, weight_decay=0.0))
     torch.testing.assert_close(moved, rows.detach() + gradient, rtol=1e-12, atol=1e-12)
 
 

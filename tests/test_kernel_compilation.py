@@ -79,22 +79,24 @@ def launches(problem: Problem) -> list[Any]:
     """All launches of the operations, planned on tensors without memory."""
     import torch
     from a2mc_fast.kernels import bank_ascent, mixing_contrast, philox
+    from a2mc_fast.kernels.problem import Contrast, Features, Step
 
     p = problem
     dtype = getattr(torch, p.dtype)
-    key, basic, weak, strong = (torch.empty(p.n, p.d, dtype=dtype, device="meta") for _ in range(4))
+    features = Features(*(torch.empty(p.n, p.d, dtype=dtype, device="meta") for _ in range(4)))
     rows = torch.empty(p.k, p.d, device="meta")
-    features, soft = (key, basic, weak, strong), bool(p.mix)
+    settings = Contrast(p.mix, distill=bool(p.mix), precision=p.precision)
     contrast = [
         call
         for normalize in ((False, True) if p.k == 16384 else (False,))
-        for call in mixing_contrast.plan(*features, rows, p.mix, 0.07, soft, normalize, p.precision)[0]
+        for call in mixing_contrast.plan(features, rows, settings._replace(normalize=normalize))[0]
     ]
-    sgd = (3.0, 0.9, 1e-4, 1.0)
-    ascent = bank_ascent.plan(rows, rows, *features, p.mix, 0.03, *sgd, soft, p.precision)[0]
     step = torch.empty((), dtype=torch.int64, device="meta")
-    words = [philox.plan(step, seed, 2, first, 9600)[0] for seed, first in ((0, 0), (2**62, 2**40))]
-    return [*contrast, *ascent, *words]
+    return [
+        *contrast,
+        *bank_ascent.plan(rows, rows, features, settings._replace(temperature=0.03), Step())[0],
+        *(philox.plan(step, seed, 2, first, 9600)[0] for seed, first in ((0, 0), (2**62, 2**40))),
+    ]
 
 
 def usage(call: Any, chip: int) -> dict[str, int]:

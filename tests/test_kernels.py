@@ -34,6 +34,7 @@ from a2mc_fast.kernels import bank_pass, common, reference, verify  # noqa: E402
 from a2mc_fast.kernels import mixing_contrast as contrast_module  # noqa: E402
 from a2mc_fast.kernels.bank_ascent import bank_ascent  # noqa: E402
 from a2mc_fast.kernels.mixing_contrast import mixing_contrast  # noqa: E402
+from a2mc_fast.kernels.problem import Contrast, Features, Step, contrast_from  # noqa: E402
 
 assert DEVICE == "cuda" or common.INTERPRET, "the kernels were imported before TRITON_INTERPRET was set"
 
@@ -43,9 +44,10 @@ MIXES = [(), (0.25,), (0.25, 0.5), (0.37, 0.11), (0.6, 0.3)]
 SHAPES = [(34, 40, 256), (5, 33, 100), (3, 65, 128), (5, 70, 24), (3, 300, 12), (1, 1, 3)]
 # relative to the largest value; tensor cores keep 10 bits of each operand, and the logits are up to 1/τ
 SLACK = {"ieee": 4e-6, "tf32": 4e-6 if DEVICE == "cpu" else 3e-2}
-STEP = {"lr": 3.0, "momentum": 0.9, "weight_decay": 1e-4}
+PAPER, CLIMB = Contrast(), Contrast(temperature=0.03)
+EXACT, EXACT_CLIMB = PAPER._replace(precision="ieee"), CLIMB._replace(precision="ieee")
 
-Loss = Callable[..., tuple[Tensor, Tensor, Tensor]]
+Loss = Callable[[Features, Tensor, Contrast], tuple[Tensor, Tensor, Tensor]]
 
 
 @pytest.fixture(autouse=True)
@@ -64,18 +66,22 @@ def unit(*shape: int) -> Tensor:
     return F.normalize(torch.randn(*shape, device=DEVICE), dim=1)
 
 
-def problem(n: int, k: int, d: int, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Tensor]:
-    """(key, basic, weak, strong), bank: unit rows; a bank row equals a query, whose softmax is peaked."""
-    features, bank = [unit(n, d).to(dtype) for _ in range(4)], unit(k, d)
-    bank[0] = features[1][0].float()
+def problem(n: int, k: int, d: int, dtype: torch.dtype = torch.float32) -> tuple[Features, Tensor]:
+    """Features and a bank, unit rows; a bank row equals a query, whose softmax is peaked."""
+    features, bank = Features(*(unit(n, d).to(dtype) for _ in range(4))), unit(k, d)
+    bank[0] = features.basic[0].float()
     return features, bank
 
 
-def with_gradients(loss: Loss, features: Sequence[Tensor], *args: Any, **options: Any) -> list[Tensor]:
+def typed(features: Features, dtype: torch.dtype) -> Features:
+    return Features(*(None if x is None else x.to(dtype) for x in features))
+
+
+def with_gradients(loss: Loss, features: Features, bank: Tensor, settings: Contrast = PAPER) -> list[Tensor]:
     """The three losses and the gradients of their weighted sum with respect to basic, weak and strong."""
     key, *anchors = features
     anchors = [x.detach().requires_grad_() for x in anchors]
-    losses = loss(key, *anchors, *args, **options)
+    losses = loss(Features(key, *anchors), bank, settings)
     weights = torch.arange(1, len(key) + 1, device=key.device, dtype=losses[0].dtype)
     total = sum(((i + 1) * (weights * x).sum() for i, x in enumerate(losses)), start=losses[0].new_zeros(()))
     return [*(x.detach() for x in losses), *torch.autograd.grad(total, anchors)]
@@ -93,46 +99,40 @@ def assert_no_worse(
 
 
 def check_contrast(
-    features: Sequence[Tensor],
-    bank: Tensor,
-    mix: Sequence[float] = PAPER_MIX,
-    temperature: float = 0.07,
-    precision: str = "ieee",
-    slack: float | None = None,
+    features: Features, bank: Tensor, settings: Contrast = EXACT, slack: float | None = None
 ) -> None:
-    got = with_gradients(mixing_contrast, features, bank, mix, temperature, precision=precision)
-    low = [x.float() for x in features]
-    eager = with_gradients(reference.mixing_contrast, low, bank, mix, temperature)
-    high = [x.double() for x in features]
-    truth = with_gradients(reference.mixing_contrast, high, bank.double(), mix, temperature)
-    assert_no_worse(got, eager, truth, SLACK[precision] if slack is None else slack)
+    got = with_gradients(mixing_contrast, features, bank, settings)
+    eager = with_gradients(reference.mixing_contrast, typed(features, torch.float32), bank, settings)
+    high = typed(features, torch.float64)
+    truth = with_gradients(reference.mixing_contrast, high, bank.double(), settings)
+    assert_no_worse(got, eager, truth, SLACK[settings.precision] if slack is None else slack)
 
 
 @pytest.mark.parametrize("precision", SLACK)
 @pytest.mark.parametrize("n,k,d", SHAPES)
 def test_losses_and_gradients(n: int, k: int, d: int, precision: str) -> None:
-    check_contrast(*problem(n, k, d), precision=precision)
+    check_contrast(*problem(n, k, d), PAPER._replace(precision=precision))
 
 
 @pytest.mark.parametrize("mix", MIXES, ids=str)
 @pytest.mark.parametrize("n,k,d,precision", [(3, 70, 24, "ieee"), (2, 33, 128, "tf32")])
 def test_any_shares(n: int, k: int, d: int, precision: str, mix: tuple[float, ...]) -> None:
-    check_contrast(*problem(n, k, d), mix, precision=precision)
+    check_contrast(*problem(n, k, d), Contrast(mix, precision=precision))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.03, 0.01, 0.005, 1e-3])
 def test_any_temperature(temperature: float) -> None:
     """The running maximum leaves no logit to overflow, nor all of them to underflow."""
     slack = SLACK["ieee"] * max(1, 0.07 / temperature)
-    check_contrast(*problem(3, 100, 16), temperature=temperature, slack=slack)
+    check_contrast(*problem(3, 100, 16), EXACT._replace(temperature=temperature), slack)
 
 
 @pytest.mark.parametrize("mix", [PAPER_MIX, (0.37, 0.11)], ids=str)
 def test_rows_of_any_length(mix: tuple[float, ...]) -> None:
     features, bank = problem(5, 90, 24)
     scales = torch.logspace(-1.5, 0.7, 90, device=DEVICE).unsqueeze(1)
-    features = [x * (1 + i) for i, x in enumerate(features)]
-    check_contrast(features, bank * scales, mix, slack=5e-5)
+    features = Features(*(x * (1 + i) for i, x in enumerate(features)))
+    check_contrast(features, bank * scales, EXACT._replace(mix=mix), 5e-5)
 
 
 @pytest.mark.parametrize("mix", [PAPER_MIX, (0.5, 0.25)], ids=str)
@@ -140,10 +140,10 @@ def test_rows_of_any_length(mix: tuple[float, ...]) -> None:
 def test_orthogonal_and_opposite_rows(size: float, mix: tuple[float, ...]) -> None:
     """With every bank row opposite to the query, only the mixed banks and the positive have mass."""
     query = size * unit(2, 16)
-    features = [unit(2, 16), query, query, query]
+    features = Features(unit(2, 16), query, query, query)
     # products of that size are rounded
     slack = 2e-5 * max(1.0, size**2)
-    check_contrast(features, (-query[:1]).expand(50, -1), mix, temperature=0.02, slack=slack)
+    check_contrast(features, (-query[:1]).expand(50, -1), EXACT._replace(mix=mix, temperature=0.02), slack)
 
 
 @pytest.mark.parametrize("size", [1.0, 30.0, 1e3])
@@ -190,9 +190,8 @@ def test_which_shares_are_evenly_spaced() -> None:
 def test_low_precision_features(n: int, k: int, d: int, dtype: torch.dtype) -> None:
     """Losses are float32; a gradient is rounded to the type of its feature, once."""
     features, bank = problem(n, k, d, dtype)
-    got = with_gradients(mixing_contrast, features, bank, PAPER_MIX, 0.07, precision="ieee")
-    high = [x.double() for x in features]
-    truth = with_gradients(reference.mixing_contrast, high, bank.double(), PAPER_MIX, 0.07)
+    got = with_gradients(mixing_contrast, features, bank, EXACT)
+    truth = with_gradients(reference.mixing_contrast, typed(features, torch.float64), bank.double())
     assert [x.dtype for x in got] == [torch.float32] * 3 + [dtype] * 3
     assert_no_worse(got[:3], truth[:3], truth[:3], 1e-5)
     for g, t in zip(got[3:], truth[3:]):
@@ -201,18 +200,19 @@ def test_low_precision_features(n: int, k: int, d: int, dtype: torch.dtype) -> N
 
 def test_equal_similarities_give_the_logarithm_of_the_count() -> None:
     row = unit(1, 16)
-    loss = mixing_contrast(row, row, None, None, row.expand(50, -1), (), 0.07, precision="ieee")[2]
+    loss = mixing_contrast(Features(row, row), row.expand(50, -1), EXACT._replace(mix=()))[2]
     assert loss.item() == pytest.approx(math.log(51), abs=1e-6)
 
 
 @pytest.mark.parametrize("mix", [PAPER_MIX, ()], ids=str)
 @pytest.mark.parametrize("given", [(0, 0), (1, 0), (0, 1)], ids=str)
 def test_terms_that_are_off(given: tuple[int, int], mix: tuple[float, ...]) -> None:
-    (key, basic, *views), bank = problem(3, 40, 16)
-    weak, strong = (x if flag else None for x, flag in zip(views, given))
-    basic.requires_grad_()
-    got = mixing_contrast(key, basic, weak, strong, bank, mix, 0.07, precision="ieee")
-    whole = reference.mixing_contrast(key, basic, *views, bank, mix, 0.07)
+    features, bank = problem(3, 40, 16)
+    basic = features.basic.requires_grad_()
+    views = (x if flag else None for x, flag in zip(features[2:], given))
+    settings = EXACT._replace(mix=mix)
+    got = mixing_contrast(Features(*features[:2], *views), bank, settings)
+    whole = reference.mixing_contrast(features, bank, settings)
     for loss, want, flag in zip(got, whole, (*given, 1)):
         torch.testing.assert_close(loss, want * flag, rtol=1e-5, atol=1e-5)
     (gradient,) = torch.autograd.grad(got[2].sum(), basic)
@@ -221,13 +221,14 @@ def test_terms_that_are_off(given: tuple[int, int], mix: tuple[float, ...]) -> N
 
 def test_strong_term_as_a_contrast() -> None:
     features, bank = problem(3, 40, 16)
-    got = with_gradients(mixing_contrast, features, bank, PAPER_MIX, 0.07, distill=False, precision="ieee")
+    got = with_gradients(mixing_contrast, features, bank, EXACT._replace(distill=False))
 
-    def plain(key: Tensor, *anchors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        basic, weak, strong = (reference.contrast(x, key, bank, PAPER_MIX, 0.07) for x in anchors)
+    def plain(features: Features, bank: Tensor, settings: Contrast) -> tuple[Tensor, Tensor, Tensor]:
+        key, *anchors = features
+        basic, weak, strong = (reference.contrast(x, key, bank, settings) for x in anchors)
         return weak, strong, basic
 
-    for g, want in zip(got, with_gradients(plain, features)):
+    for g, want in zip(got, with_gradients(plain, features, bank)):
         torch.testing.assert_close(g, want, rtol=1e-4, atol=1e-4)
 
 
@@ -237,12 +238,13 @@ def test_raw_rows(precision: str) -> None:
     features, bank = problem(5, 70, 24)
     raw = bank * torch.rand(70, 1, device=DEVICE) * 5
     raw[3] = 0
-    forms = (
-        (partial(mixing_contrast, normalize=True, precision=precision), features, raw),
-        (reference.mixing_contrast, features, F.normalize(raw, dim=1)),
-        (reference.mixing_contrast, [x.double() for x in features], F.normalize(raw.double(), dim=1)),
+    settings = Contrast(normalize=True, precision=precision)
+    high = typed(features, torch.float64)
+    results = (
+        with_gradients(mixing_contrast, features, raw, settings),
+        with_gradients(reference.mixing_contrast, features, F.normalize(raw, dim=1)),
+        with_gradients(reference.mixing_contrast, high, F.normalize(raw.double(), dim=1)),
     )
-    results = (with_gradients(*form, PAPER_MIX, 0.07) for form in forms)
     assert_no_worse(*results, max(SLACK[precision], 1e-5))
 
 
@@ -251,11 +253,11 @@ def test_each_subset_of_gradients(needed: tuple[int, ...]) -> None:
     (key, *anchors), bank = problem(2, 20, 16)
     anchors = [x.requires_grad_(bool(flag)) for x, flag in zip(anchors, needed)]
     leaves = [x for x in anchors if x.requires_grad]
-    losses = mixing_contrast(key, *anchors, bank, PAPER_MIX, 0.07)
+    losses = mixing_contrast(Features(key, *anchors), bank, PAPER)
     assert losses[0].requires_grad == any(needed)
     if leaves:
         got = torch.autograd.grad(sum(x.sum() for x in losses), leaves)
-        whole = reference.mixing_contrast(key, *anchors, bank, PAPER_MIX, 0.07)
+        whole = reference.mixing_contrast(Features(key, *anchors), bank, PAPER)
         for a, b in zip(got, torch.autograd.grad(sum(x.sum() for x in whole), leaves)):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=max(SLACK["tf32"], 1e-4))
 
@@ -263,146 +265,126 @@ def test_each_subset_of_gradients(needed: tuple[int, ...]) -> None:
 def test_views_of_larger_tensors() -> None:
     """Transposed and offset inputs give the bits of contiguous ones."""
     features, bank = problem(5, 33, 24)
-    want = with_gradients(mixing_contrast, features, bank, PAPER_MIX, 0.07)
-    odd = [F.pad(x, (1, 2))[:, 1:-2] for x in features]
-    got = with_gradients(mixing_contrast, odd, bank.T.contiguous().T, PAPER_MIX, 0.07)
+    want = with_gradients(mixing_contrast, features, bank)
+    odd = Features(*(F.pad(x, (1, 2))[:, 1:-2] for x in features))
+    got = with_gradients(mixing_contrast, odd, bank.T.contiguous().T)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_two_runs_are_equal_to_the_bit() -> None:
     features, bank = problem(5, 300, 24)
-    first, second = (with_gradients(mixing_contrast, features, bank, PAPER_MIX, 0.07) for _ in range(2))
+    first, second = (with_gradients(mixing_contrast, features, bank) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_contrast_is_a_proper_operation() -> None:
     (key, *anchors), bank = problem(2, 20, 16)
     basic, weak, strong = (x.requires_grad_() for x in anchors)
-    numbers = (bank, list(PAPER_MIX), 0.07, True)
-    torch.library.opcheck(contrast_module._op, (key, basic, weak, strong, *numbers, False, "ieee"))
+    torch.library.opcheck(contrast_module._op, (key, basic, weak, strong, bank, EXACT.numbers()))
     shapes = ("test_schema", "test_faketensor")
     for second in (strong, None):
-        arguments = (key, basic, None, second, *numbers, False, "ieee")
+        arguments = (key, basic, None, second, bank, EXACT.numbers())
         torch.library.opcheck(contrast_module._op, arguments, test_utils=shapes)
+
+
+def test_settings_survive_as_numbers() -> None:
+    for settings in (PAPER, Contrast((), 1e-3, False, True, "ieee"), EXACT._replace(normalize=True)):
+        assert contrast_from(settings.numbers()) == settings
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_contrast_compiles_without_a_graph_break(backend: str) -> None:
     features, bank = problem(3, 20, 16)
 
-    def loss(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return mixing_contrast(*args, PAPER_MIX, 0.07)
-
-    compiled = torch.compile(loss, fullgraph=True, backend=backend)
-    for a, b in zip(with_gradients(compiled, features, bank), with_gradients(loss, features, bank)):
+    compiled = torch.compile(mixing_contrast, fullgraph=True, backend=backend)
+    for a, b in zip(*(with_gradients(form, features, bank) for form in (compiled, mixing_contrast))):
         assert torch.equal(a, b)
 
 
 # bank ascent
 
 
-def terms(
-    features: dict[str, Tensor | None],
-    unit_rows: Tensor,
-    mix: Sequence[float],
-    temperature: float,
-    distill: bool,
-) -> dict[str, Tensor]:
-    """Per-clip losses by name, in plain torch."""
-    key, basic = features["key"], features["basic"]
-    assert key is not None
-    losses = {}
-    for name in ("weak", "strong", "basic"):
-        anchor = features[name]
-        if anchor is None:
-            continue
-        if name == "strong" and distill:
-            assert basic is not None
-            losses[name] = reference.distillation(anchor, basic, key, unit_rows, mix, temperature)
-        else:
-            losses[name] = reference.contrast(anchor, key, unit_rows, mix, temperature)
-    return losses
-
-
-def plain_ascent(
-    rows: Tensor,
-    velocity: Tensor,
-    features: dict[str, Tensor | None],
-    mix: Sequence[float],
-    temperature: float,
-    *,
-    weight: float = 1.0,
-    distill: bool = True,
-) -> list[Tensor]:
-    """Autograd's gradient and the reference's step, in the dtype of rows: rows, velocity and the summary."""
+def stepped(form: Any, rows: Tensor, velocity: Tensor, *problem: Any) -> list[Tensor]:
+    """Rows and velocity after a step from copies of those given, and its summary."""
     rows, velocity = rows.clone(), velocity.clone()
-    features = {name: None if x is None else x.to(rows.dtype) for name, x in features.items()}
-    unit_rows = F.normalize(rows, dim=1).requires_grad_()
-    losses = terms(features, unit_rows, mix, temperature, distill)
-    value = torch.stack([loss.mean() for loss in losses.values()]).sum()
-    (gradient,) = torch.autograd.grad(weight * value, unit_rows)
-    norm, movement = reference.bank_step(rows, velocity, gradient, **STEP)
-    last = next(reversed(losses.values())).detach()
-    return [rows, velocity, torch.stack((norm, movement, 1 - torch.exp(-last).mean()))]
+    summary = form(rows, velocity, *problem)
+    return [rows, velocity, torch.stack(list(summary))]
 
 
 def check_ascent(
-    features: dict[str, Tensor | None],
+    features: Features,
     rows: Tensor,
-    mix: Sequence[float] = PAPER_MIX,
-    temperature: float = 0.03,
-    precision: str = "ieee",
-    **options: Any,
+    settings: Contrast = EXACT_CLIMB,
+    step: Step = Step(),  # noqa: B008
+    slack: float | None = None,
 ) -> None:
     velocity = torch.randn_like(rows) / 10
-    eager = plain_ascent(rows, velocity, features, mix, temperature, **options)
-    truth = plain_ascent(rows.double(), velocity.double(), features, mix, temperature, **options)
-    rows, velocity = rows.clone(), velocity.clone()
-    summary = bank_ascent(
-        rows, velocity, **features, mix=mix, temperature=temperature, precision=precision, **STEP, **options
+    got = stepped(bank_ascent, rows, velocity, features, settings, step)
+    eager = stepped(reference.bank_ascent, rows, velocity, typed(features, rows.dtype), settings, step)
+    high = (rows.double(), velocity.double(), typed(features, torch.float64))
+    truth = stepped(reference.bank_ascent, *high, settings, step)
+    assert_no_worse(got, eager, truth, SLACK[settings.precision] if slack is None else slack)
+
+
+def chosen(n: int, d: int, present: str = "weak strong", dtype: torch.dtype = torch.float32) -> Features:
+    """Key and basic, and of the other features those `present`."""
+    key, basic, weak, strong = (unit(n, d).to(dtype) for _ in range(4))
+    return Features(key, basic, weak if "weak" in present else None, strong if "strong" in present else None)
+
+
+def test_plain_ascent_is_autograd_through_the_normalisation() -> None:
+    """Of the losses written one by one, in float64."""
+    features = typed(chosen(3, 24), torch.float64)
+    key, basic, weak, strong = features
+    start = torch.randn(70, 24, device=DEVICE, dtype=torch.float64)
+    rows = start.clone().requires_grad_()
+    unit_rows = F.normalize(rows, dim=1)
+    last = reference.contrast(basic, key, unit_rows, CLIMB)
+    parts = (
+        last,
+        reference.contrast(weak, key, unit_rows, CLIMB),
+        reference.distillation(strong, basic, key, unit_rows, CLIMB),
     )
-    assert_no_worse([rows, velocity, torch.stack(list(summary))], eager, truth, SLACK[precision])
-
-
-def named(
-    n: int, d: int, present: str = "basic weak strong", dtype: torch.dtype = torch.float32
-) -> dict[str, Tensor | None]:
-    """Features by name; those not `present` are None."""
-    everything = {name: unit(n, d).to(dtype) for name in ("key", "basic", "weak", "strong")}
-    return {name: x if name == "key" or name in present else None for name, x in everything.items()}
+    (gradient,) = torch.autograd.grad(2 * sum(part.mean() for part in parts), rows)
+    velocity = 1e-4 * start - gradient
+    got = stepped(reference.bank_ascent, start, torch.zeros_like(start), features, CLIMB, Step(weight=2.0))
+    torch.testing.assert_close(got[1], velocity, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(got[0], start - 3 * velocity, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(got[2][2], 1 - torch.exp(-last.detach()).mean())
 
 
 @pytest.mark.parametrize("precision", SLACK)
 @pytest.mark.parametrize("n,k,d", SHAPES)
 def test_ascent_of_the_whole_loss(n: int, k: int, d: int, precision: str) -> None:
-    features, rows = named(n, d), torch.randn(k, d, device=DEVICE)
-    basic = features["basic"]
-    assert basic is not None
-    rows[0] = 2 * basic[0]  # a peaked softmax
-    check_ascent(features, rows, precision=precision)
+    features, rows = chosen(n, d), torch.randn(k, d, device=DEVICE)
+    rows[0] = 2 * features.basic[0]  # a peaked softmax
+    check_ascent(features, rows, CLIMB._replace(precision=precision))
 
 
 @pytest.mark.parametrize(
     "present,mix,distill",
-    [("basic", PAPER_MIX, True), ("basic weak", (), True), ("basic strong", (0.3,), True),
-     ("basic weak strong", (0.37, 0.11), False)],
-)  # fmt: skip
+    [
+        ("", PAPER_MIX, True),
+        ("weak", (), True),
+        ("strong", (0.3,), True),
+        ("weak strong", (0.37, 0.11), False),
+    ],
+)
 def test_ascent_with_terms_off(present: str, mix: tuple[float, ...], distill: bool) -> None:
     rows = torch.randn(70, 24, device=DEVICE)
-    check_ascent(named(3, 24, present), rows, mix, distill=distill)
+    check_ascent(chosen(3, 24, present), rows, EXACT_CLIMB._replace(mix=mix, distill=distill))
 
 
 def test_weight_of_the_ascent() -> None:
     """The gradient in the velocity, which starts at zero, doubles with the weight."""
-    features, rows = named(3, 24), torch.randn(70, 24, device=DEVICE)
-    check_ascent(features, rows, weight=2.0)
-    velocities = []
-    for weight in (1.0, 2.0):
-        state = (rows.clone(), torch.zeros_like(rows))
-        step = {**STEP, "weight_decay": 0.0, "weight": weight}
-        bank_ascent(*state, **features, mix=PAPER_MIX, temperature=0.03, **step)
-        velocities.append(state[1])
-    assert torch.equal(velocities[1], 2 * velocities[0])
+    features, rows = chosen(3, 24), torch.randn(70, 24, device=DEVICE)
+    check_ascent(features, rows, step=Step(weight=2.0))
+    still = torch.zeros_like(rows)
+    once, twice = (
+        stepped(bank_ascent, rows, still, features, CLIMB, Step(weight_decay=0.0, weight=weight))[1]
+        for weight in (1.0, 2.0)
+    )
+    assert torch.equal(twice, 2 * once)
 
 
 @pytest.mark.parametrize("temperature", [0.07, 0.005])
@@ -410,55 +392,36 @@ def test_weight_of_the_ascent() -> None:
 def test_ascent_at_any_temperature_and_type(temperature: float, dtype: torch.dtype) -> None:
     rows = 3 * torch.randn(40, 16, device=DEVICE)
     # a gradient of 1/τ, through products of float32
-    features = named(4, 16, dtype=dtype)
-    velocity = torch.zeros_like(rows)
-    problem = {"features": features, "mix": PAPER_MIX, "temperature": temperature}
-    truth = plain_ascent(rows.double(), velocity.double(), **problem)
-    eager = plain_ascent(rows, velocity, **problem)
-    options = {"mix": PAPER_MIX, "temperature": temperature, "precision": "ieee"}
-    summary = bank_ascent(rows, velocity, **features, **options, **STEP)
-    assert_no_worse([rows, velocity, torch.stack(list(summary))], eager, truth, 1e-6 / temperature)
+    settings = EXACT._replace(temperature=temperature)
+    check_ascent(chosen(4, 16, dtype=dtype), rows, settings, slack=1e-6 / temperature)
 
 
 def test_equal_rows_stay_equal() -> None:
-    features, rows = named(5, 16), torch.randn(1, 16, device=DEVICE).expand(100, -1).clone()
-    velocity = torch.zeros_like(rows)
-    bank_ascent(rows, velocity, **features, mix=PAPER_MIX, temperature=0.03, **STEP)
+    features, rows = chosen(5, 16), torch.randn(1, 16, device=DEVICE).expand(100, -1).clone()
+    bank_ascent(rows, torch.zeros_like(rows), features, CLIMB, Step())
     torch.testing.assert_close(rows, rows[:1].expand_as(rows), rtol=1e-6, atol=1e-7)
 
 
 def test_two_ascents_are_equal_to_the_bit() -> None:
-    features, start = named(5, 24), torch.randn(150, 24, device=DEVICE)
-    runs = []
-    for _ in range(2):
-        rows, velocity = start.clone(), torch.zeros_like(start)
-        options = {"mix": PAPER_MIX, "temperature": 0.03}
-        summary = bank_ascent(rows, velocity, **features, **options, **STEP)
-        runs.append([rows, velocity, *summary])
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    features, start = chosen(5, 24), torch.randn(150, 24, device=DEVICE)
+    problem = (start, torch.zeros_like(start), features, CLIMB, Step())
+    for a, b in zip(*(stepped(bank_ascent, *problem) for _ in range(2)), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_ascent_is_a_proper_operation() -> None:
-    features, rows = named(2, 16), torch.randn(20, 16, device=DEVICE)
-    numbers = (0.03, *STEP.values(), 1.0)
-    flags = (True, "ieee")
-    arguments = (rows, torch.zeros_like(rows), *features.values(), list(PAPER_MIX), *numbers, *flags)
+    features, rows = chosen(2, 16), torch.randn(20, 16, device=DEVICE)
+    arguments = (rows, torch.zeros_like(rows), *features, EXACT_CLIMB.numbers(), list(Step()))
     torch.library.opcheck(ascent_module._op, arguments)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_ascent_compiles_without_a_graph_break(backend: str) -> None:
-    features, start = named(3, 16), torch.randn(20, 16, device=DEVICE)
-
-    def ascend(rows: Tensor, velocity: Tensor) -> tuple[Tensor, ...]:
-        options = {"mix": PAPER_MIX, "temperature": 0.03}
-        return bank_ascent(rows, velocity, **features, **options, **STEP)
-
-    results = []
-    for function in (ascend, torch.compile(ascend, fullgraph=True, backend=backend)):
-        rows, velocity = start.clone(), torch.zeros_like(start)
-        results.append([*function(rows, velocity), rows, velocity])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    features, start = chosen(3, 16), torch.randn(20, 16, device=DEVICE)
+    problem = (start, torch.zeros_like(start), features, CLIMB, Step())
+    forms = (bank_ascent, torch.compile(bank_ascent, fullgraph=True, backend=backend))
+    for a, b in zip(*(stepped(form, *problem) for form in forms), strict=True):
+        assert torch.equal(a, b)
 
 
 # arguments
@@ -487,15 +450,17 @@ def test_ascent_compiles_without_a_graph_break(backend: str) -> None:
 )
 def test_wrong_arguments_of_the_contrast(change: dict[str, Any], error: type[Exception], words: str) -> None:
     features = {name: torch.zeros(4, 8) for name in ("key", "basic", "weak", "strong")}
-    arguments = {**features, "bank": torch.zeros(6, 8), "mix": PAPER_MIX, "temperature": 0.07, **change}
+    given = {**features, "bank": torch.zeros(6, 8), **change}
+    bank = given.pop("bank")
+    settings = Contrast(**{name: given.pop(name) for name in tuple(given) if name in Contrast._fields})
     with pytest.raises(error) as raised:
-        mixing_contrast(**arguments)
+        mixing_contrast(Features(**given), bank, settings)
     assert words in str(raised.value)
 
 
 def test_too_wide_rows_are_refused() -> None:
     with pytest.raises(ValueError, match="D must be <= 256, got 257"):
-        mixing_contrast(*[torch.zeros(2, 257)] * 4, torch.zeros(3, 257), (), 0.07)
+        mixing_contrast(Features(*[torch.zeros(2, 257)] * 4), torch.zeros(3, 257), PAPER)
 
 
 @pytest.mark.parametrize(
@@ -507,19 +472,17 @@ def test_too_wide_rows_are_refused() -> None:
     ids=str,
 )
 def test_wrong_arguments_of_the_ascent(change: dict[str, Any], words: str) -> None:
-    features = {name: torch.zeros(4, 8) for name in ("key", "basic", "weak", "strong")}
-    state = {"rows": torch.zeros(6, 8), "velocity": torch.zeros(6, 8)}
-    arguments = {**state, **features, "mix": PAPER_MIX, "temperature": 0.03, **STEP, **change}
+    state = {"rows": torch.zeros(6, 8), "velocity": torch.zeros(6, 8), **change}
     with pytest.raises(ValueError) as raised:
-        bank_ascent(**arguments)
+        bank_ascent(**state, features=Features(*[torch.zeros(4, 8)] * 4), settings=CLIMB, step=Step())
     assert words in str(raised.value)
 
 
 # the check before a run
 
 
-def mismatch(**options: Any) -> str:
-    return verify.mismatch(torch.device(DEVICE), 16, PAPER_MIX, (0.07, 0.03), **options)
+def mismatch() -> str:
+    return verify.mismatch(torch.device(DEVICE), 16, PAPER._replace(normalize=True), CLIMB)
 
 
 def test_right_kernels_are_found_right(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -531,7 +494,8 @@ def test_right_kernels_are_found_right(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_broken_kernels_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "_CLIPS", 3)
     with monkeypatch.context() as patch:
-        patch.setattr(verify, "bank_ascent", partial(bank_ascent, weight=1.2))
+        strong = partial(bank_ascent, step=Step(weight=1.2))
+        patch.setattr(verify, "bank_ascent", lambda *problem: strong(*problem[:4]))
         assert re.fullmatch(r"the bank's velocity is off by (19|20)\.\d% from float64", mismatch())
     with monkeypatch.context() as patch:
         patch.setattr(contrast_module, "launch_all", lambda *_: None)

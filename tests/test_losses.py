@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from a2mc_fast.kernels import reference
+from a2mc_fast.kernels.problem import Contrast, Features
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from a2mc_fast.losses import PAPER_MIX, info_nce, mixing_contrast
+from a2mc_fast.losses import PAPER_MIX, contrasted, mixing_contrast
 from bench.baselines import literal_mixing_contrast, whole_logits_mixing_contrast
 
 SHAPES = [(4, 6, 8), (7, 129, 24), (33, 200, 100), (1, 1, 3), (5, 9001, 16)]  # odd everywhere; beyond a block
@@ -91,8 +92,8 @@ def test_gradcheck() -> None:
     leaves = [x.requires_grad_() for x in (basic, weak, strong, bank)]
 
     def function(*leaves: Tensor) -> tuple[Tensor, ...]:
-        options = {"mix": (0.3, 0.1), "temperature": 0.2, "strong_target": "one_hot"}
-        return mixing_contrast(key, *leaves, **options)[1:]  # type: ignore[arg-type]
+        *anchors, bank = leaves
+        return contrasted(Features(key, *anchors), bank, Contrast((0.3, 0.1), 0.2, distill=False))[1:]
 
     assert torch.autograd.gradcheck(function, leaves)
 
@@ -100,8 +101,9 @@ def test_gradcheck() -> None:
 def test_equal_similarities_give_the_logarithm_of_the_count() -> None:
     """All rows equal: every logit of InfoNCE is the same, so the loss is ln(1 + K)."""
     row = unit(1, 16)
-    loss = info_nce(row.expand(3, -1), row.expand(3, -1), row.expand(50, -1))
-    torch.testing.assert_close(loss, torch.full((3,), math.log(51), dtype=torch.float64))
+    features = Features(row.expand(3, -1), row.expand(3, -1))
+    loss = contrasted(features, row.expand(50, -1), Contrast(mix=()))
+    torch.testing.assert_close(loss.basic, torch.full((3,), math.log(51), dtype=torch.float64))
 
 
 def test_loss_at_the_start_and_its_floor() -> None:
@@ -126,8 +128,9 @@ def test_huge_logits_stay_finite() -> None:
 def test_without_views_their_terms_are_zero() -> None:
     (key, basic, weak, strong), bank = problem(4, 9, 8)
     assert mixing_contrast(key, basic, None, None, bank).weak.item() == 0
-    one_hot = mixing_contrast(key, basic, weak, strong, bank, strong_target="one_hot")
-    torch.testing.assert_close(one_hot.strong, reference.contrast(strong, key, bank, PAPER_MIX, 0.07).mean())
+    one_hot = Contrast(distill=False)
+    got = contrasted(Features(key, basic, weak, strong), bank, one_hot).strong
+    torch.testing.assert_close(got, reference.contrast(strong, key, bank, one_hot))
 
 
 def test_nothing_of_the_size_of_all_logits_is_stored() -> None:

@@ -1,0 +1,61 @@
+"""What the operations are given and give back; `reference` needs no more than this and torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+Precision = Literal["tf32", "ieee"]
+"""How float32 operands are multiplied: on tensor cores with 10-bit mantissas, or in full float32."""
+
+
+class Features(NamedTuple):
+    """Unit rows [N, D] of one batch that meet at one bank; weak and strong are absent where not used."""
+
+    key: Tensor  # f0
+    basic: Tensor  # f3
+    weak: Tensor | None = None  # f1
+    strong: Tensor | None = None  # f2
+
+    def detach(self) -> Features:
+        return Features(*(None if f is None else f.detach() for f in self))  # type: ignore[arg-type]
+
+
+class Contrast(NamedTuple):
+    """How features are contrasted with a bank (A²MC Eq. 8-11)."""
+
+    mix: Sequence[float] = (0.4, 0.3, 0.2, 0.1)  # shares λ of the positive in the mixed banks
+    temperature: float = 0.07  # τ
+    distill: bool = True  # L2 pulls f2's distribution to f3's; else it is a contrast like L1
+    normalize: bool = False  # the bank's rows are raw: it is their unit rows that count
+    precision: Precision = "tf32"  # of the kernels alone
+
+    def numbers(self) -> list[float]:
+        """The same as an operation of torch's can take it."""
+        flags = (self.distill, self.normalize, self.precision == "ieee")
+        return [self.temperature, *map(float, flags), *self.mix]
+
+
+def contrast_from(numbers: Sequence[float]) -> Contrast:
+    """What `Contrast.numbers` has told."""
+    temperature, distill, normalize, exact, *mix = numbers
+    return Contrast(tuple(mix), temperature, bool(distill), bool(normalize), "ieee" if exact else "tf32")
+
+
+class Step(NamedTuple):
+    """How a bank's rows climb (Eq. 7, with AdCo's momentum and weight decay)."""
+
+    lr: float = 3.0  # β
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    weight: float = 1.0  # of the batch's mean loss in what they climb
+
+
+class Ascent(NamedTuple):
+    """What one ascent did, as scalars on the device."""
+
+    row_norm: Tensor  # mean norm of the rows before the step
+    movement: Tensor  # mean distance that a unit row moved
+    negatives: Tensor  # softmax share of the negatives, mean over the clips of basic
