@@ -124,10 +124,6 @@ class Linear(LinearConfig, Evaluation):
 
     encodes: ClassVar[bool] = True
 
-    def shown(self, epoch: int, accuracy: float) -> None:
-        """Tells the user on standard error how a training goes."""
-        print(f"{self.protocol}: epoch {epoch}  top-1 {accuracy:.2f} %", file=sys.stderr)
-
     def resolved(self, encoder: str) -> dict[str, Any]:
         return {**super().resolved(encoder), "lr": self.learning_rate(encoder)}
 
