@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from a2mc_fast.errors import InputError
 
@@ -24,8 +27,12 @@ def atomic_path(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
     os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    mode = temporary.stat().st_mode
     try:
-        yield temporary
+        with _refusals_of_safetensors(target):
+            yield temporary
+        # safetensors puts a file of its own in place of the one it is given, for nobody else to read
+        os.chmod(temporary, mode)
         _sync(temporary)
         os.replace(temporary, target)
         _sync(target.parent)
@@ -35,10 +42,24 @@ def atomic_path(target: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def _refusals_of_safetensors(path: Path) -> Iterator[None]:
+    """What the system refuses that library, which tells it in words, as an `OSError`."""
+    try:
+        yield
+    except SafetensorError as error:
+        refused = re.search(r"\(os error (\d+)\)", str(error))
+        if refused is None:
+            raise
+        number = int(refused[1])
+        raise OSError(number, os.strerror(number), str(path)) from None
+
+
 def remove_leftovers(folder: Path, *names: str) -> None:
-    """Delete what killed processes left of files of these names; nobody may be writing them now."""
-    for name in names:
-        for path in folder.glob(f".{name}.*.tmp"):
+    """Delete what killed processes left of files of these names; nobody may be writing in the folder now."""
+    # the last are those that safetensors was writing
+    for pattern in (*(f".{name}.*.tmp" for name in names), ".tmp??????"):
+        for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from a2mc_fast.data import Clips
 from a2mc_fast.errors import InputError
+from a2mc_fast.files import remove_leftovers
 from a2mc_fast.run import checkpoint, machine, saver
 from a2mc_fast.run import log as runlog
 from a2mc_fast.run.checkpoint import FILE, load, numbered
@@ -467,6 +468,17 @@ def test_the_file_is_plain_safetensors(data: Path, tmp_path: Path) -> None:
     read = load_file(tmp_path / "x.safetensors")
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[n], t) and read[n].dtype == t.dtype for n, t in tensors.items())
+
+
+def test_files_are_as_readable_as_any_other(tmp_path: Path) -> None:
+    """safetensors writes files that only their owner reads, under names of its own."""
+    path = tmp_path / "x.safetensors"
+    checkpoint.write(path, checkpoint.State({"step": 3}, {"a": torch.zeros(3)}))
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+    (tmp_path / ".tmpA1b2C3").touch()
+    remove_leftovers(tmp_path, FILE)
+    assert {p.name for p in tmp_path.iterdir()} == {"x.safetensors", "other"}
 
 
 @pytest.mark.parametrize("last", [True, False])

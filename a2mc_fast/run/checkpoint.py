@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -104,28 +105,13 @@ def write(path: Path, saved: State) -> None:
 
 
 def write_content(path: Path, saved: State) -> None:
-    """The safetensors format by hand: the library would hold Python's lock for as long as the disk takes."""
+    """`write`, in place and with no promise about what an error leaves."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in saved.tensors.items()}
     wrong = _not_finite(tensors)
     require(not wrong, f"{wrong} is not finite after step {saved.header['step']}: the state is not saved")
     text = {name: json.dumps(value, allow_nan=False) for name, value in saved.header.items()}
     text["checksum"] = _checksum(text, tensors)
-    # wide types first, so that every tensor is aligned
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = {"__metadata__": text}
-    end = 0
-    for name in names:
-        tensor = tensors[name]
-        start, end = end, end + tensor.nbytes
-        header[name] = {
-            "dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]
-        }  # fmt: skip
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name in names:
-            file.write(_bytes(tensors[name]))
+    save_file(tensors, path, metadata=text)
 
 
 def _bytes(tensor: Tensor) -> memoryview:
