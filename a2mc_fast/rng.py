@@ -23,7 +23,7 @@ _ROUNDS = 10
 _MASK64, _WEYL64 = 0xFFFFFFFFFFFFFFFF, 0x9E3779B97F4A7C15
 
 # streams of the training step; evaluation and the attack use their own
-STREAM_ORDER, STREAM_VIEWS, STREAM_NOISE, STREAM_EVALUATE, _, STREAM_SUBSET = range(6)
+STREAM_ORDER, STREAM_VIEWS, STREAM_NOISE, STREAM_EVALUATE, STREAM_SUBSET = 0, 1, 2, 3, 5
 
 
 def combine(seed: int, step: int) -> int:
