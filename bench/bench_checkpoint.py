@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 
 from a2mc_fast.config import Config, RunConfig, demo, preset
 from a2mc_fast.data.synthetic import synthetic_clips
@@ -24,22 +22,14 @@ from a2mc_fast.run import checkpoint
 from a2mc_fast.run.log import RunLog
 from a2mc_fast.run.saver import Saver
 from a2mc_fast.trainer import Trainer
-
-CUDA = torch.cuda.is_available()
+from bench.harness import CUDA, seconds
+from bench.records import Record, Recorder
 
 
 def setting(out: Path) -> Config:
     """The paper's run on a GPU, the demo on a CPU; both on the built-in set."""
     base = replace(preset("ntu60-xsub"), data="", synthetic=demo().synthetic) if CUDA else demo()
     return replace(base, run=RunConfig(out=str(out), threads=1, progress=False))
-
-
-@pytest.fixture
-def one_core() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -53,18 +43,7 @@ def trainer(tmp_path: Path, one_core: None) -> Trainer:
     return made
 
 
-def seconds(work: object, *args: object) -> float:
-    """Wall time of a call, the device included."""
-    if CUDA:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    work(*args)  # type: ignore[operator]
-    if CUDA:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def test_share_of_an_epoch(benchmark: BenchmarkFixture, trainer: Trainer, tmp_path: Path) -> None:
+def test_share_of_an_epoch(record: Recorder, trainer: Trainer, tmp_path: Path) -> None:
     """At the default intervals: a save per epoch and a check per log line, against the epoch's steps."""
     config, per_epoch, folder = trainer.config, trainer.steps_per_epoch, tmp_path / "run"
     median = statistics.median
@@ -82,32 +61,34 @@ def test_share_of_an_epoch(benchmark: BenchmarkFixture, trainer: Trainer, tmp_pa
             used = time.thread_time()
             checkpoint.write(folder / "x.safetensors", trainer.state(number, {}))
             written.append(time.thread_time() - used)
-        benchmark.pedantic(lambda: saver.save(trainer.state(1, {})), setup=saver.wait, rounds=20)
     stall = median(stalls) + check * (1 + per_epoch / config.run.log_every)
     share = stall / (step * per_epoch)
-    benchmark.extra_info.update(
+    keep(
+        record,
+        "saving after every epoch",
+        1e3 * median(stalls),
         {
             "steps per epoch": per_epoch,
-            "step, milliseconds": 1e3 * step,
-            "stall of a save, milliseconds": 1e3 * median(stalls),
-            "check, milliseconds": 1e3 * check,
-            "thread's processor time, milliseconds": 1e3 * median(written),
+            "step, ms": 1e3 * step,
+            "check, ms": 1e3 * check,
+            "thread's processor time, ms": 1e3 * median(written),
             "bytes": (folder / checkpoint.FILE).stat().st_size,
             "share of an epoch": share,
             "share with the thread's processor time": share + median(written) / (step * per_epoch),
-        }
+        },
     )
-    report(benchmark)
     assert share < 0.01
 
 
-def report(benchmark: BenchmarkFixture) -> None:
-    print()
-    for name, value in benchmark.extra_info.items():
+def keep(record: Recorder, what: str, stall: float, numbers: dict[str, float]) -> None:
+    """Record and print what a save cost; `stall` in milliseconds."""
+    record(Record(what=what, ms=stall, numbers=numbers))
+    print(f"\n  {what:<40} {stall:.5g} ms")
+    for name, value in numbers.items():
         print(f"  {name:<40} {value:.5g}")
 
 
-def test_a_large_state(benchmark: BenchmarkFixture, one_core: None, tmp_path: Path) -> None:
+def test_a_large_state(record: Recorder, one_core: None, tmp_path: Path) -> None:
     """The stall of saving 600 MB, against a save in the foreground and against copying alone."""
     device = "cuda" if CUDA else "cpu"
     tensors = {f"model.{i}": torch.randn(1024, 1464, device=device) for i in range(100)}
@@ -121,16 +102,15 @@ def test_a_large_state(benchmark: BenchmarkFixture, one_core: None, tmp_path: Pa
         whole.append(stalls[-1] + seconds(saver.wait))
     at_once = min(seconds(checkpoint.write, tmp_path / "x.safetensors", state) for _ in range(2))
     copying = min(seconds(lambda: [tensor.cpu().clone() for tensor in tensors.values()]) for _ in range(2))
-    benchmark.pedantic(lambda: saver.save(state), setup=saver.wait, rounds=3)
-    saver.wait()
-    benchmark.extra_info.update(
+    keep(
+        record,
+        "saving a large state",
+        1e3 * min(stalls),
         {
             "bytes": (tmp_path / checkpoint.FILE).stat().st_size,
-            "stall, seconds": min(stalls),
-            "until on the disk, seconds": min(whole),
-            "written at once, seconds": at_once,
-            "copied into new memory, seconds": copying,
-        }
+            "until on the disk, ms": 1e3 * min(whole),
+            "written at once, ms": 1e3 * at_once,
+            "copied into new memory, ms": 1e3 * copying,
+        },
     )
-    report(benchmark)
     assert min(stalls) < at_once / 3

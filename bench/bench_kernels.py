@@ -19,31 +19,36 @@ from a2mc_fast.kernels import reference
 from a2mc_fast.kernels.bank_ascent import bank_ascent
 from a2mc_fast.kernels.mixing_contrast import mixing_contrast
 from a2mc_fast.kernels.problem import Contrast, Features, Step
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from bench.baselines import literal_mixing_contrast, whole_logits_mixing_contrast
-from bench.harness import CUDA, DEVICE, Form, report
+from bench.harness import CUDA, DEVICE, TOY, Form, compare, compiled, sized
+from bench.records import Recorder
 
 D, PAPER_MIX = 128, (0.4, 0.3, 0.2, 0.1)
-LITERAL_LIMIT = 30e9  # bytes of mixed banks beyond which the literal form is left out
+KERNELS = CUDA or TOY  # a rehearsal runs them in Triton's interpreter
+LITERAL_LIMIT = 30e9 if CUDA else 3e9  # bytes of mixed banks beyond which the literal form is left out
 
 
 @dataclass(frozen=True)
 class Size:
     """One measured problem."""
 
-    n: int = 64
-    k: int = 16384
+    n: int = sized(64, 64, 8)
+    k: int = sized(16384, 16384, 64)
     mix: tuple[float, ...] = PAPER_MIX
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"N": self.n, "K": self.k, "mix": len(self.mix)}
 
     def __str__(self) -> str:
         return f"N{self.n}-K{self.k}-mix{len(self.mix)}"
 
 
 SWEEP = [
-    *(Size(k=k) for k in ((4096, 16384, 65536, 262144, 1048576) if CUDA else (4096, 16384))),
-    *(Size(n=n) for n in ((32, 256, 1024) if CUDA else (32,))),
+    *(Size(k=k) for k in sized((16384, 4096, 65536, 262144, 1048576), (16384, 4096), (64,))),
+    *(Size(n=n) for n in sized((32, 256, 1024), (32,), ())),
     *(Size(mix=mix) for mix in ((), (0.25,))),
 ]
 
@@ -75,7 +80,7 @@ class Problem:
         self.bank, self.rows = unit(size.k), 2 * unit(size.k)
         self.velocity = torch.zeros_like(self.rows)
         torch.compiler.reset()  # beyond a number of sizes torch gives up compiling
-        self.compiled = torch.compile(self.whole_logits, dynamic=False)
+        self.compiled = compiled(self.whole_logits)
 
     def gradients(self, form: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
         """Gradients of L with respect to the anchors."""
@@ -90,13 +95,11 @@ class Problem:
     def losses(self) -> dict[str, Callable[[], list[Tensor]]]:
         """Loss with feature gradients, by form."""
         forms: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = (
-            {"triton": ours(mixing_contrast), "compiled": self.compiled, "eager": EAGER}
-            if CUDA
+            {"ours": ours(mixing_contrast), "compiled": self.compiled, "eager": EAGER}
+            if KERNELS
             else {"ours": EAGER, "compiled": self.compiled}
         )
-        if 4 * self.size.n * self.size.k * D * (1 + len(self.size.mix)) * 3 < (
-            LITERAL_LIMIT if CUDA else 3e9
-        ):
+        if 4 * self.size.n * self.size.k * D * (1 + len(self.size.mix)) * 3 < LITERAL_LIMIT:
             forms["literal"] = literal_mixing_contrast
         return {name: lambda form=form: self.gradients(form) for name, form in forms.items()}  # type: ignore[misc]
 
@@ -117,8 +120,8 @@ class Problem:
             return bank_ascent(self.rows, self.velocity, features, Contrast(mix, 0.03), Step())
 
         compiled, single_pass = lambda: plain(self.compiled), lambda: plain(EAGER)
-        if CUDA:
-            return {"triton": triton, "compiled": compiled, "eager": single_pass}
+        if KERNELS:
+            return {"ours": triton, "compiled": compiled, "eager": single_pass}
         return {"ours": single_pass, "compiled": compiled}
 
     @property
@@ -127,7 +130,7 @@ class Problem:
 
 
 @pytest.mark.parametrize("size", SWEEP, ids=str)
-def test_loss_and_gradients(benchmark: BenchmarkFixture, size: Size) -> None:
+def test_loss_and_gradients(record: Recorder, size: Size) -> None:
     problem = Problem(size)
     forms = problem.losses()
     results = {name: form() for name, form in forms.items()}
@@ -135,15 +138,15 @@ def test_loss_and_gradients(benchmark: BenchmarkFixture, size: Size) -> None:
         for a, b in zip(got, results["compiled"], strict=True):
             # tf32 products carry ten bits
             worst = ((a - b).norm() / b.norm()).item()
-            assert worst < (5e-3 if name == "triton" else 1e-3), (
+            assert worst < (5e-3 if name == "ours" else 1e-3), (
                 f"{name} differs by {worst:.1e}: no speed for it"
             )
     # the bank is read once
-    report(benchmark, f"loss with gradients, {size}", forms, problem.bank_bytes)  # type: ignore[arg-type]
+    record(*compare("loss with gradients", size.sizes, forms, problem.bank_bytes))
 
 
 @pytest.mark.parametrize("size", SWEEP, ids=str)
-def test_ascent(benchmark: BenchmarkFixture, size: Size) -> None:
+def test_ascent(record: Recorder, size: Size) -> None:
     stepped = {}
     for name in Problem(size).ascents():
         problem = Problem(size)
@@ -154,10 +157,10 @@ def test_ascent(benchmark: BenchmarkFixture, size: Size) -> None:
         assert worst < 5e-3, f"{name} differs by {worst:.1e}: no speed for it"
     problem = Problem(size)
     # the rows are read for the softmax, then rows and velocity are read and written
-    report(benchmark, f"ascent, {size}", problem.ascents(), 5 * problem.bank_bytes)
+    record(*compare("ascent", size.sizes, problem.ascents(), 5 * problem.bank_bytes))
 
 
-def test_loss_gradients_and_ascent(benchmark: BenchmarkFixture) -> None:
+def test_loss_gradients_and_ascent(record: Recorder) -> None:
     """All that a step of the paper's size does with its bank."""
     problem = Problem(Size())
     losses, ascents = problem.losses(), problem.ascents()
@@ -167,4 +170,5 @@ def test_loss_gradients_and_ascent(benchmark: BenchmarkFixture) -> None:
     }
     if "literal" in losses:
         forms["literal"] = lambda: (losses["literal"](), ascents["compiled"]())
-    report(benchmark, f"loss, gradients and ascent, {problem.size}", forms, 6 * problem.bank_bytes)
+    sizes = problem.size.sizes
+    record(*compare("loss, gradients and ascent", sizes, forms, 6 * problem.bank_bytes))

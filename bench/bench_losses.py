@@ -7,25 +7,27 @@ memory beyond the inputs.
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
-import time
+import statistics
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from a2mc_fast.kernels import reference
 from a2mc_fast.kernels.problem import Contrast, Features
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from bench.baselines import literal_mixing_contrast, whole_logits_mixing_contrast
+from bench.harness import compare, seconds
+from bench.records import Record, Recorder
 
 N, K, D = 64, 16384, 128
 MIX, TEMPERATURE = (0.4, 0.3, 0.2, 0.1), 0.07
+SIZES = {"N": N, "K": K, "mix": len(MIX)}
 
 Loss = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
@@ -67,25 +69,21 @@ def test_the_forms_agree() -> None:
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("form", ["ours", "whole logits"])
-def test_loss_and_gradients(benchmark: BenchmarkFixture, form: str) -> None:
-    benchmark.pedantic(gradients, (FORMS[form],), rounds=7, warmup_rounds=2)
+def test_loss_and_gradients(record: Recorder) -> None:
+    forms = {form: functools.partial(gradients, FORMS[form]) for form in ("ours", "whole logits")}
+    record(*compare("loss with gradients on all cores", SIZES, forms))
 
 
-def test_a_hundred_times_faster_than_literal(benchmark: BenchmarkFixture) -> None:
+def test_a_hundred_times_faster_than_literal(record: Recorder) -> None:
     """The literal form takes half a minute and 11 GB, so it runs once."""
-    benchmark.pedantic(gradients, (FORMS["literal"],), rounds=1)
-    assert benchmark.stats is not None
-    literal: float = benchmark.stats.stats.median
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        gradients(ours)
-        times.append(time.perf_counter() - start)
-    ratio = literal / sorted(times)[2]
-    benchmark.extra_info["times faster"] = round(ratio, 1)
-    print(f"\nours {1e3 * sorted(times)[2]:.1f} ms, literal {literal:.1f} s: {ratio:.0f} times faster")
-    assert ratio >= 100
+    literal = seconds(gradients, FORMS["literal"])
+    once = statistics.median(seconds(gradients, ours) for _ in range(5))
+    for form, time in (("ours", once), ("literal", literal)):
+        record(
+            Record(what="loss with gradients beside the literal form", form=form, sizes=SIZES, ms=1e3 * time)
+        )
+    print(f"\nours {1e3 * once:.1f} ms, literal {literal:.1f} s: {literal / once:.0f} times faster")
+    assert literal / once >= 100
 
 
 def _status(field: str) -> int:
@@ -107,17 +105,13 @@ def _peak(connection: Connection, form: str) -> None:
     connection.send(_status("VmHWM") - before)
 
 
-@pytest.mark.parametrize("form", ["ours", "whole logits"])
-def test_peak_memory(benchmark: BenchmarkFixture, form: str) -> None:
-    receive, send = multiprocessing.get_context("spawn").Pipe(False)
-    process = multiprocessing.get_context("spawn").Process(target=_peak, args=(send, form))
-
-    def run() -> None:
+def test_peak_memory(record: Recorder) -> None:
+    for form in ("ours", "whole logits"):
+        receive, send = multiprocessing.get_context("spawn").Pipe(False)
+        process = multiprocessing.get_context("spawn").Process(target=_peak, args=(send, form))
         process.start()
+        extra = receive.recv()
         process.join()
-
-    benchmark.pedantic(run, rounds=1)
-    extra = receive.recv()
-    benchmark.extra_info["extra bytes"] = extra
-    print(f"\n{form}: {extra / 1e6:.0f} MB beyond the inputs")
-    assert form != "ours" or extra < 150e6
+        record(Record(what="memory of the loss and its gradients", form=form, sizes=SIZES, MiB=extra / 2**20))
+        print(f"\n{form}: {extra / 1e6:.0f} MB beyond the inputs")
+        assert form != "ours" or extra < 150e6

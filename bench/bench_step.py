@@ -10,14 +10,12 @@ the device in each step.
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -31,53 +29,62 @@ from a2mc_fast.encoders.count import parameters_and_macs
 from a2mc_fast.run.machine import peak_memory
 from a2mc_fast.trainer import Trainer
 from bench.baselines import feeder_pair, literal_mixing_contrast
-from bench.harness import CUDA, DEVICE, copy_bandwidth, milliseconds, product_rate
+from bench.harness import (
+    COMPILE_ONLY,
+    CUDA,
+    DEVICE,
+    copy_bandwidth,
+    milliseconds,
+    product_rate,
+    seconds,
+    sized,
+    synchronize,
+)
+from bench.records import Record, Recorder
 
 PHASES = ("views", "attack", "key", "query", "loss", "backward", "optimizer", "bank")
 # forward passes that a step costs per clip: key 1; three query views forward and, twice as much, backward;
 # the attack forward and, for the input alone, backward
 PASSES = 1 + 3 * 3 + 2
 ENCODERS = {
-    "bigru": EncoderConfig() if CUDA else EncoderConfig(hidden=64, layers=1),
-    "stgcn": EncoderConfig(name="stgcn", channels=16 if CUDA else 4),
+    "bigru": EncoderConfig(hidden=sized(1024, 64, 8), layers=sized(3, 1, 1)),
+    "stgcn": EncoderConfig(name="stgcn", channels=sized(16, 4, 4)),
     "dsta": EncoderConfig(name="dsta", size="full" if CUDA else "small"),
-    "scd": EncoderConfig(name="scd", width=2048 if CUDA else 64),
+    "scd": EncoderConfig(name="scd", width=sized(2048, 64, 16)),
 }
+STEPS = 1 if COMPILE_ONLY else sized(200, 3, 1)
 
 
-def setting(encoder: str) -> Config:
-    """The paper's run on a GPU; on a CPU narrow encoders, small batches and a small bank."""
+def setting(case: str) -> Config:
+    """The paper's run on a GPU; on a CPU narrow encoders, small batches and a small bank. Or preset `own`."""
+    builtin = replace(demo().synthetic, clips=1000)
+    if case == "own":
+        config = replace(preset("own"), data="", synthetic=builtin)
+        return config if CUDA else _narrow(config, config.encoder, frames=16, batch=4)
     if CUDA:
-        return replace(preset("ntu60-xsub"), data="", synthetic=demo().synthetic, encoder=ENCODERS[encoder])
-    config = demo()
-    recurrent = encoder == "bigru"
-    frames = 64 if recurrent else 16
+        return replace(preset("ntu60-xsub"), data="", synthetic=builtin, encoder=ENCODERS[case])
+    recurrent = case == "bigru"
+    frames, batch = sized((0, 0), (64, 64) if recurrent else (16, 4), (16, 4))
+    return _narrow(demo(), ENCODERS[case], frames, batch)
+
+
+def _narrow(config: Config, encoder: EncoderConfig, frames: int, batch: int) -> Config:
     return replace(
         config,
         views=replace(config.views, frames=frames, min_frames=frames),
-        encoder=ENCODERS[encoder],
+        encoder=encoder,
         bank=replace(config.bank, size=1024),
-        optim=replace(config.optim, batch_size=64 if recurrent else 4),
+        optim=replace(config.optim, batch_size=batch),
         run=RunConfig(threads=1),
     )
 
 
-def synchronize() -> None:
-    if CUDA:
-        torch.cuda.synchronize()
-
-
 def seconds_per_step(trainer: Trainer, first: int, count: int) -> float:
     """Mean of `count` steps after some that warm up, compile and capture."""
-    warm = 5 if CUDA else 1
+    warm = 5 if CUDA and not COMPILE_ONLY else 1
     for step in range(first, first + warm):
         trainer.step(step)
-    synchronize()
-    start = time.perf_counter()
-    for step in range(first + warm, first + warm + count):
-        trainer.step(step)
-    synchronize()
-    return (time.perf_counter() - start) / count
+    return seconds(lambda: [trainer.step(first + warm + step) for step in range(count)]) / count
 
 
 def phases(trainer: Trainer, first: int, count: int) -> dict[str, float]:
@@ -104,59 +111,61 @@ def data() -> Clips:
     return synthetic_clips(clips=1000, device=DEVICE)
 
 
-def new_trainer(data: Clips, encoder: str) -> Trainer:
-    config = setting(encoder)
+def new_trainer(data: Clips, case: str) -> Trainer:
+    config = setting(case)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     return Trainer(config, data)
 
 
-@pytest.mark.parametrize("encoder", ENCODERS)
-def test_step_by_phase(benchmark: BenchmarkFixture, data: Clips, encoder: str) -> None:
-    trainer = new_trainer(data, encoder)
+@pytest.mark.parametrize("case", [*ENCODERS, "own"])
+def test_step_by_phase(record: Recorder, data: Clips, case: str) -> None:
+    trainer = new_trainer(data, case)
     config = trainer.config
-    first, count = config.warmup_steps, 20 if CUDA else 3
+    batch, first = config.optim.batch_size, config.warmup_steps
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
-    seconds = benchmark.pedantic(seconds_per_step, (trainer, first, count), rounds=1)
-    # a CPU process only knows the peak of all it has done
-    memory = {"MiB": peak_memory(trainer.device) / 2**20} if CUDA else {}
-    table = phases(trainer, first, 5 if CUDA else 2)
-    batch = config.optim.batch_size
+    warming = seconds_per_step(trainer, 0, min(STEPS, 50))
+    seconds_ = seconds_per_step(trainer, first, STEPS)
     parameters, macs = parameters_and_macs(trainer.model.query.encoder, config.views.frames)
-    rate = 2 * macs * PASSES * batch / seconds
+    rate = 2 * macs * PASSES * batch / seconds_
     limit = product_rate(torch.bfloat16 if CUDA else torch.float32)
-    print(
-        f"\n{encoder}, {parameters / 1e6:.2f} M parameters, {macs / 1e9:.3f} GMACs per clip, batch {batch}, "
-        f"K {config.bank.size}\n{1e3 * seconds:.1f} ms per step, {batch / seconds:,.0f} clips/s, "
-        f"{rate / 1e12:.3f} TFLOP/s ({rate / limit:.0%} of a large product's)"
-        + "".join(f", {value:,.0f} {unit}" for unit, value in memory.items())
-    )
-    for name, milliseconds_ in sorted(table.items(), key=lambda item: -item[1]):
-        print(f"  {name:<11} {milliseconds_:8.2f} ms  {milliseconds_ / sum(table.values()):6.1%}")
-    around = 1 - sum(table[name] for name in ("attack", "key", "query", "backward")) / sum(table.values())
-    print(f"  around the encoder: {around:.1%}")
-    benchmark.extra_info.update(
-        {
-            "phases": table,
-            "milliseconds": 1e3 * seconds,
-            "clips per second": batch / seconds,
+    found = Record(
+        what="training step",
+        case=case,
+        sizes={"N": batch, "K": config.bank.size, "T": config.views.frames},
+        ms=1e3 * seconds_,
+        per_second=batch / seconds_,
+        # a CPU process only knows the peak of all it has done
+        MiB=peak_memory(trainer.device) / 2**20 if CUDA else None,
+        phases=phases(trainer, first, sized(5, 2, 1)),
+        numbers={
+            "warm-up step, ms": 1e3 * warming,
             "TFLOP/s": rate / 1e12,
-            # of the rate that a large product reaches on this machine
-            "MFU": rate / limit,
-            "batch": batch,
-            **memory,
-        }
+            "share of a large product's rate": rate / limit,
+            "a large product's TFLOP/s": limit / 1e12,
+            "parameters, millions": parameters / 1e6,
+            "GMACs per clip": macs / 1e9,
+        },
     )
+    record(found)
+    print(f"\n{case}: {found.ms:.2f} ms per step, {found.per_second:,.0f} clips/s, {found.sizes}")
+    for name, value in found.numbers.items():
+        print(f"  {name:<34} {value:10.3f}")
+    spent = sum(found.phases.values())
+    for name, ms in sorted(found.phases.items(), key=lambda item: -item[1]):
+        print(f"  {name:<34} {ms:10.2f} ms  {ms / spent:6.1%}")
+    around = 1 - sum(found.phases[name] for name in ("attack", "key", "query", "backward")) / spent
+    print(f"  around the encoder: {around:.1%}")
 
 
-def test_optimizer_and_key_update(benchmark: BenchmarkFixture) -> None:
+def test_optimizer_and_key_update(record: Recorder) -> None:
     """SGD with momentum and decay, then the key encoder's moving average, over the BiGRU's parameters.
 
     Fused SGD reads weight, gradient and momentum and writes two of them, the average reads two and writes
     one: 32 bytes per parameter. One kernel for both would still move 28, so it could gain at most 1.14 times.
     """
-    sizes = [49_457_580 // (1 if CUDA else 16) // 8] * 8
+    sizes = [49_457_580 // sized(1, 16, 4096) // 8] * 8
     weights = [torch.randn(n, device=DEVICE, requires_grad=True) for n in sizes]
     average = [w.detach().clone() for w in weights]
     for weight in weights:
@@ -170,14 +179,16 @@ def test_optimizer_and_key_update(benchmark: BenchmarkFixture) -> None:
         optimizer.step()
         torch._foreach_lerp_(average, weights, 1e-3)
 
-    measured = milliseconds(step)
-    reached = 32 * sum(sizes) / (1e-3 * measured.median) / copy_bandwidth()
-    print(
-        f"\n{sum(sizes) / 1e6:.1f} M parameters: {measured.median:.3f} ms, "
-        f"{reached:.0%} of a copy's bandwidth"
-    )
-    benchmark.extra_info.update({"ms": measured.median, "share of a copy's bandwidth": reached})
-    benchmark.pedantic(step, rounds=3, warmup_rounds=1)
+    ms, p20, p80 = milliseconds(step)
+    reached = 32 * sum(sizes) / (1e-3 * ms) / copy_bandwidth()
+    print(f"\n{sum(sizes) / 1e6:.1f} M parameters: {ms:.3f} ms, {reached:.0%} of a copy's bandwidth")
+    numbers = {"share of a copy's bandwidth": reached}
+    record(
+        Record(
+            what="optimizer and key update", sizes={"parameters": sum(sizes)}, ms=ms, p20=p20, p80=p80,
+            numbers=numbers,
+        )
+    )  # fmt: skip
 
 
 class PublicTrainer:
@@ -250,23 +261,18 @@ class PublicTrainer:
         return loss.item()
 
 
-def test_against_a_public_style_trainer(benchmark: BenchmarkFixture, data: Clips) -> None:
+def test_against_a_public_style_trainer(record: Recorder, data: Clips) -> None:
     trainer = new_trainer(data, "bigru")
-    first = trainer.config.warmup_steps
-    ours = seconds_per_step(trainer, first, 20 if CUDA else 10)
-    public = PublicTrainer(trainer)
+    config, first = trainer.config, trainer.config.warmup_steps
+    ours = seconds_per_step(trainer, first, 1 if COMPILE_ONLY else sized(50, 10, 1))
+    public, count = PublicTrainer(trainer), 1 if COMPILE_ONLY else sized(3, 3, 1)
     public.step(first)
-    synchronize()
-
-    def steps() -> None:
-        for step in range(first, first + 3):
-            public.step(step)
-        synchronize()
-
-    benchmark.pedantic(steps, rounds=1)
-    assert benchmark.stats is not None
-    theirs = benchmark.stats.stats.median / 3
+    theirs = seconds(lambda: [public.step(first + step) for step in range(count)]) / count
+    sizes = {"N": config.optim.batch_size, "K": config.bank.size, "T": config.views.frames}
+    for form, time in (("ours", ours), ("public", theirs)):
+        record(
+            Record(what="training step against a public-style trainer", form=form, sizes=sizes, ms=1e3 * time)
+        )
     print(
-        f"\nours {1e3 * ours:.0f} ms, public style {1e3 * theirs:.0f} ms per step: {theirs / ours:.1f} times"
+        f"\nours {1e3 * ours:.1f} ms, public style {1e3 * theirs:.0f} ms per step: {theirs / ours:.1f} times"
     )
-    benchmark.extra_info.update(ours=ours, public_style=theirs, ratio=theirs / ours)

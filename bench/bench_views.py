@@ -7,13 +7,10 @@ each of 64 clips.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import numpy as np
-import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch.utils.data import default_collate
 
 from a2mc_fast.augment import Views
@@ -21,9 +18,10 @@ from a2mc_fast.config import ViewConfig
 from a2mc_fast.data import Clips
 from a2mc_fast.skeleton import NTU25
 from bench.baselines import feeder_pair
-from bench.harness import DEVICE, report
+from bench.harness import DEVICE, compare, compiled, seconds, sized
+from bench.records import Record, Recorder
 
-CLIPS, FRAMES, BATCH = 512, 64, 64
+CLIPS, FRAMES, BATCH = sized((512, 64, 64), (512, 64, 64), (16, 16, 4))
 
 
 def clips(device: str = "cpu") -> Clips:
@@ -37,23 +35,10 @@ def clips(device: str = "cpu") -> Clips:
 def least_seconds(function: Callable[[int], object], rounds: int) -> float:
     """The least disturbed of some rounds; the round's number is the argument, so that each draws anew."""
     function(-1)
-    times = []
-    for number in range(rounds):
-        start = time.perf_counter()
-        function(number)
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return min(seconds(function, number) for number in range(rounds))
 
 
-@pytest.fixture
-def one_core() -> object:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def test_basic_views(benchmark: BenchmarkFixture, one_core: object) -> None:
+def test_basic_views(record: Recorder, one_core: None) -> None:
     data = clips()
     views = Views(data, ViewConfig(frames=FRAMES), 0)
     padded = np.zeros((CLIPS, 3, 300, NTU25.num_joints, 2), np.float32)
@@ -71,19 +56,17 @@ def test_basic_views(benchmark: BenchmarkFixture, one_core: object) -> None:
         picked = random.integers(0, CLIPS, BATCH)
         return default_collate([feeder_pair(padded[i], int(data.lengths[i]), FRAMES, random) for i in picked])
 
-    benchmark.pedantic(ours, (0,), rounds=30, warmup_rounds=3)
-    fast, slow = 2 * BATCH / least_seconds(ours, 30), 2 * BATCH / least_seconds(feeder, 10)
-    extra = benchmark.extra_info
-    extra.update(
-        {"views per second": round(fast), "numpy feeder": round(slow), "ratio": round(fast / slow, 1)}
-    )
+    rates = {"ours": 2 * BATCH / least_seconds(ours, 30), "public": 2 * BATCH / least_seconds(feeder, 10)}
+    for form, rate in rates.items():
+        record(Record(what="basic views", form=form, sizes={"N": BATCH, "T": FRAMES}, per_second=rate))
+    fast, slow = rates.values()
     print(
         f"\nbatch {BATCH}: {fast:,.0f} views/s, numpy feeder {slow:,.0f}/s, {fast / slow:.1f} times as many"
     )
     assert fast > 6 * slow  # eight to ten times as many on a quiet machine
 
 
-def test_views_of_a_step(benchmark: BenchmarkFixture, one_core: object) -> None:
+def test_views_of_a_step(record: Recorder, one_core: None) -> None:
     """Two basic views, a weak and a strong view of 64 attacked clips."""
     views = Views(clips(DEVICE), ViewConfig(frames=FRAMES), 0)
     index = torch.arange(BATCH, device=DEVICE) * 7 % CLIPS
@@ -98,9 +81,10 @@ def test_views_of_a_step(benchmark: BenchmarkFixture, one_core: object) -> None:
             views.make(index, "strong", draw2, step, rho),
         ]
 
-    compiled = torch.compile(make, dynamic=False)
-    for got, expected in zip(compiled(), make(), strict=True):
+    fused = compiled(make)
+    for got, expected in zip(fused(), make(), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     # two frames are read for each that is written, and two of the perturbation for the attacked views
     traffic = (4 * 3 + 2 * 2) * 4 * rho.numel()
-    report(benchmark, "four views of 64 clips", {"compiled": compiled, "eager": make}, traffic)
+    forms = {"ours": fused, "eager": make}
+    record(*compare("four views of a step", {"N": BATCH, "T": FRAMES}, forms, traffic))

@@ -1,27 +1,31 @@
-"""What a recorded benchmark says of its machine: processor, versions and commit, and no more.
-
-Record a run with `pytest bench -s --benchmark-json bench/results/NAME.json`.
-"""
+"""`pytest bench -s --record FILE.json` keeps what the benchmarks find; without it they only print."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
 
+import pytest
 import torch
 
-from a2mc_fast.run.machine import machine
+from bench.records import Recorder
 
 
-def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
-    """The run log's description instead of the host's name and details."""
-    machine_info.clear()
-    machine_info.update(machine(), threads=torch.get_num_threads())
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record", metavar="FILE", help="write what the benchmarks find to this JSON file")
 
 
-def pytest_benchmark_update_json(config: Any, benchmarks: Any, output_json: dict[str, Any]) -> None:
-    """Medians and extremes are enough: drop the single timings."""
-    output_json["commit_info"] = {"id": output_json["machine_info"]["commit"]}
-    for benchmark in output_json["benchmarks"]:
-        stats = benchmark["stats"]
-        kept = ("min", "q1", "median", "q3", "max", "rounds")
-        benchmark["stats"] = {name: value for name, value in stats.items() if name in kept}
+@pytest.fixture(scope="session")
+def record(request: pytest.FixtureRequest) -> Recorder:
+    """Takes every record that a benchmark finds."""
+    path = request.config.getoption("record")
+    return Recorder(Path(path) if path else None)
+
+
+@pytest.fixture
+def one_core() -> Iterator[None]:
+    """One thread for what torch computes on the CPU."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

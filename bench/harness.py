@@ -1,23 +1,43 @@
-"""What the benchmarks share: timing, memory, and the limits of the machine that a number is held against.
+"""What the benchmarks share: how large, timing, memory, and the limits of the machine that a number is held
+against.
 
 On a GPU every form is captured as a CUDA graph first, as the trainer runs it, so that the host's launches do
 not count for either side; times come from CUDA events with the second-level cache flushed.
+
+Two variables of the environment, both set by `bench.gpu`: BENCH_TOY=1 shrinks every problem until it is a
+rehearsal that says nothing about speed, and BENCH_COMPILE=1 calls every form once, so that compilers fill
+their caches, and measures nothing.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
+
+from bench.records import Record
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
+TOY = os.environ.get("BENCH_TOY") == "1"
+COMPILE_ONLY = os.environ.get("BENCH_COMPILE") == "1"
 
 Form = Callable[[], object]
+T = TypeVar("T")
+
+
+def sized(gpu: T, cpu: T, toy: T) -> T:
+    """The size for this machine."""
+    return toy if TOY else gpu if CUDA else cpu
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """By torch.compile for fixed sizes; a rehearsal stops before Inductor."""
+    return torch.compile(function, dynamic=False, backend="eager" if TOY else "inductor")
 
 
 class Time(NamedTuple):
@@ -26,6 +46,12 @@ class Time(NamedTuple):
     median: float
     p20: float
     p80: float
+
+
+def synchronize() -> None:
+    """Wait for the device."""
+    if CUDA:
+        torch.cuda.synchronize()
 
 
 def captured(function: Form) -> Form:
@@ -46,37 +72,42 @@ def captured(function: Form) -> Form:
 
 def milliseconds(function: Form) -> Time:
     """Median, 20 and 80 % of repeated calls."""
-    if CUDA:
+    if CUDA and not COMPILE_ONLY and not TOY:
         from triton.testing import do_bench
 
         return Time(*do_bench(captured(function), quantiles=[0.5, 0.2, 0.8]))
-    function()
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        function()
-        times.append(1e3 * (time.perf_counter() - start))
-    times.sort()
+    if COMPILE_ONLY or TOY:
+        return Time(*[1e3 * seconds(function)] * 3)
+    times = sorted([1e3 * seconds(function) for _ in range(6)][1:])
     return Time(times[2], times[1], times[3])
 
 
-def allocated(function: Form) -> int:
-    """Bytes that a call allocates at its peak, results included; 0 on a CPU."""
-    if not CUDA:
-        return 0
+def seconds(work: Callable[..., object], *args: object) -> float:
+    """Wall time of one call, the device included."""
+    synchronize()
+    start = time.perf_counter()
+    work(*args)
+    synchronize()
+    return time.perf_counter() - start
+
+
+def allocated(function: Form) -> float | None:
+    """MiB that a call allocates at its peak, results included; None on a CPU."""
+    if not CUDA or COMPILE_ONLY:
+        return None
     function()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     function()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 @functools.cache
 def copy_bandwidth() -> float:
     """Bytes per second, read and written, of the largest plain copy: what memory-bound work can reach."""
-    source = torch.empty(2**28 if CUDA else 2**24, device=DEVICE)
+    source = torch.empty(sized(2**28, 2**24, 2**10), device=DEVICE)
     target = torch.empty_like(source)
     return 2 * source.nbytes / (1e-3 * milliseconds(lambda: target.copy_(source)).p20)
 
@@ -84,30 +115,38 @@ def copy_bandwidth() -> float:
 @functools.cache
 def product_rate(dtype: torch.dtype) -> float:
     """FLOP per second of one large matrix product: what arithmetic-bound work can reach."""
-    size = 8192 if CUDA else 1024
+    size = sized(8192, 1024, 32)
     a, b = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
     return 2 * size**3 / (1e-3 * milliseconds(lambda: a @ b).p20)
 
 
-def report(
-    benchmark: BenchmarkFixture, title: str, forms: dict[str, Form], traffic: float | None = None
-) -> dict[str, Time]:
-    """Measure every form, print a table, and keep the numbers with the record.
+def compare(
+    what: str,
+    sizes: dict[str, int],
+    forms: Mapping[str, Form],
+    traffic: float | None = None,
+    case: str = "",
+) -> list[Record]:
+    """Measure every form and print a table. -> a record of each
 
     `ratio` is a form's time over the first one's; with `traffic`, the bytes that the first form has to move,
     its distance from the memory's limit is told too.
     """
-    times = {name: milliseconds(form) for name, form in forms.items()}
-    memory = {name: allocated(form) / 2**20 for name, form in forms.items()}
-    best = next(iter(times.values())).median
+    records = []
+    for name, form in forms.items():
+        ms, p20, p80 = milliseconds(form)
+        memory = allocated(form)
+        records.append(
+            Record(what=what, case=case, form=name, sizes=sizes, ms=ms, p20=p20, p80=p80, MiB=memory)
+        )
+    best = records[0].ms or 1.0
+    title = ", ".join([records[0].subject, *(f"{k} {v}" for k, v in sizes.items())])
     print(f"\n{title}\n{'':10}{'median ms':>12}{'20 %':>10}{'80 %':>10}{'MiB':>10}{'ratio':>8}")
-    for name, (median, low, high) in times.items():
-        print(f"{name:10}{median:12.4f}{low:10.4f}{high:10.4f}{memory[name]:10.1f}{median / best:8.1f}")
-    for name, (median, low, high) in times.items():
-        benchmark.extra_info[name] = {"ms": median, "p20": low, "p80": high, "MiB": memory[name]}
+    for r in records:
+        used = f"{r.MiB:.1f}" if r.MiB is not None else ""
+        print(f"{r.form:10}{r.ms:12.4f}{r.p20:10.4f}{r.p80:10.4f}{used:>10}{(r.ms or 0) / best:8.1f}")
     if traffic is not None:
         limit = 1e3 * traffic / copy_bandwidth()
-        benchmark.extra_info["memory limit ms"] = limit
+        records[0].numbers["memory limit, ms"] = limit
         print(f"memory's limit {limit:.4f} ms: {limit / best:.0%} of it reached")
-    benchmark.pedantic(next(iter(forms.values())), rounds=3, warmup_rounds=1)
-    return times
+    return records

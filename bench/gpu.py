@@ -1,0 +1,193 @@
+"""Everything that is worth a GPU's minutes, in one command: `python -m bench.gpu OUT --minutes 8`.
+
+First all parts compile side by side, beside the tests, which are not timed; then each part that is timed runs
+alone, the most telling first. OUT gets `gpu.json` (machine, records, how each part went), `logs.txt` and
+`table.txt`, which is also what the command prints last. Exit code 1: a part failed, hung or had no time left.
+`--rehearse` goes the same way on a CPU at toy sizes, where numbers mean nothing. `--data` takes packed clips.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import signal
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from a2mc_fast.errors import exit_on_error, require
+from bench.records import here, write
+from bench.runner import PASSED, Part, Runner
+from bench.table import table
+
+ROOT = Path(__file__).parent.parent
+CASES = ("bigru", "own", "stgcn", "dsta", "scd")
+SIDE_BY_SIDE = 0.4  # of the minutes, at most, before the first part that is timed
+LEFT_OVER = 12.0  # seconds for ending what hangs and for the table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to measure and how long it may take."""
+
+    out: tyro.conf.Positional[Path]
+    """Folder for the results."""
+    minutes: float = 8.0
+    """All of it ends within this time."""
+    data: str = ""
+    """Packed clips to train on: full method and baseline, two seeds each."""
+    commit: str = ""
+    """The source's commit, where no checkout can be asked."""
+    rehearse: bool = False
+    """On the CPU, at toy sizes."""
+
+
+def bench(name: str, test: str, seconds: float, compiles: bool = True) -> list[Part]:
+    """A benchmark, alone, and before it, beside others, what it needs compiled."""
+    command = ("-m", "pytest", "-s", "--tb=short", "-W", "ignore", f"bench/bench_{test}")
+    timed = Part(name=name, command=(*command, "--record", "{record}"), seconds=seconds)
+    if not compiles:
+        return [timed]
+    compiling = Part(
+        name=f"compile: {name}", command=command, seconds=150, alone=False, prepares=True,
+        environment={"BENCH_COMPILE": "1"},
+    )  # fmt: skip
+    return [compiling, timed]
+
+
+def gpu_tests(rehearse: bool) -> list[Part]:
+    """The tests that need a GPU; those of several ranks apart, because they can hang."""
+    marked = [
+        f"tests/{path.name}"
+        for path in sorted((ROOT / "tests").glob("test_*.py"))
+        if re.search(r"mark\.(gpu|anywhere)", path.read_text(encoding="utf-8"))
+    ]
+    ranks = "tests/test_distributed.py"
+    command = ["-m", "pytest", "--tb=short", "-rfE", "-W", "ignore"]
+    if importlib.util.find_spec("pytest_timeout"):
+        command += ["--timeout", "100"]
+    workers = ["-n", "2" if rehearse else "6"] if importlib.util.find_spec("xdist") else []
+    files = ["tests/test_rng.py"] if rehearse else ["--gpu", *(name for name in marked if name != ranks)]
+    among_ranks = ["--collect-only", ranks] if rehearse else ["--gpu", ranks]
+    return [
+        Part(name="GPU tests", command=(*command, *workers, *files), seconds=120, alone=False),
+        Part(name="GPU tests of ranks", command=(*command, *among_ranks), seconds=90, alone=False),
+    ]
+
+
+def all_parts(rehearse: bool = False, data: bool = False) -> list[Part]:
+    """In the order in which they run."""
+    timed = bench("main job", "runs.py::test_main_job", 90)
+    timed += bench("step, bigru", "step.py::test_step_by_phase[bigru]", 60)
+    kernels = "kernels.py::test_loss_gradients_and_ascent"
+    timed += bench("loss, gradients and ascent", kernels, 60)
+    for case in CASES[1:]:
+        timed += bench(f"step, {case}", f"step.py::test_step_by_phase[{case}]", 90)
+    timed += bench("recurrent layers", "recurrent.py", 60)
+    timed += bench("public-style trainer", "step.py::test_against_a_public_style_trainer", 60, compiles=False)
+    sweep = ("kernels.py::test_loss_and_gradients", "kernels.py::test_ascent")
+    for name, test in zip(("loss over K, N, shares", "ascent over K, N, shares"), sweep):
+        timed += bench(name, test, 75)
+    timed += bench("views", "views.py::test_views_of_a_step", 45)
+    bits = bench("equal bits", "runs.py::test_equal_bits", 120, compiles=False)
+    beside = [*gpu_tests(rehearse), *(_beside(part) for part in bits)]
+    parts = [*(p for p in timed if p.prepares), *beside, *(p for p in timed if not p.prepares)]
+    for seed in (0, 1) if data else ():
+        for method in ("own", "own-b1"):
+            test = f"runs.py::test_real_data[{method}-{seed}]"
+            parts += [
+                _beside(part) for part in bench(f"data, {method}, seed {seed}", test, 150, compiles=False)
+            ]
+    return parts
+
+
+def _beside(part: Part) -> Part:
+    return Part(name=part.name, command=part.command, seconds=part.seconds, alone=False)
+
+
+def environment(options: Options, work: Path) -> dict[str, str]:
+    """What all parts share: one place for compiled code, so that it is found again."""
+    cache = Path(tempfile.gettempdir()) / f"a2mc_fast-bench-{os.getuid()}"
+    shared = {
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+        "TRITON_CACHE_DIR": str(cache / "triton"),
+        "TORCHINDUCTOR_COMPILE_THREADS": "4",
+        "PYTHONFAULTHANDLER": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+    if options.data:
+        shared["BENCH_DATA"] = str(Path(options.data).resolve())
+    if options.rehearse:
+        shared |= {
+            "CUDA_VISIBLE_DEVICES": "",
+            "BENCH_TOY": "1",
+            "TRITON_INTERPRET": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+        if not options.data:
+            shared["BENCH_DATA"] = str(_toy_data(work))
+    return shared
+
+
+def _toy_data(work: Path) -> Path:
+    from a2mc_fast.data.synthetic import synthetic_clips
+
+    path = work / "toy.safetensors"
+    synthetic_clips(clips=200).save(path)
+    return path
+
+
+def measure(options: Options) -> int:
+    """Run everything; returns the exit code."""
+    began = time.monotonic()
+    require(options.minutes > 0, f"--minutes must be > 0, got {options.minutes}")
+    require(
+        not options.data or Path(options.data).is_file(),
+        f"--data {options.data} not found: it takes packed clips",
+    )
+    require(
+        importlib.util.find_spec("a2mc_fast.kernels") is not None,
+        "the package is not installed: pip install --no-deps --no-build-isolation -e .",
+    )
+    import torch
+
+    require(
+        options.rehearse or torch.cuda.is_available(),
+        "torch sees no GPU: this command measures one (--rehearse goes through it on a CPU)",
+    )
+    options.out.mkdir(parents=True, exist_ok=True)
+    start = here(options.commit)
+    write(options.out / "gpu.json", start)
+    print(start.caption, flush=True)
+    seconds = 60 * options.minutes
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
+        runner = Runner(
+            options.out, Path(work), start, began + seconds - LEFT_OVER,
+            environment(options, Path(work)), at_once=os.cpu_count() or 1,
+        )  # fmt: skip
+        parts = all_parts(options.rehearse, bool(options.data) or options.rehearse)
+        runner.run(parts, began + SIDE_BY_SIDE * seconds)
+    text = table(runner.results)
+    (options.out / "table.txt").write_text(text, encoding="utf-8")
+    print(text)
+    counted = {part.name for part in parts if not part.prepares}
+    return int(any(o.outcome != PASSED for o in runner.results.parts if o.part in counted))
+
+
+def main(args: list[str] | None = None) -> None:
+    """The command line: OUT [--minutes M] [--data FILE] [--commit ID] [--rehearse]."""
+    # as Ctrl-C, so that no part outlives its runner
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with exit_on_error():
+        options = tyro.cli(Options, args=args, prog="python -m bench.gpu", description=__doc__)
+        os.chdir(ROOT)
+        sys.exit(measure(options))
+
+
+if __name__ == "__main__":
+    main()

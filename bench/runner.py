@@ -1,0 +1,180 @@
+"""Runs parts of a measurement, each as a process of its own with a time limit, under one deadline.
+
+A part that fails or hangs is ended and leaves its last lines (a hanging Python also says where it hangs), the
+rest goes on. Whatever parts record is gathered into one file as soon as it is there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from a2mc_fast.files import atomic_path
+from bench.records import Outcome, Record, Results, read, write
+
+PASSED, FAILED, LATE, NOT_RUN = "passed", "failed", "out of time", "not run"
+_LOG_HEAD, _LOG_TAIL = 20_000, 200_000  # bytes kept of each part's output
+_LAST_LINES = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One command. {record} in it becomes the file that its records go to."""
+
+    name: str
+    command: tuple[str, ...]
+    """Arguments of this Python."""
+    seconds: float
+    """It is ended after so many, and not begun when less than a third of them is left."""
+    alone: bool = True
+    """Whether nothing may run beside it, as for everything that is timed."""
+    prepares: bool = False
+    """It only fills caches for others: how it ends is told and counts for nothing."""
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class _Running:
+    part: Part
+    process: subprocess.Popen[bytes]
+    began: float
+    limit: float
+    log: IO[bytes]
+
+
+class Runner:
+    """`run` takes the parts in their order; neighbours that need not be alone run side by side."""
+
+    def __init__(
+        self,
+        out: Path,
+        work: Path,
+        start: Results,
+        deadline: float,
+        environment: dict[str, str],
+        at_once: int,
+    ) -> None:
+        """Results go to `out`, everything else to `work`; `deadline` is a time of `time.monotonic`."""
+        self.out, self.work, self.deadline = out, work, deadline
+        self.environment, self.at_once = environment, at_once
+        self.results, self.outcomes = start, dict[str, Outcome]()
+        self._order: list[Part] = []
+        self._seen: dict[str, int] = {}
+        self._logs: dict[str, bytes] = {}
+
+    def run(self, parts: Iterable[Part], beside_until: float) -> None:
+        """All of it. Side by side before the first part that is alone no longer than `beside_until`."""
+        self._order = list(parts)
+        first = True
+        for alone, some in itertools.groupby(self._order, lambda part: part.alone):
+            self._group(list(some), 1 if alone else self.at_once, beside_until if first else self.deadline)
+            first = False
+
+    def _group(self, parts: list[Part], at_once: int, until: float) -> None:
+        until = min(until, self.deadline)
+        running: list[_Running] = []
+        try:
+            while parts or running:
+                while parts and len(running) < at_once:
+                    part = parts.pop(0)
+                    if until - time.monotonic() < part.seconds / 3:
+                        self._ended(part, NOT_RUN, 0.0, "no time left for it", b"")
+                    else:
+                        running.append(self._start(part, until))
+                for one in list(running):
+                    if self._look_at(one):
+                        running.remove(one)
+                self._gather()
+                time.sleep(0.02)
+        finally:
+            for one in running:
+                _kill(one.process)
+
+    def _start(self, part: Part, until: float) -> _Running:
+        command = [sys.executable, *(word.format(record=self._records(part)) for word in part.command)]
+        log = (self.work / f"{_file_name(part)}.log").open("w+b")
+        print(f"{part.name} ...", flush=True)
+        # a group of its own, so that what a part has started ends with it
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, process_group=0,
+            env={**os.environ, **self.environment, **part.environment},
+        )  # fmt: skip
+        began = time.monotonic()
+        limit = min(began + part.seconds, until)
+        return _Running(part=part, process=process, began=began, limit=limit, log=log)
+
+    def _look_at(self, one: _Running) -> bool:
+        """Whether a running part has ended, or was ended here."""
+        code, now = one.process.poll(), time.monotonic()
+        if code is None and now < one.limit:
+            return False
+        if code is None:
+            _kill(one.process)
+        one.log.seek(0)
+        said = one.log.read()
+        one.log.close()
+        # what it left running would disturb the next part
+        _kill(one.process)
+        outcome = LATE if code is None else FAILED if code else PASSED
+        lines = [line for line in said.decode(errors="replace").splitlines() if line.strip()]
+        note = "\n".join(lines[-1:] if outcome == PASSED else lines[-_LAST_LINES:])
+        if outcome == LATE:
+            note += f"\n(ended after {now - one.began:.0f} s)"
+        if outcome == FAILED:
+            note += f"\n(exit code {code})"
+        self._ended(one.part, outcome, now - one.began, note, said)
+        return True
+
+    def _ended(self, part: Part, outcome: str, seconds: float, note: str, said: bytes) -> None:
+        print(f"{part.name}: {outcome} after {seconds:.1f} s", flush=True)
+        self.outcomes[part.name] = Outcome(part=part.name, outcome=outcome, seconds=seconds, note=note)
+        if len(said) > _LOG_HEAD + _LOG_TAIL:
+            said = said[:_LOG_HEAD] + b"\n[...]\n" + said[-_LOG_TAIL:]
+        title = f"\n=== {part.name}: {outcome} after {seconds:.1f} s\n$ python {' '.join(part.command)}\n"
+        self._logs[part.name] = title.encode() + said
+        with atomic_path(self.out / "logs.txt") as temporary:
+            temporary.write_bytes(b"".join(self._logs.values()))
+        self._gather(ended=True)
+
+    def _gather(self, ended: bool = False) -> None:
+        """Write all records and outcomes so far, if there are new ones."""
+        paths = [self._records(part) for part in self._order]
+        seen = {str(path): path.stat().st_mtime_ns for path in paths if path.exists()}
+        if seen == self._seen and not ended:
+            return
+        self._seen = seen
+        records: list[Record] = []
+        for path in seen:
+            records += read(Path(path)).records
+        told = tuple(self.outcomes[part.name] for part in self._order if part.name in self.outcomes)
+        self.results = dataclasses.replace(self.results, records=tuple(records), parts=told)
+        write(self.out / "gpu.json", self.results)
+
+    def _records(self, part: Part) -> Path:
+        return self.work / f"{_file_name(part)}.json"
+
+
+def _file_name(part: Part) -> str:
+    return "".join(c if c.isalnum() else "-" for c in part.name)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End a process and its group: first so that Python tells where it is, then for certain."""
+    for kind, patience in ((signal.SIGABRT, 2.0), (signal.SIGKILL, 5.0)):
+        try:
+            os.killpg(process.pid, kind)
+        except ProcessLookupError:
+            return
+        try:
+            process.wait(patience)
+        except subprocess.TimeoutExpired:  # a process inside a broken driver does not end at all
+            continue
