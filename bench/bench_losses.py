@@ -79,9 +79,7 @@ def test_a_hundred_times_faster_than_literal(record: Recorder) -> None:
     literal = seconds(gradients, FORMS["literal"])
     once = statistics.median(seconds(gradients, ours) for _ in range(5))
     for form, time in (("ours", once), ("literal", literal)):
-        record(
-            Record(what="loss with gradients beside the literal form", form=form, sizes=SIZES, ms=1e3 * time)
-        )
+        record(Record(what="loss with gradients and literal banks", form=form, sizes=SIZES, ms=1e3 * time))
     print(f"\nours {1e3 * once:.1f} ms, literal {literal:.1f} s: {literal / once:.0f} times faster")
     assert literal / once >= 100
 

@@ -15,18 +15,16 @@ import signal
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
 
 from a2mc_fast.errors import exit_on_error, require
 from bench.records import here, write
-from bench.runner import PASSED, Part, Runner
+from bench.runner import PASSED, ROOT, Part, Runner
 from bench.table import table
 
-ROOT = Path(__file__).parent.parent
-CASES = ("bigru", "own", "stgcn", "dsta", "scd")
 SIDE_BY_SIDE = 0.4  # of the minutes, at most, before the first part that is timed
 LEFT_OVER = 12.0  # seconds for ending what hangs and for the table
 
@@ -86,7 +84,7 @@ def all_parts(rehearse: bool = False, data: bool = False) -> list[Part]:
     timed += bench("step, bigru", "step.py::test_step_by_phase[bigru]", 60)
     kernels = "kernels.py::test_loss_gradients_and_ascent"
     timed += bench("loss, gradients and ascent", kernels, 60)
-    for case in CASES[1:]:
+    for case in ("own", "stgcn", "dsta", "scd"):
         timed += bench(f"step, {case}", f"step.py::test_step_by_phase[{case}]", 90)
     timed += bench("recurrent layers", "recurrent.py", 60)
     timed += bench("public-style trainer", "step.py::test_against_a_public_style_trainer", 60, compiles=False)
@@ -96,18 +94,19 @@ def all_parts(rehearse: bool = False, data: bool = False) -> list[Part]:
     timed += bench("views", "views.py::test_views_of_a_step", 45)
     bits = bench("equal bits", "runs.py::test_equal_bits", 120, compiles=False)
     beside = [*gpu_tests(rehearse), *(_beside(part) for part in bits)]
-    parts = [*(p for p in timed if p.prepares), *beside, *(p for p in timed if not p.prepares)]
-    for seed in (0, 1) if data else ():
+    compiling = [part for part in timed if part.prepares]
+    parts = [*(compiling[:1] if rehearse else compiling), *beside, *(p for p in timed if not p.prepares)]
+    for seed in () if not data else (0,) if rehearse else (0, 1):
         for method in ("own", "own-b1"):
             test = f"runs.py::test_real_data[{method}-{seed}]"
             parts += [
                 _beside(part) for part in bench(f"data, {method}, seed {seed}", test, 150, compiles=False)
             ]
-    return parts
+    return [replace(part, seconds=4 * part.seconds) for part in parts] if rehearse else parts
 
 
 def _beside(part: Part) -> Part:
-    return Part(name=part.name, command=part.command, seconds=part.seconds, alone=False)
+    return replace(part, alone=False)
 
 
 def environment(options: Options, work: Path) -> dict[str, str]:
@@ -170,6 +169,8 @@ def measure(options: Options) -> int:
             options.out, Path(work), start, began + seconds - LEFT_OVER,
             environment(options, Path(work)), at_once=os.cpu_count() or 1,
         )  # fmt: skip
+        # as Ctrl-C, so that no part outlives its runner
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         parts = all_parts(options.rehearse, bool(options.data) or options.rehearse)
         runner.run(parts, began + SIDE_BY_SIDE * seconds)
     text = table(runner.results)
@@ -181,11 +182,8 @@ def measure(options: Options) -> int:
 
 def main(args: list[str] | None = None) -> None:
     """The command line: OUT [--minutes M] [--data FILE] [--commit ID] [--rehearse]."""
-    # as Ctrl-C, so that no part outlives its runner
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with exit_on_error():
         options = tyro.cli(Options, args=args, prog="python -m bench.gpu", description=__doc__)
-        os.chdir(ROOT)
         sys.exit(measure(options))
 
 

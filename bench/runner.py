@@ -18,9 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from a2mc_fast.errors import InputError
 from a2mc_fast.files import atomic_path
 from bench.records import Outcome, Record, Results, read, write
 
+ROOT = Path(__file__).parent.parent
 PASSED, FAILED, LATE, NOT_RUN = "passed", "failed", "out of time", "not run"
 _LOG_HEAD, _LOG_TAIL = 20_000, 200_000  # bytes kept of each part's output
 _LAST_LINES = 12
@@ -100,14 +102,22 @@ class Runner:
                 _kill(one.process)
 
     def _start(self, part: Part, until: float) -> _Running:
-        command = [sys.executable, *(word.format(record=self._records(part)) for word in part.command)]
+        command = [
+            sys.executable,
+            *(word.replace("{record}", str(self._records(part))) for word in part.command),
+        ]
         log = (self.work / f"{_file_name(part)}.log").open("w+b")
         print(f"{part.name} ...", flush=True)
         # a group of its own, so that what a part has started ends with it
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, process_group=0,
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
             env={**os.environ, **self.environment, **part.environment},
-        )  # fmt: skip
+            process_group=0,
+        )
         began = time.monotonic()
         limit = min(began + part.seconds, until)
         return _Running(part=part, process=process, began=began, limit=limit, log=log)
@@ -131,6 +141,10 @@ class Runner:
             note += f"\n(ended after {now - one.began:.0f} s)"
         if outcome == FAILED:
             note += f"\n(exit code {code})"
+        try:
+            self._recorded(one.part)
+        except InputError as error:
+            outcome, note = FAILED, f"{note}\n{error}"
         self._ended(one.part, outcome, now - one.began, note, said)
         return True
 
@@ -147,17 +161,25 @@ class Runner:
 
     def _gather(self, ended: bool = False) -> None:
         """Write all records and outcomes so far, if there are new ones."""
-        paths = [self._records(part) for part in self._order]
-        seen = {str(path): path.stat().st_mtime_ns for path in paths if path.exists()}
+        paths = [path for part in self._order if (path := self._records(part)).exists()]
+        seen = {str(path): path.stat().st_mtime_ns for path in paths}
         if seen == self._seen and not ended:
             return
-        self._seen = seen
         records: list[Record] = []
-        for path in seen:
-            records += read(Path(path)).records
+        for part in self._order:
+            try:
+                records += self._recorded(part)
+            except InputError:  # a part may be writing it, and has failed if it ends like this
+                seen = {}
+        self._seen = seen
         told = tuple(self.outcomes[part.name] for part in self._order if part.name in self.outcomes)
         self.results = dataclasses.replace(self.results, records=tuple(records), parts=told)
         write(self.out / "gpu.json", self.results)
+
+    def _recorded(self, part: Part) -> tuple[Record, ...]:
+        """What a part has recorded so far. `InputError` if its file is damaged."""
+        path = self._records(part)
+        return read(path).records if path.exists() else ()
 
     def _records(self, part: Part) -> Path:
         return self.work / f"{_file_name(part)}.json"

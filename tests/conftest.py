@@ -9,7 +9,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-GPU = "--gpu" in sys.argv
+# workers of pytest-xdist have other arguments, but the environment of the process that started them
+_FLAG = "A2MC_FAST_GPU_TESTS"
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ[_FLAG] = str(int("--gpu" in sys.argv))
+GPU = os.environ[_FLAG] == "1"
 if not GPU:
     # before torch looks for a GPU and Triton is imported, and for the processes that tests start too
     os.environ["CUDA_VISIBLE_DEVICES"] = ""

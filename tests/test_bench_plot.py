@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,61 +13,35 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 
 from a2mc_fast.errors import InputError
-from bench.plot import (
-    PHASES,
-    Point,
-    baseline,
-    main,
-    ratios,
-    read,
-    recorded_files,
-    speed,
-    steps,
-    sweeps,
-    varied,
-)
+from bench.plot import PHASES, main, ratios, speed, sweeps, varied
+from bench.records import Record, Results, read, recorded_files, write
 
 Write = Callable[..., Path]
 
 
-def benchmark(name: str, median: float = 1.0, bench: str = "kernels", **extra: Any) -> dict[str, Any]:
-    return {
-        "name": name,
-        "fullname": f"bench/bench_{bench}.py::{name}",
-        "extra_info": extra,
-        "stats": {"median": median},
-    }
-
-
-def form(ms: float) -> dict[str, float]:
-    return {"ms": ms, "p20": 0.9 * ms, "p80": 1.5 * ms, "MiB": 3.0, "TFLOP/s": 7.0}
-
-
 @pytest.fixture
-def write(tmp_path: Path) -> Write:
-    def record(*benchmarks: dict[str, Any], name: str = "gpu.json", device: str = "Some GPU") -> Path:
-        content = {
-            "machine_info": {"device": device, "torch": "2.13.0", "commit": "abc"},
-            "datetime": "2026-11-23T10:00:00",
-            "benchmarks": list(benchmarks),
-        }
-        (tmp_path / name).write_text(json.dumps(content))
+def recorded(tmp_path: Path) -> Write:
+    def file(*records: Record, name: str = "gpu.json", device: str = "Some GPU", note: str = "") -> Path:
+        machine = {"device": device, "torch": "2.13.0", "commit": "abc"}
+        date = "2026-11-23T10:00:00"
+        write(tmp_path / name, Results(machine=machine, date=date, note=note, records=records))
         return tmp_path / name
 
-    return record
+    return file
 
 
-def sweep() -> list[dict[str, Any]]:
+def sweep() -> list[Record]:
+    """Two forms at five sizes, and a third at one."""
+
+    def timed(form: str, n: int, k: int, mix: int, ms: float) -> Record:
+        sizes = {"N": n, "K": k, "mix": mix}
+        return Record(what="loss", form=form, sizes=sizes, ms=ms, p20=0.9 * ms, p80=1.5 * ms, MiB=3.0)
+
     sizes = [(64, k, 4) for k in (16384, 4096, 65536)] + [(32, 16384, 4), (64, 16384, 0)]
-    return [
-        benchmark(
-            f"test_loss[N{n}-K{k}-mix{m}]",
-            triton=form(k / 1e4),
-            eager=form(k / 1e3),
-            **({"literal": form(k / 10)} if k < 10000 else {}),
-        )
-        for n, k, m in sizes
-    ]
+    found = []
+    for n, k, mix in sizes:
+        found += [timed("ours", n, k, mix, k / 1e4), timed("eager", n, k, mix, k / 1e3)]
+    return [*found, timed("literal", 64, 4096, 4, 409.6)]
 
 
 def lines_of(ax: Axes) -> dict[str, Any]:
@@ -75,11 +49,11 @@ def lines_of(ax: Axes) -> dict[str, Any]:
     return {container.get_label(): container for container in ax.containers}
 
 
-def test_time_over_k_with_whiskers_and_ratios(write: Write) -> None:
-    over_k, over_n, over_mix = speed((write(*sweep()),)).axes
+def test_time_over_k_with_whiskers_and_ratios(recorded: Write) -> None:
+    over_k, over_n, over_mix = speed((recorded(*sweep()),)).axes
     forms = lines_of(over_k)
-    assert list(forms) == ["Triton kernel (ours)", "eager torch, single pass", "literal, mixed banks stored"]
-    line, _, (bars,) = forms["Triton kernel (ours)"]
+    assert list(forms) == ["ours", "eager torch", "literal, mixed banks stored"]
+    line, _, (bars,) = forms["ours"]
     np.testing.assert_allclose(line.get_xdata(orig=False), [4096, 16384, 65536])
     np.testing.assert_allclose(line.get_ydata(orig=False), [0.4096, 1.6384, 6.5536])
     whiskers = np.array([segment[:, 1] for segment in bars.get_segments()])
@@ -96,28 +70,27 @@ def test_time_over_k_with_whiskers_and_ratios(write: Write) -> None:
 
 
 def test_a_panel_varies_one_size_alone() -> None:
-    def point(n: int, k: int) -> Point:
-        return Point(size={"N": n, "K": k}, forms={})
+    def timed(n: int, k: int) -> Record:
+        return Record(what="x", sizes={"N": n, "K": k}, ms=1.0)
 
-    points = [point(64, 4), point(64, 1), point(32, 4)]
-    assert [p.size for p in varied(points, "K")] == [{"N": 64, "K": 1}, {"N": 64, "K": 4}]
-    assert [p.size["N"] for p in varied(points, "N")] == [32, 64]
-    assert varied(points[:1], "K") == []
+    records = [timed(64, 4), timed(64, 1), timed(32, 4)]
+    assert [r.sizes for r in varied(records, "K")] == [{"N": 64, "K": 1}, {"N": 64, "K": 4}]
+    assert [r.sizes["N"] for r in varied(records, "N")] == [32, 64]
+    assert varied(records[:1], "K") == []
 
 
-@pytest.mark.parametrize(
-    "forms, ours", [("ours triton eager", "ours"), ("eager triton", "triton"), ("compiled eager", "eager")]
-)
-def test_ratios_are_to_the_fastest_form_of_ours(forms: str, ours: str) -> None:
-    assert baseline([Point(size={}, forms=dict.fromkeys(forms.split(), (1, 1, 1)))]) == ours
+def test_one_form_alone_is_compared_with_nothing(recorded: Write) -> None:
+    alone = [Record(what="x", case=case, sizes={"N": n}, ms=1.0) for case in "ab" for n in (1, 2)]
+    assert sweeps(tuple(alone)) == {} and ratios(tuple(alone)) == []
 
 
 PHASE_TIMES = dict(zip(PHASES, (3.0, 14.0, 1.0, 18.0, 1.5, 20.0, 2.0, 0.5)))
 
 
-def test_bars_stack_the_phases(write: Write) -> None:
-    notes = {"clips per second": 1163.6, "MFU": 0.21, "phases": PHASE_TIMES}
-    path = write(benchmark("test_step_by_phase[bigru]", milliseconds=55.0, **notes))
+def test_bars_stack_the_phases(recorded: Write) -> None:
+    share = {"share of a large product's rate": 0.21}
+    step = Record(what="training step", case="bigru", ms=55.0, per_second=1163.6, numbers=share)
+    path = recorded(replace(step, phases=PHASE_TIMES))
     (ax,) = speed((path,)).axes
     by_phase = {c.get_label(): c.patches[0] for c in ax.containers}
     shares = {name: 100 * ms / sum(PHASE_TIMES.values()) for name, ms in PHASE_TIMES.items()}
@@ -133,9 +106,10 @@ def test_bars_stack_the_phases(write: Write) -> None:
     assert len({color for color, _ in looks}) == len({hatch for _, hatch in looks}) == len(PHASES)
 
 
-def test_steps_of_several_files_stand_below_each_other(write: Write) -> None:
-    a = write(benchmark("test_step", phases=PHASE_TIMES), name="a.json", device="A")
-    b = write(benchmark("test_step", phases={"views": 1.0, "backward": 2.0}), name="b.json", device="B")
+def test_steps_of_several_files_stand_below_each_other(recorded: Write) -> None:
+    step = Record(what="training step", phases=PHASE_TIMES)
+    a = recorded(step, name="a.json", device="A")
+    b = recorded(replace(step, phases={"views": 1.0, "backward": 2.0}), name="b.json", device="B", note="hot")
     picture = speed((a, b))
     ax = picture.axes[0]
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ["a", "b"]
@@ -145,55 +119,55 @@ def test_steps_of_several_files_stand_below_each_other(write: Write) -> None:
     assert caption == [
         "(a): A, torch 2.13.0, commit abc, 2026-11-23",
         "(a): B, torch 2.13.0, commit abc, 2026-11-23",
+        "hot",
     ]
 
 
-def test_comparisons_count_rates_then_memory_then_time(write: Write) -> None:
-    path = write(
-        benchmark("test_read[ours]", 2.0, "data", files_per_second=100.0),
-        benchmark("test_read[public]", 2.0, "data", files_per_second=5.0),
-        benchmark("test_memory[ours]", 2.0, "losses", **{"extra bytes": 10}),
-        benchmark("test_memory[whole]", 2.0, "losses", **{"extra bytes": 30}),
-        benchmark("test_loss[ours]", 2.0, "losses"),
-        benchmark("test_loss[whole]", 8.0, "losses"),
-        benchmark("test_against_a_public_style_trainer", 1.0, "step", ratio=16.2),
-        benchmark("test_a_hundred_times_faster_than_literal", 1.0, "losses", **{"times faster": 731}),
-        benchmark("test_alone[whole]", 1.0, "step"),
-    )
-    expected = [
-        ("losses: literal", 731),
-        ("data: read: public", 20),
-        ("step: public style trainer", 16.2),
-        ("losses: loss: whole", 4),
-        ("losses: memory: whole", 3),
+def test_comparisons_count_rates_then_memory_then_time(recorded: Write) -> None:
+    def pair(what: str, other: str, **numbers: tuple[float, float]) -> list[Record]:
+        return [
+            Record(what=what, form=form, **{name: values[number] for name, values in numbers.items()})
+            for number, form in enumerate(("ours", other))
+        ]
+
+    records = [
+        *pair("read", "public", per_second=(100.0, 5.0), ms=(2.0, 2.0)),
+        *pair("memory", "whole", MiB=(10.0, 30.0)),
+        *pair("loss", "literal", ms=(2.0, 8.0), MiB=(1.0, 99.0)),
+        Record(what="alone", form="whole", ms=1.0),
     ]
-    assert [(r.name, r.times) for r in ratios(read(path))] == expected
+    path = recorded(*records)
+    expected = [("read: public", 20), ("loss: literal, mixed banks stored", 4), ("memory: whole", 3)]
+    assert [(r.name, r.times) for r in ratios(read(path).records)] == expected
     (ax,) = speed((path,)).axes
     assert [bar.get_width() for bar in ax.patches] == [times for _, times in expected]
     assert [tick.get_text() for tick in ax.get_yticklabels()] == [name for name, _ in expected]
-    assert [t.get_text() for t in ax.texts] == ["731×", "20.0×", "16.2×", "4.0×", "3.0×"]
+    assert [t.get_text() for t in ax.texts] == ["20.0×", "4.0×", "3.0×"]
 
 
 def test_the_recorded_files_are_drawn(tmp_path: Path) -> None:
     recorded = [read(path) for path in recorded_files()]
-    assert sum(map(len, map(sweeps, recorded))) >= 2 and sum(map(len, map(steps, recorded))) >= 1
+    assert sum(len(sweeps(one.records)) for one in recorded) >= 2
+    assert sum(bool(r.phases) for one in recorded for r in one.records) >= 5
     picture = speed(())
     named = "".join(ax.get_title(loc="left") for ax in picture.axes)
     assert "training step by phase" in named and "ours against others" in named
     caption = picture.get_supxlabel()
-    assert all(one.machine in caption for one in recorded)
+    assert all(one.caption in caption for one in recorded)
     main(["--out", str(tmp_path / "speed.svg")])
     assert (tmp_path / "speed.svg").read_bytes().startswith(b"<?xml")
 
 
-def test_bad_files_are_one_sentence(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_files_are_one_sentence(
+    recorded: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "other.json").write_text('{"benchmarks": [1]}')
     (tmp_path / "broken.json").write_text("{")
     for path, words in (
         (tmp_path / "none.json", "none.json not found; make it with: pytest bench"),
-        (tmp_path / "other.json", "is not a file of pytest --benchmark-json"),
+        (tmp_path / "other.json", "is not a file of records"),
         (tmp_path / "broken.json", "is not JSON"),
-        (write(benchmark("test_x")), "holds nothing to draw"),
+        (recorded(Record(what="x")), "holds nothing to draw"),
     ):
         with pytest.raises(SystemExit) as stopped:
             main([str(path), "--out", str(tmp_path / "x.png")])
