@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.harness import CUDA, DEVICE, TOY, Form, compare, product_rate, sized
+from bench.harness import CUDA, DEVICE, TOY, Form, compare, compiled_all, product_rate, sized
 from bench.records import Recorder
 
 FRAMES, WIDTH, HIDDEN = sized((64, 2048, 1024), (64, 128, 64), (3, 16, 8))
@@ -74,6 +74,10 @@ def test_pair_of_directions(record: Recorder, clips: int) -> None:
         assert isinstance(mine, Tensor) and isinstance(theirs, Tensor)
         worst = ((mine.transpose(0, 1) - theirs).float().norm() / theirs.float().norm()).item()
         assert worst < 2e-2, f"the kernels differ by {worst:.1e}: no speed for it"
+    for by_name in forms.values():
+        for form in by_name.values():
+            form()
+    compiled_all()
     products = 2 * 2 * clips * FRAMES * 3 * HIDDEN * (WIDTH + HIDDEN)  # FLOP of a forward pass
     sizes = {"N": clips, "T": FRAMES, "W": WIDTH, "H": HIDDEN}
     for name, times in zip(forms["cudnn"], (1, 3, 2)):

@@ -1,7 +1,7 @@
 """Whole runs, each a process of its own: the main job, equal bits, and a real data file.
 
 `pytest bench/bench_runs.py -s` runs the first two; BENCH_DATA=clips.safetensors names a packed file for the
-last. Under BENCH_TOY or BENCH_COMPILE the runs are a few steps long and their accuracy says nothing.
+last. Under BENCH_TOY the runs are a few steps long and their accuracy says nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from a2mc_fast.data import Clips
 from a2mc_fast.files import read_json
 from a2mc_fast.run.checkpoint import FILE
-from bench.harness import COMPILE_ONLY, TOY, sized
+from bench.harness import TOY, sized
 from bench.records import Record, Recorder
 
 ROOT = Path(__file__).parent.parent
@@ -65,17 +65,17 @@ def accuracy(what: str, case: str, result: dict[str, Any]) -> Record:
 
 def test_main_job(record: Recorder, tmp_path: Path) -> None:
     """`python -m a2mc_fast.train` learns."""
-    short = TOY or COMPILE_ONLY
+    short = TOY
     found = accuracy(
         "main job", "demo", end(start(tmp_path / "demo", *(SHORT if short else [])), tmp_path / "demo")
     )
     record(found)
-    assert short or found.numbers["gain, points"] > 0
+    assert TOY or found.numbers["gain, points"] > 0
 
 
 def test_equal_bits(record: Recorder, tmp_path: Path) -> None:
     """Two runs, and a third that is stopped in its training phase and resumed, end in the same bits."""
-    warm, epochs = sized(("500", "300"), ("40", "4"), ("4", "8"))
+    warm, epochs = sized(("500", "300"), ("40", "4"), ("4", "4"))
     flags = ["demo", "--synthetic.clips", "600", "--bank.warmup-steps", warm, "--optim.epochs", epochs]
     flags += ["--run.eval-every", "0", "--run.log-every", "1", "--precision", "bf16"]
     names = ("one", "two", "stopped")
@@ -116,7 +116,7 @@ def test_real_data(record: Recorder, tmp_path: Path, method: str, seed: int) -> 
     splits = list(Clips.load(data, torch.device("cpu")).splits)
     split = "xsub" if "xsub" in splits else splits[0]
     flags = [method, "--data", data, "--split", split, "--seed", str(seed)]
-    if TOY or COMPILE_ONLY:
+    if TOY:
         flags += SHORT[2:]
     run = start(tmp_path / "run", *flags)
     record(accuracy(f"{Path(data).stem}, {split}", f"{method}, seed {seed}", end(run, tmp_path / "run")))

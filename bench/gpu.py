@@ -1,9 +1,9 @@
 """Everything that is worth a GPU's minutes, in one command: `python -m bench.gpu OUT --minutes 8`.
 
-First all parts compile side by side, beside the tests, which are not timed; then each part that is timed runs
-alone, the most telling first. OUT gets `gpu.json` (machine, records, how each part went), `logs.txt` and
-`table.txt`, which is also what the command prints last. Exit code 1: a part failed, hung or had no time left.
-`--rehearse` goes the same way on a CPU at toy sizes, where numbers mean nothing. `--data` takes packed clips.
+First all parts start and compile side by side, beside the tests, which are not timed; then each part that is
+timed runs alone, the most telling first. OUT gets `gpu.json` (machine, records, how each part went),
+`logs.txt`, and `table.txt`, which the command also prints last. Exit code 1: a part failed, hung or had no
+time left. `--rehearse` goes the same way on a CPU at toy sizes, where numbers mean nothing.
 """
 
 from __future__ import annotations
@@ -45,17 +45,10 @@ class Options:
     """On the CPU, at toy sizes."""
 
 
-def bench(name: str, test: str, seconds: float, compiles: bool = True) -> list[Part]:
-    """A benchmark, alone, and before it, beside others, what it needs compiled."""
+def bench(name: str, test: str, seconds: float, *, waits: bool = True) -> Part:
+    """A benchmark, alone; if it `waits`, what it needs is compiled beside others."""
     command = ("-m", "pytest", "-s", "--tb=short", "-W", "ignore", f"bench/bench_{test}")
-    timed = Part(name=name, command=(*command, "--record", "{record}"), seconds=seconds)
-    if not compiles:
-        return [timed]
-    compiling = Part(
-        name=f"compile: {name}", command=command, seconds=150, alone=False, prepares=True,
-        environment={"BENCH_COMPILE": "1"},
-    )  # fmt: skip
-    return [compiling, timed]
+    return Part(name=name, command=(*command, "--record", "{record}"), seconds=seconds, waits=waits)
 
 
 def gpu_tests(rehearse: bool) -> list[Part]:
@@ -73,40 +66,44 @@ def gpu_tests(rehearse: bool) -> list[Part]:
     files = ["tests/test_rng.py"] if rehearse else ["--gpu", *(name for name in marked if name != ranks)]
     among_ranks = ["--collect-only", ranks] if rehearse else ["--gpu", ranks]
     return [
-        Part(name="GPU tests", command=(*command, *workers, *files), seconds=120, alone=False),
-        Part(name="GPU tests of ranks", command=(*command, *among_ranks), seconds=90, alone=False),
+        Part(name="GPU tests", command=(*command, *workers, *files), seconds=180, alone=False),
+        Part(name="GPU tests of ranks", command=(*command, *among_ranks), seconds=120, alone=False),
     ]
 
 
 def all_parts(rehearse: bool = False, data: bool = False) -> list[Part]:
-    """In the order in which they run."""
-    timed = bench("main job", "runs.py::test_main_job", 90)
-    timed += bench("step, bigru", "step.py::test_step_by_phase[bigru]", 60)
-    kernels = "kernels.py::test_loss_gradients_and_ascent"
-    timed += bench("loss, gradients and ascent", kernels, 60)
-    for case in ("own", "stgcn", "dsta", "scd"):
-        timed += bench(f"step, {case}", f"step.py::test_step_by_phase[{case}]", 90)
-    timed += bench("recurrent layers", "recurrent.py", 60)
-    timed += bench("public-style trainer", "step.py::test_against_a_public_style_trainer", 60, compiles=False)
-    sweep = ("kernels.py::test_loss_and_gradients", "kernels.py::test_ascent")
-    for name, test in zip(("loss over K, N, shares", "ascent over K, N, shares"), sweep):
-        timed += bench(name, test, 75)
-    timed += bench("views", "views.py::test_views_of_a_step", 45)
-    bits = bench("equal bits", "runs.py::test_equal_bits", 120, compiles=False)
-    beside = [*gpu_tests(rehearse), *(_beside(part) for part in bits)]
-    compiling = [part for part in timed if part.prepares]
-    parts = [*(compiling[:1] if rehearse else compiling), *beside, *(p for p in timed if not p.prepares)]
+    """In the order in which they run, those that compile beforehand aside."""
+    short = ("--bank.warmup-steps", "8", "--optim.epochs", "1", "--run.no-progress", "--run.out")
+    parts = [
+        Part(
+            name="compile: main job",
+            command=("-m", "a2mc_fast.train", *short, "{record}.run"),
+            seconds=150,
+            alone=False,
+            prepares=True,
+        ),
+        *gpu_tests(rehearse),
+        _beside(bench("equal bits", "runs.py::test_equal_bits", 150)),
+        bench("main job", "runs.py::test_main_job", 90, waits=False),
+        bench("step, bigru", "step.py::test_step_by_phase[bigru]", 45),
+        bench("loss and ascent", "kernels.py", 60),
+        *(
+            bench(f"step, {case}", f"step.py::test_step_by_phase[{case}]", 60)
+            for case in ("own", "stgcn", "dsta", "scd")
+        ),
+        bench("recurrent layers", "recurrent.py", 30),
+        bench("public-style trainer", "step.py::test_against_a_public_style_trainer", 45),
+        bench("views", "views.py::test_views_of_a_step", 30),
+    ]
     for seed in () if not data else (0,) if rehearse else (0, 1):
         for method in ("own", "own-b1"):
             test = f"runs.py::test_real_data[{method}-{seed}]"
-            parts += [
-                _beside(part) for part in bench(f"data, {method}, seed {seed}", test, 150, compiles=False)
-            ]
+            parts.append(_beside(bench(f"{method}, seed {seed}", test, 150)))
     return [replace(part, seconds=4 * part.seconds) for part in parts] if rehearse else parts
 
 
 def _beside(part: Part) -> Part:
-    return replace(part, alone=False)
+    return replace(part, alone=False, waits=False)
 
 
 def environment(options: Options, work: Path) -> dict[str, str]:
@@ -167,7 +164,7 @@ def measure(options: Options) -> int:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
         runner = Runner(
             options.out, Path(work), start, began + seconds - LEFT_OVER,
-            environment(options, Path(work)), at_once=os.cpu_count() or 1,
+            environment(options, Path(work)), at_once=max(2, os.cpu_count() or 1),
         )  # fmt: skip
         # as Ctrl-C, so that no part outlives its runner
         signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -4,9 +4,7 @@ against.
 On a GPU every form is captured as a CUDA graph first, as the trainer runs it, so that the host's launches do
 not count for either side; times come from CUDA events with the second-level cache flushed.
 
-Two variables of the environment, both set by `bench.gpu`: BENCH_TOY=1 shrinks every problem until it is a
-rehearsal that says nothing about speed, and BENCH_COMPILE=1 calls every form once, so that compilers fill
-their caches, and measures nothing.
+BENCH_TOY=1 in the environment shrinks every problem until it is a rehearsal that says nothing about speed.
 """
 
 from __future__ import annotations
@@ -20,11 +18,11 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from bench.records import Record
+from bench.runner import wait_for_turn
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 TOY = os.environ.get("BENCH_TOY") == "1"
-COMPILE_ONLY = os.environ.get("BENCH_COMPILE") == "1"
 
 Form = Callable[[], object]
 T = TypeVar("T")
@@ -54,6 +52,14 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def compiled_all() -> None:
+    """Call it when everything is compiled: from here on nothing else runs beside this process."""
+    synchronize()
+    if CUDA:
+        torch.cuda.empty_cache()  # others want it too
+    wait_for_turn()
+
+
 def captured(function: Form) -> Form:
     """The function as one CUDA graph; on a CPU the function itself. Its results are those of the capture."""
     if not CUDA:
@@ -72,11 +78,11 @@ def captured(function: Form) -> Form:
 
 def milliseconds(function: Form) -> Time:
     """Median, 20 and 80 % of repeated calls."""
-    if CUDA and not COMPILE_ONLY and not TOY:
+    if CUDA:
         from triton.testing import do_bench
 
         return Time(*do_bench(captured(function), quantiles=[0.5, 0.2, 0.8]))
-    if COMPILE_ONLY or TOY:
+    if TOY:
         return Time(*[1e3 * seconds(function)] * 3)
     times = sorted([1e3 * seconds(function) for _ in range(6)][1:])
     return Time(times[2], times[1], times[3])
@@ -93,7 +99,7 @@ def seconds(work: Callable[..., object], *args: object) -> float:
 
 def allocated(function: Form) -> float | None:
     """MiB that a call allocates at its peak, results included; None on a CPU."""
-    if not CUDA or COMPILE_ONLY:
+    if not CUDA:
         return None
     function()
     torch.cuda.synchronize()

@@ -1,7 +1,9 @@
 """Runs parts of a measurement, each as a process of its own with a time limit, under one deadline.
 
-A part that fails or hangs is ended and leaves its last lines (a hanging Python also says where it hangs), the
-rest goes on. Whatever parts record is gathered into one file as soon as it is there.
+What is timed runs alone. So that the time before it is not lost, timed parts may start beside others, import
+and compile, and wait for their turn (`wait_for_turn`). A part that fails or hangs is ended and leaves its
+last lines (a hanging Python also says where it hangs), the rest goes on. Whatever parts record is gathered
+into one file as soon as it is there.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -26,6 +28,7 @@ ROOT = Path(__file__).parent.parent
 PASSED, FAILED, LATE, NOT_RUN = "passed", "failed", "out of time", "not run"
 _LOG_HEAD, _LOG_TAIL = 20_000, 200_000  # bytes kept of each part's output
 _LAST_LINES = 12
+TURN = "BENCH_TURN"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +42,10 @@ class Part:
     """It is ended after so many, and not begun when less than a third of them is left."""
     alone: bool = True
     """Whether nothing may run beside it, as for everything that is timed."""
+    waits: bool = False
+    """Whether it starts beside others and calls `wait_for_turn` before it measures."""
     prepares: bool = False
     """It only fills caches for others: how it ends is told and counts for nothing."""
-    environment: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -51,10 +55,17 @@ class _Running:
     began: float
     limit: float
     log: IO[bytes]
+    records: Path
+
+    @property
+    def ready(self) -> bool:
+        """Whether it waits for its turn."""
+        return _ready(self.records).exists()
 
 
 class Runner:
-    """`run` takes the parts in their order; neighbours that need not be alone run side by side."""
+    """First, side by side, the parts before the first timed one and all that wait for their turn; then the
+    timed ones, each alone; then what is left, side by side."""
 
     def __init__(
         self,
@@ -70,42 +81,75 @@ class Runner:
         self.environment, self.at_once = environment, at_once
         self.results, self.outcomes = start, dict[str, Outcome]()
         self._order: list[Part] = []
+        self._alive: list[_Running] = []
         self._seen: dict[str, int] = {}
         self._logs: dict[str, bytes] = {}
 
     def run(self, parts: Iterable[Part], beside_until: float) -> None:
-        """All of it. Side by side before the first part that is alone no longer than `beside_until`."""
+        """All of it; the first stage lasts no longer than to the time `beside_until`."""
         self._order = list(parts)
-        first = True
-        for alone, some in itertools.groupby(self._order, lambda part: part.alone):
-            self._group(list(some), 1 if alone else self.at_once, beside_until if first else self.deadline)
-            first = False
-
-    def _group(self, parts: list[Part], at_once: int, until: float) -> None:
-        until = min(until, self.deadline)
-        running: list[_Running] = []
+        timed = [part for part in self._order if part.alone]
+        before = list(itertools.takewhile(lambda part: not part.alone, self._order))
+        after = [part for part in self._order if not part.alone and part not in before]
         try:
-            while parts or running:
-                while parts and len(running) < at_once:
-                    part = parts.pop(0)
-                    if until - time.monotonic() < part.seconds / 3:
-                        self._ended(part, NOT_RUN, 0.0, "no time left for it", b"")
-                    else:
-                        running.append(self._start(part, until))
-                for one in list(running):
-                    if self._look_at(one):
-                        running.remove(one)
-                self._gather()
-                time.sleep(0.02)
+            self._beside([*before, *(part for part in timed if part.waits)], beside_until)
+            for part in timed:
+                self._alone(part)
+            self._beside(after, self.deadline)
         finally:
-            for one in running:
+            for one in self._alive:
                 _kill(one.process)
 
+    def _beside(self, parts: list[Part], until: float) -> None:
+        """Side by side, until each has ended or waits for its turn."""
+        until = min(until, self.deadline)
+        while parts or any(not one.ready for one in self._alive):
+            left = until - time.monotonic()
+            while parts and sum(not one.ready for one in self._alive) < self.at_once:
+                part = parts.pop(0)
+                if left >= part.seconds / 3:
+                    self._start(part, until)
+                elif not part.waits:  # those that do will start in their turn
+                    self._ended(part, NOT_RUN, 0.0, "no time left for it", b"")
+            self._look()
+            if left <= 0:
+                break
+        for one in self._alive:
+            if not one.ready:  # it goes on when nobody measures beside it
+                os.killpg(one.process.pid, signal.SIGSTOP)
+
+    def _alone(self, part: Part) -> None:
+        """One timed part, whether it waits or has not begun."""
+        _go(self._records(part)).touch()
+        one = next((one for one in self._alive if one.part is part), None)
+        now = time.monotonic()
+        if part.name in self.outcomes:  # it failed before its turn came
+            return
+        if self.deadline - now < part.seconds / 3:
+            if one is not None:
+                self._alive.remove(one)
+                _kill(one.process)
+                one.log.close()
+            self._ended(part, NOT_RUN, 0.0, "no time left for it", b"")
+            return
+        if one is None:
+            one = self._start(part, self.deadline)
+        os.killpg(one.process.pid, signal.SIGCONT)
+        one.began, one.limit = now, min(now + part.seconds, self.deadline)
+        while one in self._alive:
+            self._look()
+
+    def _look(self) -> None:
+        """See which parts have ended, and take what they recorded. Those whose turn is to come may wait."""
+        for one in list(self._alive):
+            if self._look_at(one, one.part.waits and not _go(one.records).exists()):
+                self._alive.remove(one)
+        self._gather()
+        time.sleep(0.02)
+
     def _start(self, part: Part, until: float) -> _Running:
-        command = [
-            sys.executable,
-            *(word.replace("{record}", str(self._records(part))) for word in part.command),
-        ]
+        records = self._records(part)
+        command = [sys.executable, *(word.replace("{record}", str(records)) for word in part.command)]
         log = (self.work / f"{_file_name(part)}.log").open("w+b")
         print(f"{part.name} ...", flush=True)
         # a group of its own, so that what a part has started ends with it
@@ -115,17 +159,19 @@ class Runner:
             stdout=log,
             stderr=subprocess.STDOUT,
             cwd=ROOT,
-            env={**os.environ, **self.environment, **part.environment},
+            env={**os.environ, **self.environment, **({TURN: str(records)} if part.waits else {})},
             process_group=0,
         )
         began = time.monotonic()
         limit = min(began + part.seconds, until)
-        return _Running(part=part, process=process, began=began, limit=limit, log=log)
+        one = _Running(part=part, process=process, began=began, limit=limit, log=log, records=records)
+        self._alive.append(one)
+        return one
 
-    def _look_at(self, one: _Running) -> bool:
-        """Whether a running part has ended, or was ended here."""
+    def _look_at(self, one: _Running, patient: bool) -> bool:
+        """Whether a running part has ended, or was ended here because its time is up."""
         code, now = one.process.poll(), time.monotonic()
-        if code is None and now < one.limit:
+        if code is None and (patient or now < one.limit):
             return False
         if code is None:
             _kill(one.process)
@@ -185,13 +231,30 @@ class Runner:
         return self.work / f"{_file_name(part)}.json"
 
 
+def wait_for_turn() -> None:
+    """In a part that waits: returns when it is its turn to measure. Anywhere else: at once."""
+    if TURN in os.environ:
+        records = Path(os.environ[TURN])
+        _ready(records).touch()
+        while not _go(records).exists():
+            time.sleep(0.02)
+
+
+def _ready(records: Path) -> Path:
+    return records.with_suffix(".ready")
+
+
+def _go(records: Path) -> Path:
+    return records.with_suffix(".go")
+
+
 def _file_name(part: Part) -> str:
     return "".join(c if c.isalnum() else "-" for c in part.name)
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
     """End a process and its group: first so that Python tells where it is, then for certain."""
-    for kind, patience in ((signal.SIGABRT, 2.0), (signal.SIGKILL, 5.0)):
+    for kind, patience in ((signal.SIGCONT, 0.0), (signal.SIGABRT, 2.0), (signal.SIGKILL, 5.0)):
         try:
             os.killpg(process.pid, kind)
         except ProcessLookupError:

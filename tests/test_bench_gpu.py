@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -28,14 +29,14 @@ def part(name: str, code: str, seconds: float = 20.0, **options: bool) -> Part:
     return Part(name=name, command=command, seconds=seconds, **options)
 
 
-def run(tmp_path: Path, *parts: Part, seconds: float = 60.0, at_once: int = 4) -> dict[str, Outcome]:
+def run(tmp_path: Path, *parts: Part, seconds: float = 60.0, beside: float = 40.0) -> dict[str, Outcome]:
     """How each part went; results lie in tmp_path / "out"."""
     out, work = tmp_path / "out", tmp_path / "work"
     for folder in (out, work):
         folder.mkdir()
     now = time.monotonic()
-    runner = Runner(out, work, START, now + seconds, {"SHARED": "yes"}, at_once)
-    runner.run(parts, now + seconds)
+    runner = Runner(out, work, START, now + seconds, {"SHARED": "yes"}, at_once=4)
+    runner.run(parts, now + beside)
     assert {path.name for path in out.iterdir()} == {"gpu.json", "logs.txt"}
     told = read(out / "gpu.json")
     assert told == runner.results and told.machine == START.machine
@@ -95,6 +96,31 @@ def test_neighbours_run_side_by_side_and_timed_parts_alone(tmp_path: Path) -> No
         part("d", lonely),
     )
     assert {outcome.outcome for outcome in went.values()} == {"passed"}, went
+
+
+def test_a_timed_part_prepares_beside_others_and_waits_for_its_turn(tmp_path: Path) -> None:
+    prepare = "from bench.runner import wait_for_turn; print('ready'); wait_for_turn(); "
+    lonely = f"p = '{tmp_path}/lock'; assert not os.path.exists(p); open(p, 'w'); "
+    lonely += f"time.sleep(0.3); os.remove(p); open('{tmp_path}/order', 'a').write({{!r}})"
+    waiting = f"len(glob.glob('{tmp_path}/work/*.ready'))"
+    ready = f"import glob; [time.sleep(0.01) for _ in range(2000) if {waiting} < 2]; assert {waiting} == 2"
+    went = run(
+        tmp_path,
+        # ends when both wait, so they were started beside it
+        part("beside", ready, alone=False),
+        part("no waiting", lonely.format("1")),
+        part("first", prepare + lonely.format("2"), waits=True),
+        part("second", prepare + lonely.format("3"), waits=True),
+        part("broken", "sys.exit('broken before its turn')", waits=True),
+    )
+    assert [outcome.outcome for outcome in went.values()] == ["passed"] * 4 + ["failed"], went
+    assert (tmp_path / "order").read_text() == "123"
+
+
+def test_a_part_that_is_not_ready_in_time_goes_on_in_its_turn(tmp_path: Path) -> None:
+    slow = "from bench.runner import wait_for_turn; time.sleep(2); wait_for_turn(); print('done')"
+    went = run(tmp_path, part("slow", slow, waits=True), part("slower", slow, waits=True), beside=0.8)
+    assert [outcome.note for outcome in went.values()] == ["done", "done"], went
 
 
 def test_what_no_longer_fits_is_not_run(tmp_path: Path) -> None:
@@ -166,7 +192,7 @@ def test_every_part_and_target_names_what_exists() -> None:
     """A benchmark that was renamed would cost a GPU's minutes."""
     parts = gpu.all_parts(data=True)
     assert len({part.name for part in parts}) == len(parts)
-    assert sum(part.alone for part in parts) >= 10
+    assert sum(part.alone for part in parts) >= 10 and all(part.alone for part in parts if part.waits)
     first_alone = next(number for number, part in enumerate(parts) if part.alone)
     assert parts[first_alone].name == "main job"
     assert all(part.alone for part in parts if part.name.startswith(("step", "loss", "recurrent")))
@@ -204,6 +230,18 @@ def test_records_survive_their_file_and_bad_ones_are_one_sentence(tmp_path: Path
             read(path)
     write(path, START)
     assert read(path) == START
+
+
+@pytest.mark.parametrize("flag, interpreted", [("1", False), ("0", True)])
+def test_workers_of_xdist_know_of_the_gpu(flag: str, interpreted: bool) -> None:
+    """They do not see --gpu: the process that starts them says it in the environment."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTEST_XDIST_WORKER": "gw0", "A2MC_FAST_GPU_TESTS": flag}
+    code = "import os, tests.conftest as c; print(c.GPU, 'TRITON_INTERPRET' in os.environ)"
+    said = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert said.stdout.split() == [str(not interpreted), str(interpreted)]
 
 
 def test_without_a_gpu_it_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
