@@ -73,11 +73,12 @@ def gpu_tests(rehearse: bool) -> list[Part]:
 
 def all_parts(rehearse: bool = False, data: bool = False) -> list[Part]:
     """In the order in which they run, those that compile beforehand aside."""
-    short = ("--bank.warmup-steps", "8", "--optim.epochs", "1", "--run.no-progress", "--run.out")
+    short = ["--bank.warmup-steps", "8", "--optim.epochs", "1", "--run.no-progress"]
+    short += ["--synthetic.clips", "200"] if rehearse else []  # on a GPU sizes must be those of the main job
     parts = [
         Part(
             name="compile: main job",
-            command=("-m", "a2mc_fast.train", *short, "{record}.run"),
+            command=("-m", "a2mc_fast.train", *short, "--run.out", "{record}.run"),
             seconds=150,
             alone=False,
             prepares=True,

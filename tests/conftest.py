@@ -33,10 +33,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu", action="store_true", help="run the tests that need a GPU, and no others")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_configure(config: pytest.Config) -> None:
     if GPU and not torch.cuda.is_available():
         raise pytest.UsageError("--gpu: torch sees no GPU")
 
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     def belongs(item: pytest.Item) -> bool:
         only_there = item.get_closest_marker("gpu") is not None
         return only_there or item.get_closest_marker("anywhere") is not None if GPU else not only_there
