@@ -25,7 +25,8 @@ from bench.harness import TOY, sized
 from bench.records import Record, Recorder
 
 ROOT = Path(__file__).parent.parent
-SHORT = ["--synthetic.clips", "200", "--bank.warmup-steps", "4", "--optim.epochs", "1"]
+SMALL = ["--optim.batch-size", "16", "--views.frames", "16", "--views.min-frames", "16"] if TOY else []
+SHORT = ["--synthetic.clips", "200", "--bank.warmup-steps", "4", "--optim.epochs", "1", *SMALL]
 LIMIT = 300  # seconds; whoever started this process has a shorter one
 
 
@@ -76,7 +77,17 @@ def test_main_job(record: Recorder, tmp_path: Path) -> None:
 def test_equal_bits(record: Recorder, tmp_path: Path) -> None:
     """Two runs, and a third that is stopped in its training phase and resumed, end in the same bits."""
     warm, epochs = sized(("500", "300"), ("40", "4"), ("4", "4"))
-    flags = ["demo", "--synthetic.clips", "600", "--bank.warmup-steps", warm, "--optim.epochs", epochs]
+    clips = sized("600", "600", "200")
+    flags = [
+        "demo",
+        "--synthetic.clips",
+        clips,
+        "--bank.warmup-steps",
+        warm,
+        "--optim.epochs",
+        epochs,
+        *SMALL,
+    ]
     flags += ["--run.eval-every", "0", "--run.log-every", "1", "--precision", "bf16"]
     names = ("one", "two", "stopped")
     runs = {name: start(tmp_path / name, *flags) for name in names}
