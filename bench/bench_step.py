@@ -60,11 +60,11 @@ def setting(case: str) -> Config:
     builtin = replace(demo().synthetic, clips=1000)
     if case == "own":
         config = replace(preset("own"), data="", synthetic=builtin)
-        return config if CUDA else _narrow(config, config.encoder, frames=16, batch=4)
+        return config if CUDA else _narrow(config, config.encoder, frames=8, batch=2)
     if CUDA:
         return replace(preset("ntu60-xsub"), data="", synthetic=builtin, encoder=ENCODERS[case])
     recurrent = case == "bigru"
-    frames, batch = sized((0, 0), (64, 64) if recurrent else (16, 4), (16, 4))
+    frames, batch = sized((0, 0), (64, 64) if recurrent else (16, 4), (8, 2))
     return _narrow(demo(), ENCODERS[case], frames, batch)
 
 
