@@ -20,6 +20,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from a2mc_fast.kernels.problem import Features
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
@@ -28,7 +29,7 @@ from a2mc_fast.augment import Draws, Views
 from a2mc_fast.config import EncoderConfig, RunConfig, preset
 from a2mc_fast.data import Clips
 from a2mc_fast.encoders.branch import set_arithmetic
-from a2mc_fast.model import A2MC, Features
+from a2mc_fast.model import A2MC
 from a2mc_fast.skeleton import NTU25
 from a2mc_fast.trainer import Trainer
 
@@ -106,7 +107,7 @@ def losses(name: str, backend: str, rows: str = "1024") -> None:
     model = FakeA2MC(config, NTU25, 2, 60).to(GPU)
     shape = (config.optim.batch_size, config.encoder.projection)
     key, *anchors = (torch.empty(shape, device=GPU, requires_grad=i > 0) for i in range(4))
-    used = (True, model.uses_weak, model.uses_strong)
+    used = (True, config.loss.weak != "off", config.loss.strong != "off")
     anchors = [a if u else None for a, u in zip(anchors, used)]
     compiled(model.losses, {model.main: Features(key, *anchors)}).total.backward()
     for anchor in anchors:
