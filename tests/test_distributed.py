@@ -449,6 +449,7 @@ TRICKS: dict[str, Callable[[int], None]] = {
     "dies": lambda n: _at_step(n, processes._die),
     "bad input": lambda n: _at_step(n, _bad_input),
     "defect": lambda n: _at_step(n, _defect),
+    "elsewhere": lambda n: os.chdir(Path(__file__).parent),
 }
 
 
@@ -501,6 +502,16 @@ def test_a_run_goes_on_with_another_number_of_ranks(data: Path, tmp_path: Path) 
     assert json.loads((folder / "knn.json").read_text())["top1"] == pytest.approx(lines[1][-1]["knn_top1"])
     ended = together(2, ["finetune", str(folder)], tmp_path)
     assert [code for code, _ in ended] == [2, 2] and "start it without torchrun" in ended[0][1], ended
+
+
+def test_a_rank_that_does_not_see_the_checkpoint_says_so(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert processes.run(flags(data, folder), tmp_path / "said")[0] == 0
+    (folder / "result.json").unlink()
+    args = flags(data, Path(os.path.relpath(folder)), "--resume")
+    ended = together(2, args, tmp_path, "elsewhere")
+    assert [code for code, _ in ended] == [1, 2] and ended[0][1] == "", ended
+    assert "checkpoint.safetensors of step 15 is not here: every rank reads it" in ended[1][1], ended
 
 
 @pytest.mark.parametrize(

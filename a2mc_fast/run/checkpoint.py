@@ -28,15 +28,10 @@ from a2mc_fast.data.clips import Clips
 from a2mc_fast.errors import InputError, require
 from a2mc_fast.files import atomic_path
 from a2mc_fast.model import A2MC
-from a2mc_fast.ranks import World
 from a2mc_fast.skeleton import Skeleton
 
 FORMAT = "a2mc-checkpoint/3"
 FILE = "checkpoint.safetensors"
-_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
 # a model may need this many elements beside those in its checkpoint: small tables that it makes anew
 _SPARE_ELEMENTS = 1 << 18
 
@@ -280,29 +275,6 @@ def load_last_good(folder: Path) -> tuple[Checkpoint | None, str]:
             return found, f"{damaged}: using {path.name}, of step {found.step}" if damaged else ""
     require(not damaged, f"{damaged}, and {folder} holds no older one that is whole: start another run")
     return None, ""
-
-
-def shared(saved: Checkpoint | None, world: World) -> Checkpoint | None:
-    """Rank 0's checkpoint, or none, on every rank: the others need not see its file."""
-    if world.alone:
-        return saved
-    told = None
-    if saved is not None:
-        header = {f.name: getattr(saved, f.name) for f in dataclasses.fields(saved)}
-        tensors = header.pop("tensors")
-        header |= {"config": to_dict(saved.config), "skeleton": dataclasses.asdict(saved.skeleton)}
-        told = [
-            header | {"path": str(saved.path)},
-            {k: [_DTYPES[t.dtype], t.shape] for k, t in tensors.items()},
-        ]
-    told = world.share(told)
-    if told is None:
-        return None
-    header, kinds = told
-    dtypes = {name: dtype for dtype, name in _DTYPES.items()}
-    tensors = saved.tensors if saved else {k: torch.empty(s, dtype=dtypes[d]) for k, (d, s) in kinds.items()}
-    world.broadcast_(list(tensors.values()))
-    return saved or _parse(Path(header["path"]), header, tensors)
 
 
 def _parse(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoint:

@@ -13,9 +13,11 @@ import torch
 
 from a2mc_fast.config import Config
 from a2mc_fast.data import Clips
+from a2mc_fast.errors import require
 from a2mc_fast.files import write_json
 from a2mc_fast.ranks import World, join
-from a2mc_fast.run.checkpoint import shared
+from a2mc_fast.run import checkpoint
+from a2mc_fast.run.checkpoint import Checkpoint
 from a2mc_fast.run.folder import open_folder
 from a2mc_fast.run.log import QuietLog, RunLog
 from a2mc_fast.run.machine import machine, peak_memory, pick_device
@@ -38,8 +40,7 @@ def pretrain(config: Config, clips: Clips | None = None, *, resume: bool = False
 
 def _pretrain(config: Config, clips: Clips | None, resume: bool, world: World) -> Path:
     """One rank's run. All ranks take the same steps; rank 0 prints and writes."""
-    folder, resumed = open_folder(config, resume) if world.main else (Path(), None)
-    folder, resumed = Path(world.share(str(folder))), shared(resumed, world)
+    folder, resumed = _open(config, resume, world)
     torch.compiler.reset()  # torch compiles a function so many times and no more, earlier runs included
     clips = load_clips(config, world.device) if clips is None else clips.to(world.device)
     trainer = Trainer(config, clips, world)
@@ -99,6 +100,20 @@ def _pretrain(config: Config, clips: Clips | None, resume: bool, world: World) -
             write_json(folder / "result.json", result)
         log.say(summary(result, folder))
     return folder
+
+
+def _open(config: Config, resume: bool, world: World) -> tuple[Path, Checkpoint | None]:
+    """The run's folder, and the checkpoint to resume, which every rank reads itself."""
+    folder, resumed = open_folder(config, resume) if world.main else (Path(), None)
+    told = world.share([str(folder), *((str(resumed.path), resumed.step) if resumed else ())])
+    if len(told) > 1 and not world.main:
+        newest, step = Path(told[1]), told[2]
+        resumed = checkpoint.load(newest) if newest.exists() else None
+        require(
+            resumed is not None and resumed.step == step,
+            f"{newest} of step {step} is not here: every rank reads it, from a folder that all must share",
+        )
+    return Path(told[0]), resumed
 
 
 def outcome(config: Config, trainer: Trainer, log: RunLog, progress: dict[str, float]) -> dict[str, Any]:
