@@ -51,7 +51,7 @@ class A2MC(nn.Module):
         encoder, bank, dim = self.query.encoder, config.bank, config.encoder.projection
         self.pairs = encoder.pairs
         # how many of them meet at each bank
-        self.depth = Counter(key for _, key in self.pairs)
+        self.depth = dict(Counter(key for _, key in self.pairs))
         # the whole feature's level comes last
         self.main = list(encoder.levels)[-1]
 
