@@ -88,11 +88,6 @@ def class_names(clips: Clips) -> list[str]:
     return list(clips.class_names) or [f"class {number}" for number in range(clips.num_classes)]
 
 
-def class_name(names: tuple[str, ...], number: int) -> str:
-    """A class as the data calls it, or "class 7"."""
-    return names[number] if names else f"class {number}"
-
-
 # kNN
 
 
