@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from a2mc_fast import train
 from a2mc_fast.run import checkpoint, machine, saver
 from a2mc_fast.run import log as runlog
+from a2mc_fast.run import start as beginning
 from a2mc_fast.trainer import Trainer
 
 _server = multiprocessing.get_context("forkserver")
@@ -156,7 +157,7 @@ def _read_only_before(_: int) -> None:
         if os.geteuid() == 0:
             os.seteuid(65534)
 
-    _at_call(train, "load_clips", 1, close, after=True)
+    _at_call(beginning, "load_clips", 1, close, after=True)
 
 
 def _slow_step(number: int) -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from a2mc_fast import train as train_module
-from a2mc_fast.ablate import _PAPER, TABLES, main, row_configs, tables
+from a2mc_fast.ablate import main
 from a2mc_fast.config import differences, preset
+from a2mc_fast.evaluation import ablation
+from a2mc_fast.evaluation.rows import _PAPER, TABLES, row_configs, tables
 from tests.test_protocols import class_clips
 from tests.test_train import refused
 
@@ -75,8 +76,8 @@ def test_rows_are_trained_once_and_averaged(
 
     # again, with a row more: what is finished is neither trained nor evaluated again
     trained = []
-    real = train_module.train
-    monkeypatch.setattr(train_module, "train", lambda c, **k: (trained.append(c.preset), real(c, **k))[1])
+    real = ablation.pretrain
+    monkeypatch.setattr(ablation, "pretrain", lambda c, **k: (trained.append(c.preset), real(c, **k))[1])
     before = (tmp_path / "ablation" / "full-seed0" / "linear.json").stat().st_mtime_ns
     main([*args, "--rows", "l4", "l1", "full", "b1"])
     assert trained == ["own-l1"]

@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 import a2mc_fast
 from a2mc_fast.augment import Views
 from a2mc_fast.data import Clips
-from a2mc_fast.embed import FORMAT, main
-from a2mc_fast.evaluate import sha256
+from a2mc_fast.embed import main
+from a2mc_fast.evaluation.embedding import FORMAT
 from a2mc_fast.evaluation.inference import embed_clips, embed_recording, load_encoder
 from a2mc_fast.evaluation.protocols import encode
+from a2mc_fast.files import sha256
 from a2mc_fast.prepare import main as prepare
 from a2mc_fast.run import checkpoint
 from a2mc_fast.run.start import pretrain

@@ -28,13 +28,13 @@ from a2mc_fast.plots import style
 from a2mc_fast.plots.__main__ import main
 from a2mc_fast.plots.attack import attack, attacked_stages, find_clip
 from a2mc_fast.plots.confusion import confusion
-from a2mc_fast.plots.curves import curves, running_mean
+from a2mc_fast.plots.curves import curves, read_metrics, running_mean
 from a2mc_fast.plots.neighbours import nearest, neighbours, spread_over_classes
 from a2mc_fast.plots.output import write_picture
-from a2mc_fast.plots.runs import Opened, open_run, read_metrics
 from a2mc_fast.plots.skeletons import LEFT, MIDDLE, RIGHT, draw_pose, draw_strip, even_frames, project, sides
 from a2mc_fast.plots.tsne import neighbour_agreement, tsne
 from a2mc_fast.run import checkpoint
+from a2mc_fast.run.opened import Opened, open_run
 from a2mc_fast.run.start import pretrain
 from a2mc_fast.skeleton import NTU25, Skeleton
 from tests.conftest import SMALL
@@ -74,7 +74,7 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(run: Path) -> Opened:
-    return open_run(run, "", "", "cpu")
+    return open_run(run, device="cpu")
 
 
 def bones_in(ax: Axes, *, ghosts: bool = False) -> int:
@@ -521,7 +521,7 @@ def test_class_names_must_fit(result: Callable[..., Path]) -> None:
 def test_data_of_another_skeleton_is_refused(small_run: Path, ntu_run: Path) -> None:
     data = str(ntu_run.parent / "clips.safetensors")
     with pytest.raises(InputError, match=r"on 5 joints and 1 persons, .* has 25 joints and 2 persons"):
-        open_run(small_run, data, "", "cpu")
+        open_run(small_run, data, device="cpu")
 
 
 def test_help_is_instant() -> None:

@@ -32,8 +32,8 @@ from a2mc_fast.evaluation.scores import (
     accuracy,
     confusion_matrix,
     details,
-    ensemble,
     per_class,
+    weighted_sum,
 )
 from a2mc_fast.evaluation.settings import FinetuneConfig, LinearConfig, SemiConfig
 from tests.conftest import SMALL
@@ -392,19 +392,19 @@ def test_scores_survive_the_file_and_add_up(tmp_path: Path) -> None:
         streams.append(Scores.load(tmp_path / f"{name}.safetensors"))
         assert torch.equal(streams[-1].scores, made.scores) and streams[-1].about["run"] == name
     j, m, b = (s.scores for s in streams)
-    torch.testing.assert_close(ensemble(streams, (0.6, 0.4, 0.6)), 0.6 * j + 0.4 * m + 0.6 * b)
+    torch.testing.assert_close(weighted_sum(streams, (0.6, 0.4, 0.6)), 0.6 * j + 0.4 * m + 0.6 * b)
     torch.testing.assert_close(
-        ensemble(streams, (1, 2, 3), "softmax"), j.softmax(1) + 2 * m.softmax(1) + 3 * b.softmax(1)
+        weighted_sum(streams, (1, 2, 3), "softmax"), j.softmax(1) + 2 * m.softmax(1) + 3 * b.softmax(1)
     )
     with pytest.raises(ValueError, match="2 weights for 3 runs"):
-        ensemble(streams, (1, 2))
+        weighted_sum(streams, (1, 2))
     for other in (
         replace(streams[1], clips=clips + 1),
         replace(streams[1], labels=(labels + 1) % 3),
         replace(streams[1], scores=torch.randn(9, 4)),
     ):
         with pytest.raises(ValueError, match="j and m were not tested on the same clips"):
-            ensemble([streams[0], other], (1, 1))
+            weighted_sum([streams[0], other], (1, 1))
     (tmp_path / "j.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"j\.safetensors is damaged"):
         Scores.load(tmp_path / "j.safetensors")

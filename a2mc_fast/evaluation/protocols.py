@@ -7,6 +7,7 @@ Legend: n clips · F feature width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor
 from a2mc_fast import rng
 from a2mc_fast.augment import Draws, Views
 from a2mc_fast.config import ViewConfig
+from a2mc_fast.data import Clips
 from a2mc_fast.encoders.branch import Branch
 from a2mc_fast.errors import require
 from a2mc_fast.evaluation.scores import Outcome, Validation, accuracy
@@ -56,11 +58,15 @@ def training_crops(views: Views, seed: int) -> Views:
 
 def labelled_split(views: Views, split: str) -> tuple[Tensor, Tensor]:
     """(train, test) clip numbers of a protocol, labelled clips only. `InputError` if a side is empty."""
-    labels = views.clips.labels
-    train, test = (index[labels[index] >= 0] for index in views.clips.split(split))
-    require(len(train) > 0, f"protocol {split!r} has no labelled training clips")
-    require(len(test) > 0, f"protocol {split!r} has no labelled test clips")
-    return train, test
+    return labelled(views.clips, split, "training"), labelled(views.clips, split, "test")
+
+
+def labelled(clips: Clips, split: str, side: Literal["training", "test"]) -> Tensor:
+    """Clip numbers of one side of a protocol, labelled clips only. `InputError` if there are none."""
+    index = clips.split(split)[side == "test"]
+    index = index[clips.labels[index] >= 0]
+    require(len(index) > 0, f"protocol {split!r} has no labelled {side} clips")
+    return index
 
 
 def check_classes(views: Views, train: Tensor, test: Tensor, where: str, allow_missing: bool = False) -> None:
@@ -68,8 +74,8 @@ def check_classes(views: Views, train: Tensor, test: Tensor, where: str, allow_m
     labels = views.clips.labels
     missing = sorted(set(labels[test].tolist()) - set(labels[train].tolist()))
     if missing and not allow_missing:
-        names = [class_name(views.clips.class_names, c) for c in missing]
-        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        names = class_names(views.clips)
+        shown = ", ".join(names[c] for c in missing[:3]) + (", ..." if len(missing) > 3 else "")
         require(
             False,
             f"{where}: {len(missing)} of the tested classes have no training clip ({shown}); "
@@ -77,9 +83,9 @@ def check_classes(views: Views, train: Tensor, test: Tensor, where: str, allow_m
         )
 
 
-def class_name(names: tuple[str, ...], number: int) -> str:
-    """A class as the data calls it, or "class 7"."""
-    return names[number] if names else f"class {number}"
+def class_names(clips: Clips) -> list[str]:
+    """A name for every class, the data's own or "class 7"."""
+    return list(clips.class_names) or [f"class {number}" for number in range(clips.num_classes)]
 
 
 # kNN

@@ -1,7 +1,7 @@
 """What a protocol leaves behind: accuracies, the confusion matrix, and the test clips' scores in a file.
 
 Scores are logits [n, classes] float32 of the test clips. Their safetensors file also holds the clips' labels
-and numbers, so that streams trained apart can be added up later (`ensemble`). Accuracies are in percent.
+and numbers, so that streams trained apart can be added up later (`weighted_sum`). Accuracies are in percent.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class Scores:
         return cls(scores=scores, labels=labels, clips=clips, about=about)
 
 
-def ensemble(
+def weighted_sum(
     streams: Sequence[Scores], weights: Sequence[float], of: Literal["logits", "softmax"] = "logits"
 ) -> Tensor:
     """Weighted sum of the streams' scores, or of their class probabilities. -> [n, classes]

@@ -1,12 +1,16 @@
-"""Settings of the evaluation protocols, with the values of the papers they come from. Nothing imports torch.
+"""What evaluation asks: settings of the protocols, with the values of the papers they come from, and of which
+run. Nothing imports torch.
 
 `lr 0` stands for the learning rate that is customary for the encoder: its owners tuned it on their features.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from tyro.conf import Positional, arg
 
 from a2mc_fast.errors import require
 
@@ -110,3 +114,114 @@ class SemiConfig(FinetuneConfig):
             f"fractions must be in (0, 1], got {self.fractions}",
         )
         require(self.seeds >= 1, f"seeds must be >= 1, got {self.seeds}")
+
+
+# the command line's, each with the run it is asked of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What every protocol asks for."""
+
+    encodes: ClassVar[bool] = False
+    """Whether most of the work is to encode clips, which ranks can share."""
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
+    """Folder of the run, or a checkpoint."""
+    data: str = ""
+    """Packed clips; empty = the data of the run."""
+    split: str = ""
+    """Protocol; empty = that of the run."""
+    untrained: bool = False
+    """Also evaluate the encoder as it was before training."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto = the GPU if there is one."""
+    out: str = ""
+    """JSON file to write; empty = RUN/PROTOCOL.json."""
+
+    @property
+    def protocol(self) -> str:
+        """Its name on the command line."""
+        return type(self).__name__.lower()
+
+    def resolved(self, encoder: str) -> dict[str, Any]:
+        """The protocol's own options, as they are used with this encoder."""
+        shared = Evaluation.__dataclass_fields__
+        return {name: value for name, value in asdict(self).items() if name not in shared}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knn(Evaluation):
+    """k nearest neighbours by cosine similarity, which is retrieval (the paper's Table III)."""
+
+    encodes: ClassVar[bool] = True
+    k: int = 1
+    """Neighbours that vote."""
+    neighbours: str = ""
+    """List the nearest training clips of every test clip in this .json or .csv file."""
+    top: int = 5
+    """How many to list."""
+
+    def __post_init__(self) -> None:
+        require(
+            not self.neighbours or Path(self.neighbours).suffix in (".json", ".csv"),
+            f"neighbours must be a .json or .csv file, got {self.neighbours}",
+        )
+        require(self.k >= 1 and self.top >= 1, f"k and top must be >= 1, got {self.k} and {self.top}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(LinearConfig, Evaluation):
+    """A linear classifier on the frozen encoder (the paper's Table I)."""
+
+    encodes: ClassVar[bool] = True
+
+    def resolved(self, encoder: str) -> dict[str, Any]:
+        return {**super().resolved(encoder), "lr": self.learning_rate(encoder)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune(FinetuneConfig, Evaluation):
+    """Encoder and a new classifier trained on all labels (the paper's Table VII)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer(Finetune):
+    """Fine-tuning on another data set, given by --data (the paper's Table IV)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(bool(self.data), "transfer needs --data: the packed clips to tune and test on")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Semi(SemiConfig, Evaluation):
+    """Fine-tuning on a share of the labels, mean of several subsets (the paper's Tables VIII and IX)."""
+
+
+AnyEvaluation = Knn | Linear | Finetune | Semi
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ensemble:
+    """Weighted sum of saved scores: joint, motion and bone streams (the paper's Tables II and X)."""
+
+    runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN")]
+    """Folders of the runs, or files of scores."""
+    protocol: Literal["linear", "finetune", "transfer"] = "linear"
+    """Whose scores to read from the folders."""
+    weights: tuple[float, ...] = ()
+    """One weight per run; by default that of its stream: joint 0.6, motion 0.4, bone 0.6 (AimCLR)."""
+    equal: bool = False
+    """Weigh all runs alike (CMD)."""
+    of: Literal["logits", "softmax"] = "logits"
+    """What is summed: raw scores, or class probabilities."""
+    out: str = ""
+    """JSON file to write; empty = ensemble.json in the first run's folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """One table of many results."""
+
+    results: Annotated[Positional[tuple[Path, ...]], arg(metavar="RESULT")]
+    """JSON files that a protocol wrote, or folders of runs: all results in them."""

@@ -5,9 +5,10 @@ torch and matplotlib are imported when a picture is drawn, so that `--help` and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -16,8 +17,6 @@ from a2mc_fast.plots.output import write_picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from a2mc_fast.plots.runs import Opened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +27,6 @@ class Curves:
     """Folders of one to four runs, shown side by side."""
     out: Path = Path("curves.png")
     """Picture to write; the suffix is .png, .pdf or .svg."""
-
-    def draw(self) -> Figure:
-        from a2mc_fast.plots.curves import curves
-
-        return curves(self.runs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +39,6 @@ class Confusion:
     """Show these classes only; none = all."""
     out: Path = Path("confusion.png")
     """Picture to write; the suffix is .png, .pdf or .svg."""
-
-    def draw(self) -> Figure:
-        from a2mc_fast.plots.confusion import confusion
-
-        return confusion(self.results, self.classes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,16 +54,6 @@ class OfRun:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = the GPU if there is one."""
 
-    def open(self) -> Opened:
-        from a2mc_fast.plots.runs import open_run
-
-        return open_run(self.run, self.data, self.split, self.device)
-
-
-def check_seed(seed: int) -> None:
-    """Refuse what the generators cannot take."""
-    require(0 <= seed < 2**31, f"--seed must be in 0 .. 2^31 - 1, got {seed}")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Tsne(OfRun):
@@ -87,16 +66,12 @@ class Tsne(OfRun):
     out: Path = Path("tsne.png")
     """Picture to write; the suffix is .png, .pdf or .svg."""
 
-    def draw(self) -> Figure:
-        from a2mc_fast.plots.tsne import tsne
-
-        return tsne(self.open(), classes=self.classes, untrained=self.untrained)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Attack(OfRun):
     """A clip before and after the attack, its views, and their class distributions (Fig. 3)."""
 
+    most_frames: ClassVar[int] = 12
     clip: str = ""
     """Name or number of the clip; empty = the first test clip."""
     frames: int = 6
@@ -106,18 +81,12 @@ class Attack(OfRun):
     out: Path = Path("attack.png")
     """Picture to write; the suffix is .png, .pdf or .svg."""
 
-    def draw(self) -> Figure:
-        from a2mc_fast.plots.attack import attack
-
-        check_seed(self.seed)
-        require(1 <= self.frames <= 12, f"--frames must be 1 to 12, got {self.frames}")
-        return attack(self.open(), clip=self.clip, frames=self.frames, seed=self.seed)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Neighbours(OfRun):
     """Query clips and their nearest neighbours as skeleton strips (Fig. 11)."""
 
+    most_frames: ClassVar[int] = 6
     queries: int = 5
     """Test clips to ask with, of different classes."""
     k: int = 4
@@ -129,15 +98,25 @@ class Neighbours(OfRun):
     out: Path = Path("neighbours.png")
     """Picture to write; the suffix is .png, .pdf or .svg."""
 
-    def draw(self) -> Figure:
-        from a2mc_fast.plots.neighbours import neighbours
-
-        check_seed(self.seed)
-        require(1 <= self.frames <= 6, f"--frames must be 1 to 6, got {self.frames}")
-        return neighbours(self.open(), queries=self.queries, k=self.k, frames=self.frames, seed=self.seed)
-
 
 Picture = Curves | Tsne | Confusion | Attack | Neighbours
+
+
+def draw(picture: Picture) -> Figure:
+    """Drawn by the function of the picture's name, in the module of that name, which takes its options."""
+    if isinstance(picture, Attack | Neighbours):  # before the run is read
+        require(0 <= picture.seed < 2**31, f"--seed must be in 0 .. 2^31 - 1, got {picture.seed}")
+        most = picture.most_frames
+        require(1 <= picture.frames <= most, f"--frames must be 1 to {most}, got {picture.frames}")
+    name = type(picture).__name__.lower()
+    # no other picture's module: torch and scikit-learn take seconds each
+    function = getattr(import_module(f"a2mc_fast.plots.{name}"), name)
+    asked: dict[str, Any] = {f.name: getattr(picture, f.name) for f in fields(picture) if f.name != "out"}
+    if isinstance(picture, OfRun):
+        from a2mc_fast.run.opened import open_run
+
+        asked["run"] = open_run(*(asked.pop(f.name) for f in fields(OfRun)))
+    return function(**asked)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -151,7 +130,7 @@ def main(args: list[str] | None = None) -> None:
             | Annotated[Neighbours, tyro.conf.subcommand("neighbours")]
         )
         picture: Picture = tyro.cli(pictures, args=args, prog="python -m a2mc_fast.plots")
-        write_picture(picture.out, picture.draw)
+        write_picture(picture.out, lambda: draw(picture))
 
 
 if __name__ == "__main__":

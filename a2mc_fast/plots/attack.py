@@ -14,9 +14,9 @@ from matplotlib.patheffects import withStroke
 from torch import Tensor
 
 from a2mc_fast.errors import InputError, require
-from a2mc_fast.plots.runs import Opened
 from a2mc_fast.plots.skeletons import draw_strip, even_frames, extent, legend_lines, persons_seen
 from a2mc_fast.plots.style import GREY, SKY, class_label, figure, shorten
+from a2mc_fast.run.opened import Opened
 
 _TOP = 5
 
@@ -70,8 +70,8 @@ def attack(run: Opened, *, clip: str = "", frames: int = 6, seed: int = 0) -> Fi
 def find_clip(run: Opened, clip: str) -> int:
     """A clip by its name, else by its number; the first test clip where none is asked for."""
     if not clip:
-        test = run.clips.split(run.split)[1]
-        require(len(test) > 0, f"protocol {run.split!r} has no test clips: name one with --clip")
+        test = run.clips.split(run.config.split)[1]
+        require(len(test) > 0, f"protocol {run.config.split!r} has no test clips: name one with --clip")
         return int(test[0])
     if clip in run.clips.names:
         return run.clips.names.index(clip)
@@ -85,9 +85,9 @@ def find_clip(run: Opened, clip: str) -> int:
 
 def attacked_stages(run: Opened, number: int, seed: int) -> list[Stage]:
     """The clip and what Att-Aug makes of it, with the class distribution of each."""
-    model, views = run.saved.build(run.device), run.views
+    model, views = run.saved.build(run.clips.device), run.views
     model.eval()
-    index = torch.tensor([number], device=run.device)
+    index = torch.tensor([number], device=run.clips.device)
     whole = views.whole(index)
     rho = model.attack(whole)
     # views are functions of (seed, step): steps that no training reaches stand for the seed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -14,9 +15,8 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from a2mc_fast.errors import require
+from a2mc_fast.errors import InputError, require
 from a2mc_fast.files import read_json
-from a2mc_fast.plots.runs import read_metrics, run_name
 from a2mc_fast.plots.style import BLACK, BLUE, GREEN, GREY, LINES, VERMILION, figure, shorten
 
 Values = NDArray[np.float64]
@@ -29,6 +29,7 @@ _LOOKS: dict[str, tuple[str, Any, float, float]] = {
     "loss_strong": (GREEN, LINES[2], 1.6, 2.3),
     "loss_basic": (VERMILION, LINES[0], 1.1, 2.2),
 }
+_NUMBERS = (*PARTS, "lr", "knn_top1")  # what is drawn of a line of the log
 _MOST_RUNS = 4
 _SMOOTH = 60  # windows per run over which the bold line averages
 
@@ -53,7 +54,7 @@ def curves(runs: Sequence[Path]) -> Figure:
             _stages(ax, steps, name_them=ax is loss, factors=ax is loss and len(runs) <= 2)
             ax.set_xlim(0, log[-1]["step"])
         _epochs(loss, run, steps)
-        loss.set_title(shorten(run_name(run), 40), pad=8)
+        loss.set_title(shorten(run.absolute().name, 40), pad=8)
         knn.set_xlabel("training step")
     grid[0][0].set_ylabel("loss")
     grid[1][0].set_ylabel("kNN top-1 accuracy (%)")
@@ -62,6 +63,28 @@ def curves(runs: Sequence[Path]) -> Figure:
     handles, labels = grid[0][0].get_legend_handles_labels()
     picture.legend(handles, labels, loc="outside upper center", ncols=6 if len(runs) > 1 else 3)
     return picture
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics file. A last line that a crash or a running job cut off is left out."""
+    path = Path(run) / "metrics.jsonl"
+    if not path.is_file():
+        raise InputError(f"{path} not found: is {run} the folder of a run of a2mc_fast.train?")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            record["step"] = int(record["step"])
+            for name in record.keys() & set(_NUMBERS):
+                record[name] = float(record[name])
+        except (ValueError, KeyError, TypeError):
+            if number == len(lines):
+                break
+            raise InputError(f"{path}: line {number} is not a metrics record") from None
+        records.append(record)
+    require(any("loss" in record for record in records), f"{path} holds no logged step yet")
+    return records
 
 
 def _losses(ax: Axes, steps: list[dict[str, Any]]) -> None:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,10 +14,10 @@ from matplotlib.patches import Patch
 
 from a2mc_fast import rng
 from a2mc_fast.errors import require
-from a2mc_fast.evaluation.protocols import encode
-from a2mc_fast.plots.runs import Opened
+from a2mc_fast.evaluation import protocols
 from a2mc_fast.plots.skeletons import Array, Room, draw_strip, even_frames, extent, legend_lines, persons_seen
 from a2mc_fast.plots.style import BLUE, VERMILION, WIDTH, class_label, figure
+from a2mc_fast.run.opened import Opened
 
 _MOST_QUERIES, _MOST_NEIGHBOURS = 12, 6
 _TITLE = 0.42  # inches above a strip
@@ -91,7 +90,7 @@ def neighbours(run: Opened, *, queries: int = 5, k: int = 4, frames: int = 3, se
 
 def _row(run: Opened, match: Match, frames: int) -> _Row:
     """A query and its neighbours as they are drawn, all in the room that the largest needs."""
-    shown = torch.tensor([match.query, *match.neighbours], device=run.device)
+    shown = torch.tensor([match.query, *match.neighbours], device=run.clips.device)
     clips = [clip.cpu().numpy() for clip in run.views.whole(shown)]
     persons = [persons_seen(clip) for clip in clips]
     room, moments = _room(clips, persons, frames)
@@ -122,13 +121,12 @@ def _shape(room: Room, moments: list[int]) -> float:
 
 def nearest(run: Opened, queries: int, k: int, seed: int) -> list[Match]:
     """Random test clips, of as many classes as possible, and their nearest training clips."""
-    gallery, test = run.labelled("train"), run.labelled("test")
+    gallery, test = run.labelled("training"), run.labelled("test")
     require(len(gallery) >= k, f"--k {k}: there are only {len(gallery)} training clips")
     chosen = spread_over_classes(test, run.clips.labels[test], queries, seed)
-    branch = run.saved.build(run.device).query
-    known = F.normalize(encode(branch, run.views, gallery), dim=1)
-    asked = F.normalize(encode(branch, run.views, chosen), dim=1)
-    similarity, place = (asked @ known.T).topk(k, 1)
+    branch = run.trained()
+    known, asked = (protocols.encode(branch, run.views, index) for index in (gallery, chosen))
+    similarity, place = protocols.nearest(known, asked, k)
     return [Match(int(q), gallery[p].tolist(), s.tolist()) for q, p, s in zip(chosen, place, similarity)]
 
 

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from sklearn.manifold import TSNE
 
 from a2mc_fast.errors import InputError, require
-from a2mc_fast.evaluation.protocols import accuracy, encode
-from a2mc_fast.plots.runs import Opened
+from a2mc_fast.evaluation.protocols import encode
+from a2mc_fast.evaluation.scores import accuracy
 from a2mc_fast.plots.style import class_label, figure, mark
+from a2mc_fast.run.opened import Opened
 
 _DEFAULT_CLASSES, _MOST_CLASSES = 10, 20
 _MOST_PERPLEXITY = 30
@@ -27,8 +28,7 @@ def tsne(run: Opened, *, classes: Sequence[int] = (), untrained: bool = False) -
     test clips do not have.
     """
     index, labels = chosen(run, classes)
-    branches = [run.saved.build_untrained(run.device).query] if untrained else []
-    branches.append(run.saved.build(run.device).query)
+    branches = [*([run.untrained()] if untrained else []), run.trained()]
     picture = figure(3.3, width=7.2 if untrained else 4.7)
     panels = picture.subplots(1, len(branches), squeeze=False)[0]
     for ax, branch, name in zip(panels, branches, ("untrained", "trained")[-len(branches) :]):
@@ -39,7 +39,7 @@ def tsne(run: Opened, *, classes: Sequence[int] = (), untrained: bool = False) -
         ax.set_title(f"{name}\nnearest neighbour of the same class: {pure:.0f} %")
     handles, names = panels[0].get_legend_handles_labels()
     picture.legend(handles, names, loc="outside right center", handletextpad=0.2)
-    picture.suptitle(f"{run.name}, {run.split}: {len(index)} test clips", fontsize=8.5)
+    picture.suptitle(f"{run.name}, {run.config.split}: {len(index)} test clips", fontsize=8.5)
     return picture
 
 
@@ -52,7 +52,7 @@ def chosen(run: Opened, classes: Sequence[int]) -> tuple[torch.Tensor, NDArray[n
     missing = [c for c in wanted if c not in present]
     if missing:
         raise InputError(
-            f"--classes {missing[0]}: protocol {run.split!r} has no test clip of that class "
+            f"--classes {missing[0]}: protocol {run.config.split!r} has no test clip of that class "
             f"(it has {len(present)} classes from {present[0]} to {present[-1]})"
         )
     require(

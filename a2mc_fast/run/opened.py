@@ -1,12 +1,83 @@
-"""What a run needs before it begins."""
+"""A run opened for use: its checkpoint, read once, and clips of its skeleton on the device to use."""
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
 
+import torch
+from torch import Tensor
+
+from a2mc_fast.augment import Views
 from a2mc_fast.config import Config
 from a2mc_fast.data import Clips
 from a2mc_fast.data.synthetic import synthetic_clips
+from a2mc_fast.encoders.branch import Branch
+from a2mc_fast.errors import require
+from a2mc_fast.evaluation.protocols import labelled
+from a2mc_fast.ranks import World
+from a2mc_fast.run import checkpoint
+from a2mc_fast.run.checkpoint import Checkpoint
+from a2mc_fast.run.machine import pick_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A checkpoint, and clips of its skeleton on the same device."""
+
+    saved: Checkpoint
+    config: Config
+    """That of the run, with the data, protocol and device that were asked for."""
+    clips: Clips
+    views: Views
+
+    @property
+    def name(self) -> str:
+        """The run's folder, also where its checkpoint was named."""
+        return self.saved.path.absolute().parent.name
+
+    def trained(self) -> Branch:
+        """The query encoder and its heads, anew at each call."""
+        return self.saved.build(self.clips.device).query
+
+    def untrained(self) -> Branch:
+        """The same as they were before training."""
+        return self.saved.build_untrained(self.clips.device).query
+
+    def labelled(self, side: Literal["training", "test"]) -> Tensor:
+        """Clip numbers of one side of the protocol that have a label. `InputError` if there are none."""
+        return labelled(self.clips, self.config.split, side)
+
+
+def open_run(
+    run: Path, data: str = "", split: str = "", device: Literal["auto", "cpu", "cuda"] = "auto"
+) -> Opened:
+    """A run's folder or checkpoint with the data and protocol it was trained on, unless others are named."""
+    saved, config = read_run(run, data, split, device)
+    return with_clips(saved, config, World(device=pick_device(config)))
+
+
+def read_run(
+    run: Path, data: str, split: str, device: Literal["auto", "cpu", "cuda"]
+) -> tuple[Checkpoint, Config]:
+    """The first half of `open_run`, which several ranks need before they can meet."""
+    saved = checkpoint.load(run)
+    config = replace(
+        saved.config,
+        data=data or saved.config.data,
+        split=split or saved.config.split,
+        run=replace(saved.config.run, device=device),
+    )
+    return saved, config
+
+
+def with_clips(saved: Checkpoint, config: Config, world: World) -> Opened:
+    """The second half of `open_run`. `InputError` if the clips have another skeleton."""
+    clips = load_clips(config, world.device)
+    _check_skeleton(saved, clips, config.data or "the built-in set")
+    views = Views(clips, config.views, config.seed, world)
+    return Opened(saved=saved, config=config, clips=clips, views=views)
 
 
 def load_clips(config: Config, device: torch.device) -> Clips:
@@ -15,3 +86,18 @@ def load_clips(config: Config, device: torch.device) -> Clips:
         return Clips.load(config.data, device)
     s = config.synthetic
     return synthetic_clips(clips=s.clips, classes=s.classes, seed=s.seed, device=device)
+
+
+def _check_skeleton(saved: Checkpoint, clips: Clips, where: str) -> None:
+    """The data must have the skeleton and the persons that the encoder was trained on."""
+    expected = (saved.skeleton.num_joints, saved.persons)
+    joints, persons = clips.skeleton.num_joints, clips.num_persons
+    require(
+        (joints, persons) == expected,
+        f"{saved.path} was trained on {expected[0]} joints and {expected[1]} persons, "
+        f"{where} has {joints} joints and {persons} persons",
+    )
+    require(
+        clips.skeleton.parents == saved.skeleton.parents,
+        f"{saved.path} was trained on another skeleton of {joints} joints: the bones of {where} differ",
+    )

@@ -1,0 +1,138 @@
+"""The protocols of the command line, each on an opened run: what it measures, as entries of its result."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from a2mc_fast.data import Clips
+from a2mc_fast.encoders.branch import Branch
+from a2mc_fast.evaluation.finetune import finetune, semi_supervised
+from a2mc_fast.evaluation.protocols import (
+    check_classes,
+    class_names,
+    encode,
+    labelled_split,
+    linear_evaluation,
+    nearest,
+    vote,
+)
+from a2mc_fast.evaluation.scores import Outcome, accuracy, confusion_matrix, details
+from a2mc_fast.evaluation.settings import AnyEvaluation, Finetune, Knn, Linear, Semi
+from a2mc_fast.evaluation.tables import mean_and_std
+from a2mc_fast.files import atomic_path, write_json
+from a2mc_fast.run.opened import Opened
+
+
+class Measured(NamedTuple):
+    """What a protocol found: the result's own entries, and the test clips' scores if it has any."""
+
+    entries: dict[str, Any]
+    scores: Tensor | None = None
+
+
+def measure(options: AnyEvaluation, branch: Branch, run: Opened) -> Measured:
+    """Accuracies in percent and what belongs to them. May train `branch`, which is not used again."""
+    match options:
+        case Knn():
+            return _knn(options, branch, run)
+        case Linear():
+            outcome = linear_evaluation(branch, run.views, run.config.split, options, progress=_tell(options))
+            return _classified(outcome, run)
+        case Finetune():
+            split = run.config.split
+            train, test = labelled_split(run.views, split)
+            check_classes(run.views, train, test, f"protocol {split!r}", options.allow_missing)
+            outcome = finetune(branch, run.views, train, test, options, progress=_tell(options))
+            return _classified(outcome, run)
+        case Semi():
+            return _semi(options, branch, run)
+
+
+def _tell(options: Linear | Finetune | Semi) -> Callable[[int, float], None]:
+    """Tells the user on standard error how a training goes; of many trainings, only how each one ended."""
+
+    def tell(epoch: int, accuracy: float) -> None:
+        if not isinstance(options, Semi) or epoch == options.epochs:
+            print(f"{options.protocol}: epoch {epoch}  top-1 {accuracy:.2f} %", file=sys.stderr)
+
+    return tell
+
+
+def _knn(options: Knn, branch: Branch, run: Opened) -> Measured:
+    clips, views = run.clips, run.views
+    train, test = labelled_split(views, run.config.split)
+    gallery, queries = encode(branch, views, train), encode(branch, views, test)
+    _, rows = nearest(gallery, queries, options.k)
+    predicted, truth = vote(clips.labels[train][rows]), clips.labels[test]
+    if options.neighbours and views.world.main:
+        listed = min(options.top, len(train))
+        similarity, rows = nearest(gallery, queries, listed)
+        _write_neighbours(Path(options.neighbours), clips, test, train[rows], similarity)
+    confusion = confusion_matrix(predicted, truth, clips.num_classes)
+    return Measured({"top1": accuracy(predicted, truth), **details(confusion)})
+
+
+def _semi(options: Semi, branch: Branch, run: Opened) -> Measured:
+    entries = []
+    shares = semi_supervised(branch, run.views, run.config.split, options, progress=_tell(options))
+    for share, clips, outcomes in shares:
+        runs = [{"top1_best": o.best, "top1_last": o.last} for o in outcomes]
+        seeds = range(options.seed, options.seed + options.seeds)
+        confusion = torch.stack([_confusion(o, run) for o in outcomes]).sum(0)
+        entries.append(
+            {
+                "fraction": share,
+                "training_clips": clips,
+                **mean_and_std(runs),
+                "runs": [{"seed": seed, **one} for seed, one in zip(seeds, runs)],
+                **details(confusion),
+            }
+        )
+    return Measured({"fractions": entries})
+
+
+def _classified(outcome: Outcome, run: Opened) -> Measured:
+    """The result of one trained classifier; confusion and classes are those of the last epoch."""
+    entries = {"top1_best": outcome.best, "top1_last": outcome.last}
+    return Measured({**entries, **details(_confusion(outcome, run))}, outcome.scores)
+
+
+def _confusion(outcome: Outcome, run: Opened) -> Tensor:
+    truth = run.clips.labels[run.labelled("test")]
+    return confusion_matrix(outcome.predicted, truth, run.clips.num_classes)
+
+
+def _write_neighbours(path: Path, clips: Clips, queries: Tensor, found: Tensor, similarity: Tensor) -> None:
+    """Every test clip with its nearest training clips. queries [Q] and found [Q, k] clip numbers."""
+    names, labels = clips.names, class_names(clips)
+    truth = clips.labels.tolist()
+
+    def describe(clip: int) -> dict[str, Any]:
+        return {"name": names[clip], "label": truth[clip], "class": labels[truth[clip]]}
+
+    rows = [
+        {
+            **describe(query),
+            "neighbours": [
+                {**describe(clip), "similarity": round(value, 6)} for clip, value in zip(clips_, values)
+            ],
+        }
+        for query, clips_, values in zip(queries.tolist(), found.tolist(), similarity.tolist())
+    ]
+    if path.suffix == ".json":
+        write_json(path, rows)
+        return
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        head = ("name", "label", "class")
+        table.writerow((*head, "rank", *(f"neighbour_{h}" for h in head), "similarity"))
+        for row in rows:
+            for rank, other in enumerate(row["neighbours"], 1):
+                table.writerow((*(row[h] for h in head), rank, *other.values()))
