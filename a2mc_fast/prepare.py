@@ -117,7 +117,7 @@ class Agcn(Reading):
     """Name of the protocol; by default that of its folder."""
 
     def open(self) -> Source:
-        from a2mc_fast.data.arrays import open_agcn
+        from a2mc_fast.data.agcn import open_agcn
 
         return open_agcn(self.input, self.protocol)
 
@@ -130,7 +130,7 @@ class Ctrgcn(Reading):
     """Name of the protocol; by default told by the file's name."""
 
     def open(self) -> Source:
-        from a2mc_fast.data.arrays import open_ctrgcn
+        from a2mc_fast.data.agcn import open_ctrgcn
 
         return open_ctrgcn(self.input, self.protocol)
 
@@ -140,7 +140,7 @@ class Pyskl(Reading):
     """PYSKL/MMAction2: INPUT is a pickle such as ntu60_3danno.pkl; nothing in it is executed."""
 
     def open(self) -> Source:
-        from a2mc_fast.data.arrays import open_pyskl
+        from a2mc_fast.data.agcn import open_pyskl
 
         return open_pyskl(self.input)
 
@@ -150,7 +150,7 @@ class Npz(Reading):
     """Own data of any skeleton: INPUT is a clip archive (.npz)."""
 
     def open(self) -> Source:
-        from a2mc_fast.data.arrays import open_npz
+        from a2mc_fast.data.agcn import open_npz
 
         return open_npz(self.input)
 

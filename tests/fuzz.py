@@ -39,7 +39,7 @@ import torch
 
 from a2mc_fast.config import Config, demo, from_dict, to_dict
 from a2mc_fast.data import Clips
-from a2mc_fast.data.arrays import open_agcn, open_ctrgcn, open_npz, open_pyskl
+from a2mc_fast.data.agcn import open_agcn, open_ctrgcn, open_npz, open_pyskl
 from a2mc_fast.data.ntu import open_ntu
 from a2mc_fast.data.pack import Collected, Source, collect
 from a2mc_fast.data.pku import open_pku

@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 
 from a2mc_fast.config import Config, from_dict, to_dict
 from a2mc_fast.data import Clips
-from a2mc_fast.data.arrays import open_agcn, open_ctrgcn, open_npz, open_pyskl
+from a2mc_fast.data.agcn import open_agcn, open_ctrgcn, open_npz, open_pyskl
 from a2mc_fast.data.npy import Archive, map_npy
 from a2mc_fast.data.ntu import open_ntu, parse_skeleton
 from a2mc_fast.data.pack import Collected, Recording, Source, UnusableError, collect

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from a2mc_fast.data.arrays import open_agcn, open_ctrgcn, open_npz, open_pyskl
+from a2mc_fast.data.agcn import open_agcn, open_ctrgcn, open_npz, open_pyskl
 from a2mc_fast.data.ntu import PROTOCOLS, open_ntu, parse_name, parse_skeleton, read_skeleton
 from a2mc_fast.data.pack import Collected, Recording, Skip, Source, collect
 from a2mc_fast.data.pku import open_pku
