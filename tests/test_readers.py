@@ -15,10 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from a2mc_fast.data.agcn import open_agcn, open_ctrgcn, open_npz, open_pyskl
+from a2mc_fast.data.agcn import open_agcn
+from a2mc_fast.data.ctrgcn import open_ctrgcn
+from a2mc_fast.data.npz import open_npz
 from a2mc_fast.data.ntu import PROTOCOLS, open_ntu, parse_name, parse_skeleton, read_skeleton
-from a2mc_fast.data.pack import Collected, Recording, Skip, Source, collect
+from a2mc_fast.data.pack import Collected, collect
 from a2mc_fast.data.pku import open_pku
+from a2mc_fast.data.pyskl import open_pyskl
+from a2mc_fast.data.source import Recording, Skip, Source
 from a2mc_fast.data.unpickle import as_array, load_pickle
 from a2mc_fast.errors import InputError
 from a2mc_fast.skeleton import NTU25

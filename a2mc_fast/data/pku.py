@@ -17,15 +17,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from a2mc_fast.data.pack import (
-    Recording,
-    Skip,
-    Source,
-    UnusableError,
-    existing_file,
-    existing_folder,
-    read_bytes,
-)
+from a2mc_fast.data.rules import UnusableError
+from a2mc_fast.data.source import Recording, Skip, Source, existing_file, existing_folder, read_bytes
 from a2mc_fast.errors import InputError, require
 
 Part = Literal["pku1", "pku2"]
