@@ -12,12 +12,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg, subcommand
 
-from a2mc_fast.errors import exit_on_error, one_line, require
+from a2mc_fast.errors import exit_on_error, one_line
 
 _LONGEST_COMMAND = 10_000  # characters
 
@@ -39,6 +39,12 @@ class Reading:
     """Processes that read; 0 for one per core."""
     max_frames: int = 300
     """Longer clips are cut to this many frames."""
+    scale: float = 1.0
+    """Coordinates times this are metres: 0.001 for millimetres."""
+    rotation: Literal["first-frame", "none"] = "first-frame"
+    """Turn each clip by the axes of its first frame, or leave it as it stands; flat clips (z = 0) stay."""
+    allow_skipped: bool = False
+    """Write the file even if most recordings cannot be used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,16 +166,14 @@ def prepare(wanted: Reading | Synthetic, command: str = "") -> None:
     if isinstance(wanted, Synthetic):
         packed = preparation.pack_synthetic(clips=wanted.clips, seed=wanted.seed, command=command)
     else:
-        require(wanted.workers >= 0, f"--workers must not be negative, got {wanted.workers}")
-        require(wanted.max_frames >= 1, f"--max-frames must be at least 1, got {wanted.max_frames}")
-        packed = preparation.pack_source(
-            _open(wanted),
-            wanted.input,
-            wanted.output,
+        choices = preparation.Choices(
             workers=wanted.workers,
             max_frames=wanted.max_frames,
-            command=command,
+            scale=wanted.scale,
+            rotation="none" if wanted.rotation == "none" else "first frame",
+            allow_skipped=wanted.allow_skipped,
         )
+        packed = preparation.pack_source(_open(wanted), wanted.input, wanted.output, choices, command)
     report, path = preparation.write(packed, wanted.output, started)
     speed = f"{report['seconds']:.1f} s, {packed.total / max(report['seconds'], 1e-3):,.0f} {packed.unit}/s"
     _print(report, path, wanted.output.stat().st_size, speed)
@@ -211,6 +215,7 @@ def _print(report: Mapping[str, Any], path: Path, size: int, speed: str) -> None
         "frames": f"{report['frames']:,}",
         "classes": f"{report['classes']:,}",
         **{name: f"{n['train']:,} train, {n['test']:,} test" for name, n in report["splits"].items()},
+        "bodies": f"{report['median_body']:g} m, bones {report['median_bone']:g} m (median)",
         "file": f"{report['output']}, {size / 1e6:,.1f} MB",
         "report": str(path),
         "time": speed,
@@ -222,6 +227,10 @@ def _print(report: Mapping[str, Any], path: Path, size: int, speed: str) -> None
     for name, count in report["repeated"].items():
         tested = report["splits"][name]["test"]
         print(one_line(f"{name}: {count:,} of {tested:,} test clips equal a training clip, bit for bit"))
+    for what, remark in report.get("remarks", {}).items():
+        print(one_line(f"{remark['clips']:,} clips, {remark['frames']:,} frames: {what}"))
+    if report["doubt"]:
+        print(report["doubt"])
     if report.get("shortened"):
         print(f"{report['shortened']:,} clips were cut to the frame limit")
 

@@ -450,7 +450,7 @@ def target_of(reader: str, folder: Path) -> Target:
     np.savez(folder / "own.npz", **own_archive(names=np.array(["a", "b", "c"])))
     content = pyskl_content()
     for annotation in content["annotations"]:
-        annotation["keypoint"] = annotation["keypoint"][:, :3]
+        annotation |= {"keypoint": annotation["keypoint"][:, :3], "total_frames": 3}
     (folder / "ntu.pkl").write_bytes(pickle.dumps(content))
     clips = collect(open_npz(folder / "own.npz")).clips
     clips.save(folder / "clips.safetensors")

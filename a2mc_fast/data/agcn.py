@@ -31,6 +31,7 @@ class _Row(NamedTuple):
     name: str
     label: int
     frames: int
+    """-1 if the clip ends with its last frame that is not null."""
     train_in: tuple[str, ...]
 
 
@@ -40,8 +41,8 @@ def open_agcn(folder: str | Path, protocol: str = "") -> Source:
 
     Of several protocol folders the clips are read from the first, the others give their splits by the names
     of the clips. A protocol is called after its folder (xsetup becomes xset), unless `protocol` names the
-    only one. Without _num_frame.npy a clip keeps all frames of the array. Clips come in the order of their
-    names.
+    only one. Without _num_frame.npy a clip ends with its last frame that is not null. Clips come in the
+    order of their names.
     """
     folder = existing_folder(Path(folder), "a folder of AGCN arrays")
     folders = [p for p in (folder, *sorted(folder.iterdir())) if (p / "train_label.pkl").is_file()]
@@ -125,9 +126,9 @@ def _labels(path: Path) -> tuple[list[str], list[int]]:
 
 
 def _frames(path: Path, count: int, longest: int) -> np.ndarray:
-    """Frames of each clip, [N] int64; a recording longer than its array was cut."""
+    """Frames of each clip, [N] int64, -1 where not given; a recording longer than its array was cut."""
     if not path.exists():
-        return np.full(count, longest)
+        return np.full(count, -1)
     frames = np.array(map_npy(path))
     require(
         frames.shape == (count,) and frames.dtype.kind in "iu",
@@ -137,13 +138,21 @@ def _frames(path: Path, count: int, longest: int) -> np.ndarray:
 
 
 def _read(job: _Row) -> Iterable[Recording]:
-    joints = _mapped(job.path)[job.row, :, : job.frames]  # [C, T, V, M]
+    joints = _mapped(job.path)[job.row]  # [C, T, V, M]
+    if job.frames < 0:
+        used = np.flatnonzero((joints != 0).any((0, 2, 3)))
+        joints = joints[:, : used[-1] + 1 if len(used) else 0]
+    else:
+        joints = joints[:, : job.frames]
+    subject, camera, setup = who(job.name)
     yield Recording(
         name=job.name,
         label=job.label,
         joints=joints.transpose(1, 3, 2, 0),
+        subject=subject,
+        camera=camera,
+        setup=setup,
         train_in=job.train_in,
-        **who(job.name),
     )
 
 

@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor
 from a2mc_fast.data import rules
 from a2mc_fast.errors import InputError, require
 from a2mc_fast.files import atomic_path, parse_json
-from a2mc_fast.skeleton import Skeleton
+from a2mc_fast.skeleton import MAX_FRAMES, Rotation, Skeleton
 
 FORMAT = "a2mc-clips/1"
 _OPTIONAL = ("subjects", "cameras", "setups")  # one int64 per clip
@@ -147,22 +147,7 @@ class Clips:
                 header = file.metadata() or {}
                 require(header.get("format") == FORMAT, f"{path} is not a packed clips file ({FORMAT})")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            parents, mirror, axis_z, axis_x = (
-                tuple(_integers(tensors[name], f"{path}: {name}").tolist())
-                for name in ("parents", "mirror", "axis_z", "axis_x")
-            )
-            require(
-                len(axis_z) == len(axis_x) == 2 and tensors["center"].numel() == 1,
-                f"{path}: axis_z and axis_x must be two joints each, center one",
-            )
-            skeleton = Skeleton(
-                parents=parents,
-                mirror=mirror,
-                center=int(_integers(tensors["center"].view(1), f"{path}: center")),
-                axis_z=axis_z,
-                axis_x=axis_x,
-                joint_names=_texts(header, "joint_names", path),
-            )
+            skeleton = _skeleton(path, tensors, header)
             splits = {n.removeprefix("split_"): t for n, t in tensors.items() if n.startswith("split_")}
             return cls.pack(
                 tensors["joints"],
@@ -207,6 +192,8 @@ class Clips:
             "names": json.dumps(self.names),
             "class_names": json.dumps(self.class_names),
             "joint_names": json.dumps(self.skeleton.joint_names),
+            "rotation": self.skeleton.rotation,
+            "max_frames": str(self.skeleton.max_frames),
             "source": self.source,
             "command": self.command,
         }
@@ -282,6 +269,28 @@ def _integers(values: Any, where: str) -> Tensor:
     if kind == "uint64":  # beyond int64 it would become negative
         require(all(v < 1 << 63 for v in array.tolist()), f"{where} holds a number of 64 bits")
     return torch.as_tensor(array).long()
+
+
+def _skeleton(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Skeleton:
+    """The skeleton of a packed file; those written before it said how clips are normalised have the usual."""
+    parents, mirror, axis_z, axis_x = (
+        tuple(_integers(tensors[name], f"{path}: {name}").tolist())
+        for name in ("parents", "mirror", "axis_z", "axis_x")
+    )
+    require(
+        len(axis_z) == len(axis_x) == 2 and tensors["center"].numel() == 1,
+        f"{path}: axis_z and axis_x must be two joints each, center one",
+    )
+    return Skeleton(
+        parents=parents,
+        mirror=mirror,
+        center=int(_integers(tensors["center"].view(1), f"{path}: center")),
+        axis_z=axis_z,
+        axis_x=axis_x,
+        joint_names=_texts(header, "joint_names", path),
+        rotation=cast(Rotation, header.get("rotation", "first frame")),  # Skeleton checks it
+        max_frames=parse_json(header.get("max_frames", str(MAX_FRAMES)), f"{path}: max_frames"),
+    )
 
 
 def _texts(header: Mapping[str, str], name: str, path: Path) -> tuple[str, ...]:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from a2mc_fast.data import ntu, pku
 
 
-def who(name: str) -> dict[str, int]:
+class Who(NamedTuple):
+    """Numbers of a recording; -1 where unknown."""
+
+    subject: int = -1
+    camera: int = -1
+    setup: int = -1
+
+
+def who(name: str) -> Who:
     """Subject, camera and set-up in names such as S001C002P003R002A013 or A01N02-L_5, as far as given."""
     if ids := ntu.parse_name(name):
-        return {"subject": ids.subject, "camera": ids.camera, "setup": ids.setup}
+        return Who(ids.subject, ids.camera, ids.setup)
     if video := pku.parse_name(name.rpartition("_")[0], "pku2"):
-        return {"subject": video.subject, "camera": video.camera}
-    return {}
+        return Who(video.subject, video.camera)
+    return Who()

@@ -8,7 +8,7 @@ kept in their order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,8 +47,8 @@ def open_npz(file: str | Path) -> Source:
         lengths=lengths,
         labels=labels,
         columns={
-            key: archive.array(f"{key}s", "iu", ndim=1) if f"{key}s" in archive else np.full(count, -1)
-            for key in ("subject", "camera", "setup")
+            key: archive.array(key, "iu", ndim=1) if key in archive else np.full(count, -1)
+            for key in ("subjects", "cameras", "setups")
         },
         masks={
             key.removeprefix("split_"): archive.array(key, "b", ndim=1)
@@ -59,6 +59,13 @@ def open_npz(file: str | Path) -> Source:
     class_names = _texts(archive, "class_names", MAX_LABEL + 1)
     for key, size in about.sizes().items():
         require(size == count, f"{path}: {key} has {size:,} entries for {count:,} clips")
+    known = [label for label in labels if label >= 0]
+    from_one = bool(known) and min(known) == 1
+    require(
+        not from_one or max(known) != len(class_names),
+        f"{path}: labels go from 1 to {len(class_names)} for {len(class_names)} class names, but count "
+        "from 0; subtract 1 from the labels",
+    )
     return Source(
         name="npz",
         jobs=_clips(archive, about),
@@ -69,6 +76,7 @@ def open_npz(file: str | Path) -> Source:
         skeleton=skeleton,
         unit="clips",
         class_names=class_names,
+        notes=("no clip has label 0: do the labels count from 1?",) if from_one else (),
     )
 
 
@@ -80,15 +88,14 @@ class _About:
     lengths: Sequence[int]
     labels: Sequence[int]
     columns: Mapping[str, np.ndarray]
-    """subject, camera and setup, [N]; -1 where unknown."""
+    """subjects, cameras and setups, [N]; -1 where unknown."""
     masks: Mapping[str, np.ndarray]
     """Protocol -> [N] bool."""
 
     def sizes(self) -> dict[str, int]:
         """The number of entries of each array."""
-        columns = {f"{key}s": len(values) for key, values in self.columns.items()}
-        masks = {key: len(values) for key, values in self.masks.items()}
-        return {"labels": len(self.labels), "names": len(self.names), **columns, **masks}
+        counted: dict[str, Sized] = {"labels": self.labels, "names": self.names, **self.columns, **self.masks}
+        return {key: len(values) for key, values in counted.items()}
 
 
 def _check_lengths(path: Path, lengths: Sequence[int], frames: int) -> None:
@@ -111,8 +118,10 @@ def _clips(archive: Archive, about: _About) -> Iterator[Recording]:
                 name=name,
                 label=label,
                 joints=frames.take(length),
+                subject=int(about.columns["subjects"][number]),
+                camera=int(about.columns["cameras"][number]),
+                setup=int(about.columns["setups"][number]),
                 train_in=tuple(protocol for protocol, mask in about.masks.items() if mask[number]),
-                **{key: int(values[number]) for key, values in about.columns.items()},
             )
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import tempfile
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -23,8 +23,8 @@ import numpy as np
 from tqdm import tqdm
 
 from a2mc_fast.data.clips import Clips
-from a2mc_fast.data.normalize import MAX_FRAMES, normalize_clip
-from a2mc_fast.data.rules import UnusableError, check_clip, check_poses
+from a2mc_fast.data.normalize import usable
+from a2mc_fast.data.rules import MAX_LABEL, UnusableError, check_clip, most_classes
 from a2mc_fast.data.source import Recording, Skip, Source
 from a2mc_fast.errors import InputError
 from a2mc_fast.skeleton import Skeleton
@@ -32,6 +32,14 @@ from a2mc_fast.skeleton import Skeleton
 _BATCH = 16  # jobs sent to a worker at once: keeps the cost of a message small beside the ~2 ms of a file
 _AHEAD = 3  # batches in flight per worker
 _WRITTEN = np.empty((0, 0, 0, 3), np.float32)  # stands in a recording for joints that have been written out
+
+
+@dataclass
+class Remark:
+    """How often a remark applies."""
+
+    clips: int = 0
+    frames: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,28 +50,34 @@ class Collected:
     skipped: tuple[Skip, ...]
     shortened: int
     """Clips cut to the frame limit."""
+    remarks: Mapping[str, Remark]
+    """What is to be said of some of the clips, in the words of the readers and the normalisation."""
 
 
 def collect(
     source: Source,
     *,
     workers: int = 1,
-    limit: int = MAX_FRAMES,
+    scale: float = 1.0,
     folder: Path | None = None,
     command: str = "",
     progress: bool = False,
 ) -> Collected:
     """Read every job of `source` and pack the usable clips, in the order of the jobs.
 
-    Of several clips with one name the first is kept. `folder` holds the frames until all are read (600 bytes
-    per frame of NTU, the system's folder for temporary files by default). Raises `InputError` if no recording
-    is usable.
+    Coordinates are multiplied by `scale` first. Of several clips with one name the first is kept. If all
+    clips are flat, the set says that they are not turned. `folder` holds the frames until all are read (600
+    bytes per frame of NTU, the system's folder for temporary files by default). Raises `InputError` if no
+    recording is usable.
     """
     skipped, kept, lengths, shortened = list(source.skipped), [], [], 0
     taken: set[str] = set()
-    work = _Work(
-        source.read, source.skeleton, source.persons, limit, source.normalized, len(source.class_names)
-    )
+    remarks: dict[str, Remark] = {}
+    flat = True
+    # a job of another unit may hold many clips, and numbers its classes itself
+    most = source.total if source.unit == "clips" else MAX_LABEL
+    classes = most_classes(most, len(source.class_names))
+    work = _Work(source.read, source.skeleton, source.persons, scale, source.normalized, classes)
     bar = tqdm(
         total=source.total, unit=f" {source.unit}", desc=source.name, disable=None if progress else True
     )
@@ -80,18 +94,24 @@ def collect(
                 taken.add(result.name)
                 waiting.write(np.ascontiguousarray(result.joints).data)
                 lengths.append(len(result.joints))
-                shortened += frames > limit
+                shortened += frames > len(result.joints)
+                flat = flat and not result.joints[..., 2].any()
+                for what, concerned in result.remarks.items():
+                    remark = remarks.setdefault(what, Remark())
+                    remark.clips += 1
+                    remark.frames += concerned
                 kept.append(replace(result, joints=_WRITTEN))
         if not kept:
-            why = [f"the first skipped: {skip}" for skip in skipped[:1]] or source.notes[:1]
+            why = [f"the first skipped: {most_frequent(skipped[:1])}"] if skipped else source.notes[:1]
             raise InputError(
                 "; ".join((f"{source.name}: no usable recording, {len(skipped):,} skipped", *why))
             )
         waiting.flush()
         shape = (sum(lengths), source.persons, source.skeleton.num_joints, 3)
         joints = np.memmap(waiting, np.float32, "c", shape=shape)
-        clips = _packed(source, joints, lengths, kept, command)
-    return Collected(clips=clips, skipped=tuple(skipped), shortened=shortened)
+        skeleton = replace(source.skeleton, rotation="none") if flat else source.skeleton
+        clips = _packed(replace(source, skeleton=skeleton), joints, lengths, kept, command)
+    return Collected(clips=clips, skipped=tuple(skipped), shortened=shortened, remarks=remarks)
 
 
 def _packed(
@@ -116,6 +136,15 @@ def _packed(
     )
 
 
+def most_frequent(skipped: Sequence[Skip]) -> str:
+    """The first recording that was skipped for the most frequent reason, with what may help."""
+    ((reason, _),) = Counter(skip.reason for skip in skipped).most_common(1)
+    example = str(next(skip for skip in skipped if skip.reason == reason))
+    if reason == "beyond 1,000 m":
+        example += ": are these millimetres or pixels? --scale 0.001 makes metres of millimetres"
+    return example
+
+
 @dataclass(frozen=True)
 class _Work:
     """What a worker does with a batch of jobs."""
@@ -123,10 +152,10 @@ class _Work:
     read: Callable[[Any], Iterable[Recording | Skip]]
     skeleton: Skeleton
     persons: int
-    limit: int
+    scale: float
     normalized: bool
     classes: int
-    """Number of class names, 0 where there are none."""
+    """How many there may be."""
 
     def __call__(self, jobs: list[Any]) -> list[tuple[Recording | Skip, int]]:
         """Each result with the number of frames it was recorded with."""
@@ -138,17 +167,13 @@ class _Work:
             return result, 0
         try:
             check_clip(result.name, result.label, self.classes)
-            joints = np.asarray(result.joints, np.float32)
-            check_poses(joints, self.skeleton.num_joints, self.persons)
-            if self.normalized:
-                joints = joints[: self.limit]
-            else:
-                joints = normalize_clip(joints, self.skeleton, limit=self.limit)
-            # the cut may have removed every body, centring may have left the bounds
-            check_poses(joints, self.skeleton.num_joints, self.persons)
+            made = usable(
+                result.joints, self.skeleton, self.persons, scale=self.scale, normalize=not self.normalized
+            )
         except UnusableError as error:
             return Skip(result.name, error.reason, error.detail), 0
-        return replace(result, joints=joints), len(result.joints)
+        remarks = {**result.remarks, **made.remarks}
+        return replace(result, joints=made.joints, remarks=remarks), len(result.joints)
 
 
 def _in_order(work: _Work, jobs: Iterable[Any], workers: int) -> Iterator[tuple[int, Any]]:

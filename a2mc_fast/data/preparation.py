@@ -6,21 +6,27 @@ A recording that cannot be used is skipped and named in the report (the output w
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from a2mc_fast.data.clips import Clips
-from a2mc_fast.data.pack import collect
+from a2mc_fast.data.pack import collect, most_frequent
+from a2mc_fast.data.rules import Reason
 from a2mc_fast.data.source import Skip, Source
 from a2mc_fast.data.synthetic import synthetic_clips
-from a2mc_fast.errors import require
+from a2mc_fast.data.units import doubt, measure
+from a2mc_fast.errors import InputError, require
 from a2mc_fast.files import write_json
+from a2mc_fast.skeleton import Rotation
+
+_NO_FAULT: tuple[Reason, ...] = ("excluded by the list", "listed twice")  # says nothing against the rest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,25 +57,51 @@ def pack_synthetic(*, clips: int, seed: int, command: str) -> Packed:
     return Packed(clips=made, total=clips, unit="clips", facts={"seed": seed})
 
 
-def pack_source(
-    source: Source, where: Path, output: Path, *, workers: int, max_frames: int, command: str
-) -> Packed:
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """How recordings are to be read and normalised."""
+
+    workers: int
+    """Processes that read; 0 for one per core."""
+    max_frames: int
+    scale: float
+    rotation: Rotation
+    allow_skipped: bool
+    """Whether a set of which most recordings are skipped may be packed."""
+
+    def __post_init__(self) -> None:
+        require(self.workers >= 0, f"--workers must not be negative, got {self.workers}")
+        require(self.max_frames >= 1, f"--max-frames must be at least 1, got {self.max_frames}")
+        require(0 < self.scale < math.inf, f"--scale must be a positive number, got {self.scale}")
+
+
+def pack_source(source: Source, where: Path, output: Path, choices: Choices, command: str) -> Packed:
     """The usable recordings of a source, which was opened at `where`.
 
-    Frames wait in the folder of `output`; 0 workers are one per core. Raises `InputError` without a usable
-    recording.
+    Frames wait in the folder of `output`. Raises `InputError` without a usable recording, and if most are
+    not, unless that is allowed.
     """
+    skeleton = replace(source.skeleton, rotation=choices.rotation, max_frames=choices.max_frames)
+    source = replace(source, skeleton=skeleton)
     made = collect(
         source,
-        workers=workers or _cores(),
-        limit=max_frames,
+        workers=choices.workers or _cores(),
+        scale=choices.scale,
         folder=next(folder for folder in output.absolute().parents if folder.is_dir()),
         command=command,
         progress=True,
     )
+    refused = [skip for skip in made.skipped if skip.reason not in _NO_FAULT]
+    if len(refused) > len(made.clips) and not choices.allow_skipped:
+        raise InputError(
+            f"{source.name}: {len(refused):,} of {len(refused) + len(made.clips):,} recordings cannot be "
+            f"used, such as {most_frequent(refused)}; --allow-skipped packs the others"
+        )
     facts = {
         "input": str(where),
+        "scale": choices.scale,
         "shortened": made.shortened,
+        "remarks": {what: asdict(remark) for what, remark in made.remarks.items()},
         "expected": dict(source.expected),
         "differences": _differences(source, made.clips),
         "notes": list(source.notes),
@@ -84,6 +116,7 @@ def write(packed: Packed, output: Path, started: float) -> tuple[dict[str, Any],
     """
     clips, skipped = packed.clips, packed.skipped
     clips.save(output)
+    sizes = measure(clips)
     report = {
         "source": clips.source,
         "command": clips.command,
@@ -94,6 +127,10 @@ def write(packed: Packed, output: Path, started: float) -> tuple[dict[str, Any],
         "classes": clips.num_classes,
         "splits": _splits(clips),
         "repeated": _repeated(clips),
+        "rotation": clips.skeleton.rotation,
+        "median_bone": float(f"{sizes.bone:.3g}"),
+        "median_body": float(f"{sizes.body:.3g}"),
+        "doubt": doubt(sizes),
         **packed.facts,
         "skipped": len(skipped),
         "reasons": dict(Counter(skip.reason for skip in skipped)),

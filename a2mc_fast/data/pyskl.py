@@ -1,8 +1,8 @@
 """PYSKL's and MMAction2's pickles, such as ntu60_3danno.pkl, read without executing anything in them.
 
 A pickle is a dict of `annotations`, a list of dicts with frame_dir (the name), label, keypoint [M, T, 25, 3]
-(the camera's coordinates in half precision, metres), and `split`, lists of names called xsub_train, xsub_val
-and so on. The clips go through the pre-normalisation, and bodies are chosen by spread.
+(the camera's coordinates in half precision, metres) and total_frames (T), and `split`, lists of names called
+xsub_train, xsub_val and so on. The clips go through the pre-normalisation, and bodies are chosen by spread.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from a2mc_fast.data.source import Recording, Skip, Source, existing_file
 from a2mc_fast.data.unpickle import as_array, as_texts, load_pickle
 from a2mc_fast.errors import InputError, require
 
+_CROWD = 8  # persons; more of them than frames are frames
 _MAX_SHARED = 16  # clips may share arrays, but not take more than this many times the file
 
 
@@ -29,6 +30,8 @@ class _Clip(NamedTuple):
     name: str
     label: int
     keypoints: np.ndarray
+    frames: int | None
+    """T, if the annotation says so."""
     train_in: tuple[str, ...]
 
 
@@ -101,7 +104,9 @@ def _annotated(
             except ValueError as error:
                 skipped.append(Skip(name, "no skeleton data", f"keypoint: {error}"))
                 continue
-            jobs[name] = _Clip(name, int(label), keypoints, train_in)
+            frames = annotation.get("total_frames")
+            frames = int(frames) if isinstance(frames, int | np.integer) else None
+            jobs[name] = _Clip(name, int(label), keypoints, frames, train_in)
             taken += keypoints.nbytes
             require(
                 taken <= room, f"{path}: its clips share arrays and would take over {room:,} bytes; refused"
@@ -111,9 +116,26 @@ def _annotated(
 
 def _read(job: _Clip) -> Iterable[Recording | Skip]:
     keypoints = job.keypoints
+    kind = f"keypoint is {keypoints.dtype} {list(keypoints.shape)}"
     # an empty array may have axes of any length, and bodies would be added to them
     if keypoints.dtype.kind != "f" or keypoints.ndim != 4 or keypoints.shape[3] != 3 or not keypoints.size:
-        yield Skip(job.name, "no skeleton data", f"keypoint is {keypoints.dtype} {list(keypoints.shape)}")
+        yield Skip(job.name, "no skeleton data", kind)
+        return
+    persons, frames = keypoints.shape[:2]
+    if job.frames is not None and frames != job.frames:
+        yield Skip(job.name, "no skeleton data", f"{kind}, expected [M, total_frames, V, 3]")
+        return
+    if job.frames is None and persons > max(frames, _CROWD):
+        yield Skip(job.name, "no skeleton data", f"{kind}, expected [M, T, V, 3]")
         return
     joints = choose_bodies(keypoints.astype(np.float32).transpose(1, 0, 2, 3))  # [T, M, V, C]
-    yield Recording(name=job.name, label=job.label, joints=joints, train_in=job.train_in, **who(job.name))
+    subject, camera, setup = who(job.name)
+    yield Recording(
+        name=job.name,
+        label=job.label,
+        joints=joints,
+        subject=subject,
+        camera=camera,
+        setup=setup,
+        train_in=job.train_in,
+    )

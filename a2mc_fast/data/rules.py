@@ -3,7 +3,8 @@
 A clip has
 
 - a name of 1 to 255 printable characters that no other clip of the set has,
-- a label from 0 to 65,535 and below the number of class names, or -1 where it is unknown,
+- a label from 0 to 65,535 and below the number of class names, or -1 where it is unknown; beyond 1,999 no
+  more than there are clips (a few clips of one large label would take gigabytes for classes that nobody has),
 - at least one frame, as many joints as the skeleton (1 to 1,000) and the persons of the set,
 - coordinates that are finite and within 1,000 m, not all of them zero.
 
@@ -24,7 +25,7 @@ from a2mc_fast.errors import InputError, require
 Reason = Literal[
     "unreadable", "name not understood", "listed twice", "excluded by the list", "no label",
     "no skeleton data", "label out of range", "no frames", "wrong joint count", "wrong number of persons",
-    "not finite", "beyond 1,000 m", "no body",
+    "not finite", "beyond 1,000 m", "no body", "no centre", "no axes",
 ]  # fmt: skip
 """Why a recording is left out, as the report says it."""
 
@@ -32,6 +33,8 @@ MAX_COORDINATE = 1e3
 """Metres; anything beyond is not a pose."""
 MAX_LABEL = 65_535
 """The class layer and every count per class are made for the largest label."""
+FEW_CLASSES = 2000
+"""So many classes a set may have however few its clips are."""
 MAX_NAME = 255
 """Characters, as in a file's name."""
 MAX_PROTOCOLS = 64
@@ -64,14 +67,17 @@ def somebody(lowest: Range, highest: Range) -> Range:
     return (lowest != 0) | (highest != 0)
 
 
-def check_clip(name: str, label: int, classes: int = 0) -> None:
-    """Raise `UnusableError` unless a clip may be called `name` and have this label, of `classes` named ones
-    if there are any."""
+def most_classes(clips: int, class_names: int = 0) -> int:
+    """How many classes a set of so many clips may have, with so many class names or none."""
+    return min(class_names or MAX_LABEL + 1, max(FEW_CLASSES, clips), MAX_LABEL + 1)
+
+
+def check_clip(name: str, label: int, classes: int) -> None:
+    """Raise `UnusableError` unless a clip may be called `name` and have this label, of `classes` in all."""
     if not is_name(name):
         raise UnusableError("name not understood", NAME_RULE)
-    highest = classes - 1 if classes else MAX_LABEL
-    if not -1 <= label <= min(highest, MAX_LABEL):
-        raise UnusableError("label out of range", f"expected 0 to {highest:,}, or -1 if unknown")
+    if not -1 <= label < classes:
+        raise UnusableError("label out of range", f"expected 0 to {classes - 1:,}, or -1 if unknown")
 
 
 def check_poses(joints: np.ndarray, num_joints: int, persons: int) -> None:
@@ -109,6 +115,12 @@ def check_set(
     require(
         not class_names or highest < len(class_names),
         f"{where}: label {highest} has no name, there are {len(class_names)} class names",
+    )
+    most = most_classes(len(labels), len(class_names))
+    require(
+        highest < most,
+        f"{where}: label {highest:,} among {len(labels):,} clips, of which {most:,} classes are the most; "
+        "number the classes from 0 without gaps",
     )
     double = _twice(names)
     require(double is None, f"{where}: two clips are called {double}")

@@ -29,6 +29,8 @@ class Recording:
     setup: int = -1
     train_in: tuple[str, ...] = ()
     """The protocols whose training set holds this clip; in all others it is a test clip."""
+    remarks: Mapping[str, int] = field(default_factory=dict)
+    """What is to be said of the clip, in words that many clips may share -> frames concerned."""
 
 
 @dataclass(frozen=True, slots=True)
