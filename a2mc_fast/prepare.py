@@ -6,28 +6,23 @@ A recording that cannot be used is skipped and named in the report beside the ou
 
 from __future__ import annotations
 
-import hashlib
-import os
 import shlex
 import sys
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg, subcommand
 
-from a2mc_fast.errors import exit_on_error, one_line, require
-from a2mc_fast.files import write_json
+from a2mc_fast.errors import exit_on_error, one_line
 
 _LONGEST_COMMAND = 10_000  # characters
 
-if TYPE_CHECKING:  # the readers import torch, for which --help does not wait
-    from a2mc_fast.data import Clips
-    from a2mc_fast.data.pack import Skip, Source
+if TYPE_CHECKING:
+    from a2mc_fast.data.source import Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +39,12 @@ class Reading:
     """Processes that read; 0 for one per core."""
     max_frames: int = 300
     """Longer clips are cut to this many frames."""
-
-    def open(self) -> Source:
-        """The recordings of `input`."""
-        raise NotImplementedError
+    scale: float = 1.0
+    """Coordinates times this are metres: 0.001 for millimetres."""
+    rotation: Literal["first-frame", "none"] = "first-frame"
+    """Turn each clip by the axes of its first frame, or leave it as it stands; flat clips (z = 0) stay."""
+    allow_skipped: bool = False
+    """Write the file even if most recordings cannot be used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +54,6 @@ class Ntu60(Reading):
     exclude: Path | None = None
     """The published list of samples with missing skeletons, one name per line."""
 
-    def open(self) -> Source:
-        from a2mc_fast.data.ntu import open_ntu
-
-        return open_ntu(self.input, "ntu60", self.exclude)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Ntu120(Reading):
@@ -69,11 +61,6 @@ class Ntu120(Reading):
 
     exclude: Path | None = None
     """The published list of samples with missing skeletons, one name per line."""
-
-    def open(self) -> Source:
-        from a2mc_fast.data.ntu import open_ntu
-
-        return open_ntu(self.input, "ntu120", self.exclude)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,17 +73,6 @@ class _Pku(Reading):
     """Official cross-subject split; by default looked for in INPUT."""
     xview_file: Path | None = None
     """Official cross-view split; by default looked for in INPUT."""
-
-    def open(self) -> Source:
-        from a2mc_fast.data.pku import open_pku
-
-        return open_pku(
-            self.input,
-            "pku1" if isinstance(self, Pku1) else "pku2",
-            skeletons=self.skeletons,
-            labels=self.labels,
-            splits={"xsub": self.xsub_file, "xview": self.xview_file},
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,11 +92,6 @@ class Agcn(Reading):
     protocol: str = ""
     """Name of the protocol; by default that of its folder."""
 
-    def open(self) -> Source:
-        from a2mc_fast.data.arrays import open_agcn
-
-        return open_agcn(self.input, self.protocol)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Ctrgcn(Reading):
@@ -129,30 +100,15 @@ class Ctrgcn(Reading):
     protocol: str = ""
     """Name of the protocol; by default told by the file's name."""
 
-    def open(self) -> Source:
-        from a2mc_fast.data.arrays import open_ctrgcn
-
-        return open_ctrgcn(self.input, self.protocol)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Pyskl(Reading):
     """PYSKL/MMAction2: INPUT is a pickle such as ntu60_3danno.pkl; nothing in it is executed."""
 
-    def open(self) -> Source:
-        from a2mc_fast.data.arrays import open_pyskl
-
-        return open_pyskl(self.input)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Npz(Reading):
     """Own data of any skeleton: INPUT is a clip archive (.npz)."""
-
-    def open(self) -> Source:
-        from a2mc_fast.data.arrays import open_npz
-
-        return open_npz(self.input)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,63 +159,52 @@ def prepare(wanted: Reading | Synthetic, command: str = "") -> None:
 
     Raises `InputError` for input of another format, without a usable recording, or an output that exists.
     """
-    output = wanted.output
-    require(_is_text(output), f"{output} is not UTF-8, and a packed file's name must be; name another file")
-    require(not output.is_dir(), f"{output} is a folder; name the file to write")
-    require(output.suffix == ".safetensors", f"{output}: a packed file's name must end in .safetensors")
-    require(wanted.overwrite or not output.exists(), f"{output} exists; replace it with --overwrite")
-    start = time.perf_counter()
+    from a2mc_fast.data import preparation  # it needs torch, for which --help does not wait
+
+    started = time.perf_counter()
+    preparation.check_output(wanted.output, overwrite=wanted.overwrite)
     if isinstance(wanted, Synthetic):
-        from a2mc_fast.data.synthetic import synthetic_clips
-
-        clips = synthetic_clips(clips=wanted.clips, seed=wanted.seed)
-        clips.source, clips.command = "synthetic", command
-        skipped: tuple[Skip, ...] = ()
-        facts: dict[str, Any] = {"seed": wanted.seed}
-        work = (wanted.clips, "clips")
+        packed = preparation.pack_synthetic(clips=wanted.clips, seed=wanted.seed, command=command)
     else:
-        from a2mc_fast.data.pack import collect
-
-        require(wanted.workers >= 0, f"--workers must not be negative, got {wanted.workers}")
-        require(wanted.max_frames >= 1, f"--max-frames must be at least 1, got {wanted.max_frames}")
-        source = wanted.open()
-        made = collect(
-            source,
-            workers=wanted.workers or _cores(),
-            limit=wanted.max_frames,
-            folder=next(folder for folder in output.absolute().parents if folder.is_dir()),
-            command=command,
-            progress=True,
+        choices = preparation.Choices(
+            workers=wanted.workers,
+            max_frames=wanted.max_frames,
+            scale=wanted.scale,
+            rotation="none" if wanted.rotation == "none" else "first frame",
+            allow_skipped=wanted.allow_skipped,
         )
-        clips, skipped = made.clips, made.skipped
-        facts = {
-            "input": str(wanted.input),
-            "shortened": made.shortened,
-            "expected": dict(source.expected),
-            "differences": _differences(source, clips),
-            "notes": list(source.notes),
-        }
-        work = (source.total, source.unit)
-    clips.save(output)
-    seconds = time.perf_counter() - start
-    report = {
-        "source": clips.source,
-        "command": command,
-        "output": str(output),
-        "seconds": round(seconds, 3),
-        "clips": len(clips),
-        "frames": len(clips.frames),
-        "classes": clips.num_classes,
-        "splits": _splits(clips),
-        "repeated": _repeated(clips),
-        **facts,
-        "skipped": len(skipped),
-        "reasons": dict(Counter(skip.reason for skip in skipped)),
-        "skipped_recordings": [asdict(skip) for skip in skipped],
-    }
-    path = output.with_suffix(".report.json")
-    write_json(path, report)
-    _print(report, path, output.stat().st_size, f"{seconds:.1f} s, {work[0] / seconds:,.0f} {work[1]}/s")
+        packed = preparation.pack_source(_open(wanted), wanted.input, wanted.output, choices, command)
+    report, path = preparation.write(packed, wanted.output, started)
+    speed = f"{report['seconds']:.1f} s, {packed.total / max(report['seconds'], 1e-3):,.0f} {packed.unit}/s"
+    _print(report, path, wanted.output.stat().st_size, speed)
+
+
+def _open(wanted: Reading) -> Source:
+    """What the input holds."""
+    from a2mc_fast.data import agcn, ctrgcn, npz, ntu, pku, pyskl  # as above
+
+    match wanted:
+        case Ntu60():
+            return ntu.open_ntu(wanted.input, "ntu60", wanted.exclude)
+        case Ntu120():
+            return ntu.open_ntu(wanted.input, "ntu120", wanted.exclude)
+        case Pku1() | Pku2():
+            return pku.open_pku(
+                wanted.input,
+                "pku1" if isinstance(wanted, Pku1) else "pku2",
+                skeletons=wanted.skeletons,
+                labels=wanted.labels,
+                splits={"xsub": wanted.xsub_file, "xview": wanted.xview_file},
+            )
+        case Agcn():
+            return agcn.open_agcn(wanted.input, wanted.protocol)
+        case Ctrgcn():
+            return ctrgcn.open_ctrgcn(wanted.input, wanted.protocol)
+        case Pyskl():
+            return pyskl.open_pyskl(wanted.input)
+        case Npz():
+            return npz.open_npz(wanted.input)
+    raise TypeError(f"no source: {type(wanted).__name__}")
 
 
 def _print(report: Mapping[str, Any], path: Path, size: int, speed: str) -> None:
@@ -270,6 +215,7 @@ def _print(report: Mapping[str, Any], path: Path, size: int, speed: str) -> None
         "frames": f"{report['frames']:,}",
         "classes": f"{report['classes']:,}",
         **{name: f"{n['train']:,} train, {n['test']:,} test" for name, n in report["splits"].items()},
+        "bodies": f"{report['median_body']:g} m, bones {report['median_bone']:g} m (median)",
         "file": f"{report['output']}, {size / 1e6:,.1f} MB",
         "report": str(path),
         "time": speed,
@@ -281,56 +227,12 @@ def _print(report: Mapping[str, Any], path: Path, size: int, speed: str) -> None
     for name, count in report["repeated"].items():
         tested = report["splits"][name]["test"]
         print(one_line(f"{name}: {count:,} of {tested:,} test clips equal a training clip, bit for bit"))
+    for what, remark in report.get("remarks", {}).items():
+        print(one_line(f"{remark['clips']:,} clips, {remark['frames']:,} frames: {what}"))
+    if report["doubt"]:
+        print(report["doubt"])
     if report.get("shortened"):
         print(f"{report['shortened']:,} clips were cut to the frame limit")
-
-
-def _splits(clips: Clips) -> dict[str, dict[str, int]]:
-    """Number of training and test clips of each protocol."""
-    return {
-        name: {"train": int(mask.sum()), "test": int((~mask).sum())} for name, mask in clips.splits.items()
-    }
-
-
-def _repeated(clips: Clips) -> dict[str, int]:
-    """Test clips that equal a training clip bit for bit, for each protocol that has any."""
-    import numpy as np
-
-    ends = clips.lengths.cumsum(0).tolist()
-    recordings = np.split(clips.frames.numpy(), ends[:-1])
-    digests = [hashlib.blake2b(recording.tobytes(), digest_size=16).digest() for recording in recordings]
-    found = {}
-    for name in clips.splits:
-        train, test = clips.split(name)
-        known = {digests[i] for i in train.tolist()}
-        found[name] = sum(digests[i] in known for i in test.tolist())
-    return {name: count for name, count in found.items() if count}
-
-
-def _differences(source: Source, clips: Clips) -> list[str]:
-    """How the counts differ from the published ones, one sentence each."""
-    found = {source.unit: source.total + len(source.skipped), "clips": len(clips)}
-    for name, sizes in _splits(clips).items():
-        found |= {f"{name} {part}": size for part, size in sizes.items()}
-    return [
-        f"{source.name}: {count:,} {what} expected, {found.get(what, 0):,} found"
-        for what, count in source.expected.items()
-        if found.get(what, 0) != count
-    ]
-
-
-def _is_text(path: Path) -> bool:
-    """Whether the path's bytes are UTF-8, which safetensors needs to read it again."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The skeleton: its joints and bones, left and right, and the axes that normalise a pose.
+"""The skeleton: its joints and bones, left and right, and what normalises its clips.
 
 A `Skeleton` travels inside the data file, so every room works for any set of joints. `NTU25` (Kinect v2) is
 built in. Joint numbers are 0-based. Legend: N clips · C coordinates (3) · T frames · V joints · M persons.
@@ -7,7 +7,7 @@ built in. Joint numbers are 0-based. Legend: N clips · C coordinates (3) · T f
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 from a2mc_fast.errors import require
 
@@ -17,11 +17,14 @@ if TYPE_CHECKING:
 
 MAX_JOINTS = 1000
 """Joints V of any skeleton; the checks below take V^2 steps."""
+MAX_FRAMES = 300
+"""Frames kept of a clip unless told otherwise: the length of the arrays that the public conversion writes."""
+Rotation = Literal["first frame", "none"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Skeleton:
-    """A tree of V joints with its mirror image and its two normalisation axes."""
+    """A tree of V joints with its mirror image, and how its clips are normalised."""
 
     parents: tuple[int, ...]
     """The joint each bone leads to, towards the root; the root is its own parent."""
@@ -35,6 +38,10 @@ class Skeleton:
     """(from, to): this vector of the first frame is then turned parallel to +x."""
     joint_names: tuple[str, ...] = ()
     """One name per joint, or none."""
+    rotation: Rotation = "first frame"
+    """Whether clips are turned by the axes of their first frame, or stay as they stand."""
+    max_frames: int = MAX_FRAMES
+    """Longer clips are cut to this many frames."""
 
     def __post_init__(self) -> None:
         joints = range(len(self.parents))
@@ -64,6 +71,19 @@ class Skeleton:
             len(self.joint_names) in (0, len(joints)),
             f"{len(self.joint_names)} joint names for {len(joints)} joints",
         )
+        require(
+            self.rotation in get_args(Rotation),
+            f"rotation must be {' or '.join(get_args(Rotation))}, got {self.rotation!r:.40}",
+        )
+        require(
+            type(self.max_frames) is int and self.max_frames >= 1,
+            f"max_frames must be an integer of 1 or more, got {self.max_frames!r:.40}",
+        )
+
+    @property
+    def root(self) -> int:
+        """The joint that is its own parent."""
+        return next(j for j, p in enumerate(self.parents) if j == p)
 
     @property
     def num_joints(self) -> int:

@@ -39,10 +39,14 @@ import torch
 
 from a2mc_fast.config import Config, demo, from_dict, to_dict
 from a2mc_fast.data import Clips
-from a2mc_fast.data.arrays import open_agcn, open_ctrgcn, open_npz, open_pyskl
+from a2mc_fast.data.agcn import open_agcn
+from a2mc_fast.data.ctrgcn import open_ctrgcn
+from a2mc_fast.data.npz import open_npz
 from a2mc_fast.data.ntu import open_ntu
-from a2mc_fast.data.pack import Collected, Source, collect
+from a2mc_fast.data.pack import Collected, collect
 from a2mc_fast.data.pku import open_pku
+from a2mc_fast.data.pyskl import open_pyskl
+from a2mc_fast.data.source import Source
 from a2mc_fast.errors import InputError
 from a2mc_fast.files import read_json, write_json
 from a2mc_fast.model import A2MC
@@ -446,7 +450,7 @@ def target_of(reader: str, folder: Path) -> Target:
     np.savez(folder / "own.npz", **own_archive(names=np.array(["a", "b", "c"])))
     content = pyskl_content()
     for annotation in content["annotations"]:
-        annotation["keypoint"] = annotation["keypoint"][:, :3]
+        annotation |= {"keypoint": annotation["keypoint"][:, :3], "total_frames": 3}
     (folder / "ntu.pkl").write_bytes(pickle.dumps(content))
     clips = collect(open_npz(folder / "own.npz")).clips
     clips.save(folder / "clips.safetensors")

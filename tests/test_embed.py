@@ -141,7 +141,7 @@ def test_persons_are_chosen_or_absent(folder: Path) -> None:
         ((10, 5, 3), 1.0, r"got \[10, 5, 3\]"),
         ((0, 2, 5, 3), 1.0, "the recording is empty"),
         ((10, 2, 5, 3), float("nan"), "not finite"),
-        ((10, 2, 5, 3), 0.0, "is all zeros"),
+        ((10, 2, 5, 3), 0.0, "no body"),
     ],
 )
 def test_bad_recordings_are_refused(folder: Path, shape: tuple[int, ...], value: float, words: str) -> None:

@@ -34,12 +34,16 @@ from safetensors.torch import save_file
 
 from a2mc_fast.config import Config, from_dict, to_dict
 from a2mc_fast.data import Clips
-from a2mc_fast.data.arrays import open_agcn, open_ctrgcn, open_npz, open_pyskl
+from a2mc_fast.data.agcn import open_agcn
+from a2mc_fast.data.ctrgcn import open_ctrgcn
 from a2mc_fast.data.npy import Archive, map_npy
+from a2mc_fast.data.npz import open_npz
 from a2mc_fast.data.ntu import open_ntu, parse_skeleton
-from a2mc_fast.data.pack import Collected, Recording, Source, UnusableError, collect
+from a2mc_fast.data.pack import Collected, collect
 from a2mc_fast.data.pku import open_pku, parse_frames
-from a2mc_fast.data.rules import MAX_PROTOCOLS
+from a2mc_fast.data.pyskl import open_pyskl
+from a2mc_fast.data.rules import MAX_PROTOCOLS, UnusableError
+from a2mc_fast.data.source import Recording, Source
 from a2mc_fast.data.unpickle import as_array, load_pickle
 from a2mc_fast.errors import InputError, one_line
 from a2mc_fast.files import read_json

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from a2mc_fast.data.normalize import choose_bodies, normalize_clip
+from a2mc_fast.data.normalize import (
+    LATER_AXIS,
+    NO_CENTRE,
+    NO_LENGTH,
+    choose_bodies,
+    normalize_clip,
+    normalized,
+)
+from a2mc_fast.data.rules import UnusableError
 from a2mc_fast.skeleton import NTU25, Skeleton
 
 CHAIN = Skeleton(parents=(0, 0, 1, 2, 1), mirror=(0, 1, 2, 4, 3), center=2, axis_z=(1, 2), axis_x=(3, 4))
 """Five joints, nothing like NTU's."""
 
 
-def slow_normalize(joints: np.ndarray, skeleton: Skeleton, limit: int = 300) -> np.ndarray:
-    """The public conversion in plain loops: on an array of `limit` frames, cut at the end."""
+def slow_normalize(
+    joints: np.ndarray, skeleton: Skeleton, limit: int = 300, public: bool = False
+) -> np.ndarray:
+    """The public conversion in plain loops: on an array of `limit` frames, cut at the end.
+
+    Unless `public`, a frame without the centre takes that of the nearest frame, and an axis is taken from the
+    first frame that has it.
+    """
     length, persons, count, _ = joints.shape
     clip = np.zeros((persons, limit, count, 3))  # [M, T, V, C]
     for t in range(min(length, limit)):
@@ -37,13 +52,21 @@ def slow_normalize(joints: np.ndarray, skeleton: Skeleton, limit: int = 300) -> 
                     person[later] = person[later % t]
                 break
     middle = clip[0, :, skeleton.center].copy()
+    had = [t for t in range(min(length, limit)) if middle[t].any()]
+    for t in range(limit):
+        if not public and had:
+            middle[t] = clip[0, min(had, key=lambda other: (abs(other - t), other)), skeleton.center]
+    axes = []
+    for start, end in (skeleton.axis_z, skeleton.axis_x):
+        both = [t for t in range(limit) if clip[0, t, start].any() and clip[0, t, end].any()]
+        axes.append(both[0] if both and not public else 0)
     for person in clip:
         for t in range(limit):
             for v in range(count):
                 if person[t, v].sum() != 0:
                     person[t, v] -= middle[t]
-    for (start, end), target in ((skeleton.axis_z, (0, 0, 1)), (skeleton.axis_x, (1, 0, 0))):
-        turn = slow_rotation(clip[0, 0, end] - clip[0, 0, start], np.array(target, float))
+    for (start, end), t0, target in zip((skeleton.axis_z, skeleton.axis_x), axes, ((0, 0, 1), (1, 0, 0))):
+        turn = slow_rotation(clip[0, t0, end] - clip[0, t0, start], np.array(target, float))
         for person in clip:
             for t in range(limit):
                 for v in range(count):
@@ -145,9 +168,29 @@ def test_golden_numbers() -> None:
 def test_equals_the_plain_loops(seed: int, frames: int, persons: int, ntu: bool) -> None:
     skeleton = NTU25 if ntu else CHAIN
     clip = random_clip(seed, frames, persons, skeleton.num_joints)
-    expected = slow_normalize(clip, skeleton, limit=64)
+    try:
+        made = normalize_clip(clip, skeleton)
+    except UnusableError as error:  # person 0 never has the centre, or an axis
+        joints = clip[:, 0, :].any(2)
+        axes = [joints[:, axis].all(1).any() for axis in (list(skeleton.axis_z), list(skeleton.axis_x))]
+        missing = not all(axes) if error.reason == "no axes" else not joints[:, skeleton.center].any()
+        assert missing
+        return
     # float32 against float64 on coordinates of a few metres
-    np.testing.assert_allclose(normalize_clip(clip, skeleton), expected, atol=2e-5)
+    np.testing.assert_allclose(made, slow_normalize(clip, skeleton, limit=64), atol=2e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), frames=st.integers(1, 60), ntu=st.booleans())
+def test_whole_recordings_equal_the_public_conversion(seed: int, frames: int, ntu: bool) -> None:
+    """Persons may come late and leave early, the first one excepted."""
+    skeleton = NTU25 if ntu else CHAIN
+    clip = full_clip(seed, frames, 2, skeleton.num_joints)
+    first, last = sorted(np.random.default_rng(seed).integers(0, frames + 1, 2))
+    clip[:first, 1] = clip[last:, 1] = 0
+    made = normalized(clip, skeleton)
+    assert made.remarks == {}
+    np.testing.assert_allclose(made.joints, slow_normalize(clip, skeleton, limit=64, public=True), atol=2e-5)
 
 
 @settings(max_examples=40, deadline=None)
@@ -190,7 +233,82 @@ def test_gap_in_the_middle_stays_null() -> None:
 def test_long_clips_are_cut() -> None:
     clip = random_clip(3, 310, 1, 5)
     assert len(normalize_clip(clip, CHAIN)) == 300
-    np.testing.assert_array_equal(normalize_clip(clip, CHAIN, limit=7), normalize_clip(clip[:7], CHAIN))
+    short = replace(CHAIN, max_frames=7)
+    np.testing.assert_array_equal(normalize_clip(clip, short), normalize_clip(clip[:7], CHAIN))
+
+
+def test_missing_centre_and_axes_come_from_the_nearest_frame() -> None:
+    """A joint that is not detected is (0, 0, 0); its frame must not stay metres away, nor turn the clip."""
+    whole = full_clip(5, 12, 2, 25)
+    clip = whole.copy()
+    clip[[0, 3, 4, 11], 0, NTU25.center] = 0
+    clip[:2, 0, NTU25.axis_x[1]] = 0
+    made = normalized(clip, NTU25)
+    assert made.remarks == {
+        NO_CENTRE: 4,
+        LATER_AXIS.format(axis="axis_z"): 1,
+        LATER_AXIS.format(axis="axis_x"): 1,
+    }
+    np.testing.assert_allclose(made.joints, slow_normalize(clip, NTU25, limit=12), atol=2e-5)
+    assert np.abs(made.joints).max() < 3  # bodies stand 3 m from the sensor
+    assert not made.joints[[0, 3, 4, 11], 0, NTU25.center].any()
+    across = made.joints[2, 0, 8] - made.joints[2, 0, 4]  # the first frame that has it
+    assert across[0] > 0 and np.abs(across[1:]).max() < 1e-5
+    # the second person is centred, too, where the first is away
+    clip = whole.copy()
+    clip[5, 0] = 0
+    assert np.abs(normalize_clip(clip, NTU25)).max() < 3
+
+
+@pytest.mark.parametrize(
+    ("joints", "reason"), [([2], "no centre"), ([3], "no axes"), ([0, 1, 2, 3, 4], "no centre")]
+)
+def test_clips_without_centre_or_axes_are_unusable(joints: list[int], reason: str) -> None:
+    clip = full_clip(6, 5, 2, 5)
+    clip[:, 0, joints] = 0
+    with pytest.raises(UnusableError, match=reason):
+        normalize_clip(clip, CHAIN)
+
+
+@pytest.mark.parametrize("root", [0, 1, 20, 9])
+def test_poses_relative_to_a_joint_are_those_of_the_camera(root: int) -> None:
+    """A lifter's or a body model's hip is (0, 0, 0) in every frame, and was detected nevertheless."""
+    camera = full_clip(7, 30, 2, 25)
+    relative = camera - camera[:, :, root, None]
+    expected = normalized(camera - camera[:, :1, root, None], NTU25)  # in one frame for both persons
+    alone = normalized(camera[:, :1], NTU25)
+    made = normalized(relative[:, :1], NTU25)
+    np.testing.assert_allclose(made.joints, alone.joints, atol=1e-5)
+    assert made.remarks == {} and expected.remarks == {}
+    np.testing.assert_allclose(expected.joints, normalize_clip(camera, NTU25), atol=1e-5)
+
+
+def test_a_joint_that_is_never_detected_stays_missing() -> None:
+    clip = full_clip(8, 6, 1, 25)
+    clip[:, :, 15] = 0
+    made = normalized(clip, NTU25)
+    assert not made.joints[:, :, 15].any() and made.remarks == {}
+
+
+def test_an_axis_without_length_is_said() -> None:
+    clip = full_clip(9, 6, 1, 25)
+    clip[:, :, NTU25.axis_z[1]] = clip[:, :, NTU25.axis_z[0]]
+    made = normalized(clip, NTU25)
+    assert made.remarks == {NO_LENGTH.format(axis="axis_z"): 6}
+    assert (made.joints[0, 0, 8] - made.joints[0, 0, 4])[0] > 0
+    clip[0] = full_clip(10, 1, 1, 25)[0]
+    assert normalized(clip, NTU25).remarks == {}
+
+
+def test_rotation_is_a_choice_and_flat_clips_are_never_turned() -> None:
+    clip = full_clip(11, 9, 2, 25)
+    centred = clip - clip[:, :1, NTU25.center, None]
+    np.testing.assert_array_equal(normalize_clip(clip, replace(NTU25, rotation="none")), centred)
+    flat = clip.copy()
+    flat[..., 2] = 0
+    made = normalize_clip(flat, NTU25)
+    np.testing.assert_array_equal(made[..., :2], centred[..., :2])
+    assert not made[..., 2].any()
 
 
 def test_clip_without_person_or_frames() -> None:
@@ -199,7 +317,7 @@ def test_clip_without_person_or_frames() -> None:
 
 
 def test_input_is_not_changed() -> None:
-    clip = random_clip(4, 20, 2, 25)
+    clip = random_clip(5, 20, 2, 25)
     before = clip.copy()
     normalize_clip(clip, NTU25)
     np.testing.assert_array_equal(clip, before)

@@ -5,20 +5,26 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import re
 import struct
 import tracemalloc
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from a2mc_fast.data.arrays import open_agcn, open_ctrgcn, open_npz, open_pyskl
+from a2mc_fast.data.agcn import open_agcn
+from a2mc_fast.data.ctrgcn import open_ctrgcn
+from a2mc_fast.data.npz import open_npz
 from a2mc_fast.data.ntu import PROTOCOLS, open_ntu, parse_name, parse_skeleton, read_skeleton
-from a2mc_fast.data.pack import Collected, Recording, Skip, Source, collect
-from a2mc_fast.data.pku import open_pku
+from a2mc_fast.data.pack import Collected, Remark, collect
+from a2mc_fast.data.pku import BEYOND, open_pku
+from a2mc_fast.data.pyskl import open_pyskl
+from a2mc_fast.data.source import Recording, Skip, Source
 from a2mc_fast.data.unpickle import as_array, load_pickle
 from a2mc_fast.errors import InputError
 from a2mc_fast.skeleton import NTU25
@@ -154,6 +160,16 @@ def test_read_skeleton_gives_one_recording(tmp_path: Path) -> None:
     assert not read[:, 1].any()
 
 
+def first_joint(text: str, x_y_z: str) -> str:
+    """The text with other coordinates of the first joint."""
+    return re.sub(r"(\r\n25\r\n)\S+ \S+ \S+", rf"\g<1>{x_y_z}", text, count=1)
+
+
+def other_frames(text: str, frames: int) -> str:
+    """The text with another number of frames in its first line."""
+    return f"{frames}\r\n{text.partition(chr(10))[2]}"
+
+
 BROKEN_TEXT: dict[str, tuple[Callable[[str], str], str]] = {
     "empty": (lambda text: "", "unreadable"),
     "no frames": (lambda text: "0\n", "no frames"),
@@ -166,9 +182,19 @@ BROKEN_TEXT: dict[str, tuple[Callable[[str], str], str]] = {
         "unreadable",
     ),
     "twenty joints": (lambda text: text.replace("\r\n25\r\n", "\r\n20\r\n"), "wrong joint count"),
-    "not a number": (lambda text: text.replace("\r\n25\r\n", "\r\n25\r\nnan 0 1 ", 1), "not finite"),
-    "infinite": (lambda text: text.replace("\r\n25\r\n", "\r\n25\r\n0 -inf 1 ", 1), "not finite"),
-    "far away": (lambda text: text.replace("\r\n25\r\n", "\r\n25\r\n1001 0 1 ", 1), "beyond 1,000 m"),
+    "not a number": (lambda text: first_joint(text, "nan 0 1"), "not finite"),
+    "infinite": (lambda text: first_joint(text, "0 -inf 1"), "not finite"),
+    "far away": (lambda text: first_joint(text, "1001 0 1"), "beyond 1,000 m"),
+    "eleven values": (lambda text: first_joint(text, "0.5 0.5"), "unreadable"),
+    "thirteen values": (lambda text: first_joint(text, "0.5 0.5 3 3"), "unreadable"),
+    "eleven, then thirteen": (
+        lambda text: re.sub(r" (\S+)\r\n(\S+ \S+ \S+ )", r"\r\n\1 \2", first_joint(text, "0 0 3"), count=1),
+        "unreadable",
+    ),
+    "twelve by a space that is none": (lambda text: first_joint(text, "0.5\xa00.5 3"), "unreadable"),
+    "more frames than it says": (lambda text: other_frames(text, 2), "unreadable"),
+    "fewer frames than it says": (lambda text: other_frames(text, 4), "unreadable"),
+    "a negative number of bodies": (lambda text: text.replace("\r\n1\r\n", "\r\n-1\r\n", 1), "unreadable"),
     "a billion frames": (lambda text: "1000000000\n1\n", "unreadable"),
 }
 
@@ -233,7 +259,7 @@ def test_pku_clips_labels_and_fallback_split(tmp_path: Path) -> None:
     videos = {name: full_clip(i, 20, 2, 25) for i, name in enumerate(["A01N02-L", "A02N04-M", "A03N07-R"])}
     videos["A02N04-M"][:, 1] = 0
     labels = {
-        "A01N02-L": "51,2,9,2\n3,5,40,1\n",
+        "A01N02-L": "51,2,9,2\n3,5,30,1\n4,18,99,1\n",
         "A02N04-M": "1,0,20,2\n\n52,1,2,1\n7,20,25,1\n8,9,9,1\nx,1,2,1\n8,-3,9,1\n",
         "A03N07-R": "2,0,5,1\n",
         "A09N09-R": "2,0,5,1\n",
@@ -260,7 +286,9 @@ def test_pku_clips_labels_and_fallback_split(tmp_path: Path) -> None:
         np.testing.assert_allclose(
             clip_joints(made, number), slow_normalize(clip, NTU25, limit=24), atol=1e-4
         )
+    assert made.remarks == {BEYOND: Remark(clips=1, frames=10)}
     assert {skip.name: skip.reason for skip in made.skipped} == {
+        "A01N02-L_2": "unreadable",
         "A02N04-M_2": "label out of range",
         "A02N04-M_3": "no frames",
         "A02N04-M_4": "no frames",
@@ -476,7 +504,8 @@ def test_bad_clips_of_an_own_archive_are_skipped(tmp_path: Path) -> None:
         split_odd=None,
     )
     np.savez_compressed(tmp_path / "own.npz", **arrays)
-    made = collect(open_npz(tmp_path / "own.npz"), limit=2)
+    source = open_npz(tmp_path / "own.npz")
+    made = collect(replace(source, skeleton=replace(source.skeleton, max_frames=2)))
     assert made.clips.names == ("clip 0", "clip 4") and made.shortened == 2
     assert {skip.name: skip.reason for skip in made.skipped} == {
         "clip 1": "not finite",

@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,10 +23,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from a2mc_fast.data.rules import MAX_COORDINATE, MAX_LABEL, MAX_PROTOCOLS, NAME_RULE, is_name, twice
+from a2mc_fast.data import rules
 from a2mc_fast.errors import InputError, require
 from a2mc_fast.files import atomic_path, parse_json
-from a2mc_fast.skeleton import Skeleton
+from a2mc_fast.skeleton import MAX_FRAMES, Rotation, Skeleton
 
 FORMAT = "a2mc-clips/1"
 _OPTIONAL = ("subjects", "cameras", "setups")  # one int64 per clip
@@ -84,51 +84,25 @@ class Clips:
         length, label = _integers(lengths, f"{where}: lengths"), _integers(labels, f"{where}: labels")
         count = len(length)
         require(count > 0, f"{where}: holds no clips")
-        require(
-            frames.ndim == 4 and frames.shape[3] == 3 and frames.dtype == torch.float32,
-            f"{where}: joints must be float32 [F, M, V, 3], got {frames.dtype} {list(frames.shape)}",
-        )
-        require(frames.shape[1] >= 1, f"{where}: joints hold no person (M = 0)")
-        require(
-            frames.shape[2] == skeleton.num_joints,
-            f"{where}: joints have {frames.shape[2]} joints, the skeleton {skeleton.num_joints}",
-        )
-        require(bool((length > 0).all()), f"{where}: clip {int((length <= 0).int().argmax())} has no frames")
-        require(
-            int(length.max()) <= len(frames)
-            and int(length.sum()) == len(frames),  # the sum alone may overflow
-            f"{where}: lengths sum to {int(length.sum())}, joints hold {len(frames)} frames",
-        )
-        require(label.shape == length.shape, f"{where}: {len(label)} labels for {count} clips")
-        require(
-            int(label.min()) >= -1,
-            f"{where}: labels must be -1 (unknown) or from 0, got {int(label.min())}",
-        )
-        require(int(label.max()) <= MAX_LABEL, f"{where}: label {int(label.max())} is beyond {MAX_LABEL:,}")
-        require(
-            not class_names or int(label.max()) < len(class_names),
-            f"{where}: label {int(label.max())} has no name, there are {len(class_names)} class names",
-        )
-        require(len(names) in (0, count), f"{where}: {len(names)} names for {count} clips")
-        names = tuple(names) or tuple(f"clip {i}" for i in range(count))
-        double = twice(names)
-        require(double is None, f"{where}: two clips are called {double}")
-        for name in (*names, *(splits or {})):
-            require(is_name(name), f"{where}: {name!r:.80} cannot be a name: {NAME_RULE}")
-        require(
-            len(splits or {}) <= MAX_PROTOCOLS,
-            f"{where}: {len(splits or {})} protocols, {MAX_PROTOCOLS} are the most",
-        )
         masks = {name: torch.as_tensor(mask) for name, mask in (splits or {}).items()}
         others = {n: _integers(values, f"{where}: {n}") for n, values in (extra or {}).items()}
+        require(label.shape == length.shape, f"{where}: {len(label)} labels for {count} clips")
+        require(len(names) in (0, count), f"{where}: {len(names)} names for {count} clips")
         for name, values in (*masks.items(), *others.items()):
-            require(
-                values.shape == length.shape,
-                f"{where}: {name} has shape {list(values.shape)} for {count} clips",
-            )
-        require(
-            all(mask.dtype == torch.bool for mask in masks.values()), f"{where}: split masks must be boolean"
+            shape = list(values.shape)
+            require(shape == [count], f"{where}: {name} has shape {shape} for {count} clips")
+        masked = all(mask.dtype == torch.bool for mask in masks.values())
+        require(masked, f"{where}: split masks must be boolean")
+        names = tuple(names) or tuple(f"clip {i}" for i in range(count))
+        rules.check_set(
+            where,
+            lengths=length.tolist(),
+            labels=label.tolist(),
+            names=names,
+            class_names=class_names,
+            protocols=masks,
         )
+        _check_frames(where, frames, length, skeleton)
         clips = cls(
             frames=frames.to(device).permute(0, 3, 2, 1).contiguous(),
             lengths=length.to(device),
@@ -141,23 +115,15 @@ class Clips:
             source=source,
             command=command,
         )
-        clips._check_values(where)
+        clips._check_poses(where)
         return clips
 
-    def _check_values(self, where: str) -> None:
-        """Refuse clips that are not poses, naming the first."""
-        usable = (self._rows.abs() <= MAX_COORDINATE).all(1)  # false for NaN and infinity too
-        seen = self._rows.any(1)
-        for bad, reason in (
-            (self._frames_per_clip(~usable) > 0, "holds coordinates that are not finite or beyond 1,000 m"),
-            (self._frames_per_clip(seen) == 0, "is all zeros"),
-        ):
-            if bool(bad.any()):
-                first, total = int(bad.int().argmax()), int(bad.sum())
-                raise InputError(
-                    f"{where}: {self.names[first]} {reason} ({total} such clips); "
-                    "`python -m a2mc_fast.prepare` skips and lists them"
-                )
+    def _check_poses(self, where: str) -> None:
+        """Refuse clips that are not poses."""
+        lowest, highest = self._rows.aminmax(dim=1)
+        outside = self._frames_per_clip(~rules.within_bounds(lowest, highest)) > 0
+        empty = self._frames_per_clip(rules.somebody(lowest, highest)) == 0
+        rules.check_ranges(where, self.names, outside=outside.tolist(), empty=empty.tolist())
 
     def _frames_per_clip(self, mask: Tensor) -> Tensor:
         """Number of True frames in each clip. mask [F] -> [N]."""
@@ -181,22 +147,7 @@ class Clips:
                 header = file.metadata() or {}
                 require(header.get("format") == FORMAT, f"{path} is not a packed clips file ({FORMAT})")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            parents, mirror, axis_z, axis_x = (
-                tuple(_integers(tensors[name], f"{path}: {name}").tolist())
-                for name in ("parents", "mirror", "axis_z", "axis_x")
-            )
-            require(
-                len(axis_z) == len(axis_x) == 2 and tensors["center"].numel() == 1,
-                f"{path}: axis_z and axis_x must be two joints each, center one",
-            )
-            skeleton = Skeleton(
-                parents=parents,
-                mirror=mirror,
-                center=int(_integers(tensors["center"].view(1), f"{path}: center")),
-                axis_z=axis_z,
-                axis_x=axis_x,
-                joint_names=_texts(header, "joint_names", path),
-            )
+            skeleton = _skeleton(path, tensors, header)
             splits = {n.removeprefix("split_"): t for n, t in tensors.items() if n.startswith("split_")}
             return cls.pack(
                 tensors["joints"],
@@ -241,6 +192,8 @@ class Clips:
             "names": json.dumps(self.names),
             "class_names": json.dumps(self.class_names),
             "joint_names": json.dumps(self.skeleton.joint_names),
+            "rotation": self.skeleton.rotation,
+            "max_frames": str(self.skeleton.max_frames),
             "source": self.source,
             "command": self.command,
         }
@@ -296,6 +249,23 @@ class Clips:
         return values.unflatten(2, self.frames.shape[1:]).transpose(1, 2)
 
 
+def _check_frames(where: str, frames: Tensor, lengths: Tensor, skeleton: Skeleton) -> None:
+    """Refuse what is no array of this skeleton's joints, or of more or fewer frames."""
+    require(
+        frames.ndim == 4 and frames.shape[3] == 3 and frames.dtype == torch.float32,
+        f"{where}: joints must be float32 [F, M, V, 3], got {frames.dtype} {list(frames.shape)}",
+    )
+    require(frames.shape[1] >= 1, f"{where}: joints hold no person (M = 0)")
+    require(
+        frames.shape[2] == skeleton.num_joints,
+        f"{where}: joints have {frames.shape[2]} joints, the skeleton {skeleton.num_joints}",
+    )
+    require(
+        int(lengths.max()) <= len(frames) and int(lengths.sum()) == len(frames),  # the sum alone may overflow
+        f"{where}: lengths sum to {int(lengths.sum())}, joints hold {len(frames)} frames",
+    )
+
+
 def _integers(values: Any, where: str) -> Tensor:
     """`values` as int64 [N]; `InputError` for other types, other shapes, and what does not fit."""
     array = torch.as_tensor(values) if isinstance(values, Tensor) else np.asarray(values)
@@ -307,6 +277,28 @@ def _integers(values: Any, where: str) -> Tensor:
     if kind == "uint64":  # beyond int64 it would become negative
         require(all(v < 1 << 63 for v in array.tolist()), f"{where} holds a number of 64 bits")
     return torch.as_tensor(array).long()
+
+
+def _skeleton(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Skeleton:
+    """The skeleton of a packed file; those written before it said how clips are normalised have the usual."""
+    parents, mirror, axis_z, axis_x = (
+        tuple(_integers(tensors[name], f"{path}: {name}").tolist())
+        for name in ("parents", "mirror", "axis_z", "axis_x")
+    )
+    require(
+        len(axis_z) == len(axis_x) == 2 and tensors["center"].numel() == 1,
+        f"{path}: axis_z and axis_x must be two joints each, center one",
+    )
+    return Skeleton(
+        parents=parents,
+        mirror=mirror,
+        center=int(_integers(tensors["center"].view(1), f"{path}: center")),
+        axis_z=axis_z,
+        axis_x=axis_x,
+        joint_names=_texts(header, "joint_names", path),
+        rotation=cast(Rotation, header.get("rotation", "first frame")),  # Skeleton checks it
+        max_frames=parse_json(header.get("max_frames", str(MAX_FRAMES)), f"{path}: max_frames"),
+    )
 
 
 def _texts(header: Mapping[str, str], name: str, path: Path) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from typing import IO
 
 import numpy as np
 
-from a2mc_fast.data.pack import existing_file
+from a2mc_fast.data.source import existing_file
 from a2mc_fast.errors import InputError, require
 
 _KINDS = "fiubUS"  # numbers, booleans and strings; no objects, no structures

@@ -1,8 +1,11 @@
 """NTU RGB+D 60 and 120 from their raw `.skeleton` text files.
 
-A file holds the number of frames; per frame the number of bodies; per body a line of ten values, the number
-of joints and one line of twelve values per joint, the first three being x, y, z in metres. As in the public
-conversion a body is known by its position in the frame's list, at most four are read, and the two that spread
+A file holds the number of frames; per frame the number of bodies; per body a line of ten values beginning
+with the body's id, the number of joints and one line of twelve values per joint, the first three being x, y,
+z in metres. A body keeps its place while its id is there; a new id takes the first place that nobody holds
+in that frame, so a person whom the sensor loses and finds again under another id goes on. Without ids (all
+alike in some frame) a body is known by its position in the frame's list, as in the public conversion, which
+gives the same where the list keeps its order. At most four places are read, and the two bodies that spread
 most are kept.
 """
 
@@ -17,19 +20,13 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from a2mc_fast.data.normalize import choose_bodies
-from a2mc_fast.data.pack import (
-    Recording,
-    Skip,
-    Source,
-    UnusableError,
-    existing_file,
-    existing_folder,
-    read_bytes,
-)
+from a2mc_fast.data.rules import UnusableError
+from a2mc_fast.data.source import Recording, Skip, Source, existing_file, existing_folder, read_bytes
 from a2mc_fast.errors import require
 
 Dataset = Literal["ntu60", "ntu120"]
 _JOINTS = 25
+_VALUES, _BODY_VALUES = 12, 10  # in the line of a joint, of a body
 _MAX_BODIES = 4  # bodies read per frame
 _MAX_BYTES = 64 << 20  # a recording of 300 frames with four bodies takes under 4 MB of text
 _MAX_FRAMES = 20_000  # eleven minutes; that many with four bodies would not fit into _MAX_BYTES
@@ -96,51 +93,111 @@ def train_protocols(ids: Ids, dataset: Dataset) -> tuple[str, ...]:
 
 
 def parse_skeleton(text: bytes) -> np.ndarray:
-    """Every body of a `.skeleton` file by its position in the frame: float64 [T, B <= 4, 25, 3] metres.
+    """Every body of a `.skeleton` file by its place: float64 [T, B <= 4, 25, 3] metres.
 
-    Raises `UnusableError` for text that is not a `.skeleton` file, is cut off or has another number of
-    joints.
+    Raises `UnusableError` for text that is not a `.skeleton` file, is cut off, goes on after its frames, or
+    has another number of joints or of values.
     """
-    lines = text.split(b"\n")
-    rows: list[bytes] = []  # the joint lines of all bodies
-    slots: list[tuple[int, int]] = []  # (frame, body) of each 25 of them
+    lines = text.decode("latin1").split("\n")  # numpy reads text faster than bytes
+    rows: list[str] = []  # the joint lines of all bodies
+    bodies: list[list[str]] = []  # the ids in each frame
     cursor = 0
     try:
         frames = int(lines[0])
         if frames > _MAX_FRAMES:  # a frame without bodies is two bytes of text but 2,400 of array
             raise UnusableError("unreadable", f"more than {_MAX_FRAMES:,} frames")
         cursor = 1
-        for frame in range(frames):
-            bodies = int(lines[cursor])
+        for _ in range(frames):
+            if (count := int(lines[cursor])) < 0:
+                raise ValueError(f"{count} bodies")
             cursor += 1
-            for body in range(bodies):
+            bodies.append([])
+            for _ in range(count):
                 joints = int(lines[cursor + 1])
                 if joints != _JOINTS:
                     raise UnusableError("wrong joint count", f"{joints} joints, expected {_JOINTS}")
+                bodies[-1] += lines[cursor].split(None, 1)[:1] or [""]
                 start, cursor = cursor + 2, cursor + 2 + _JOINTS
-                if body < _MAX_BODIES:
-                    rows += lines[start:cursor]
-                    slots.append((frame, body))
+                rows += lines[start:cursor]
         if cursor > len(lines):
             raise IndexError
-        # numpy's text reader takes a third less time than splitting and converting in Python
-        values = np.loadtxt(rows, usecols=(0, 1, 2), comments=None, ndmin=2) if rows else np.empty((0, 3))
-        values = values.reshape(len(slots), _JOINTS, 3)
     except IndexError:
         raise UnusableError("unreadable", f"ends after line {len(lines)}, in the middle of a frame") from None
     except UnusableError:
         raise
     except ValueError as error:
-        reason = str(error).split(";")[0].splitlines()[0]
-        raise UnusableError(
-            "unreadable", f"not a .skeleton file from line {cursor + 1} on: {reason}"
-        ) from None
-    if not slots:
+        raise _no_skeleton(cursor + 1, error) from None
+    _check_end(lines, cursor)
+    if not rows:
         raise UnusableError(*(("no body", "no frame has a body") if frames > 0 else ("no frames",)))
-    frame, body = np.array(slots).T
-    out = np.zeros((frames, body.max() + 1, _JOINTS, 3))
-    out[frame, body] = values
+    try:
+        # numpy's text reader takes a third less time than splitting and converting in Python; the last column
+        # is read because it must be there
+        values = np.loadtxt(rows, usecols=(0, 1, 2, _VALUES - 1), comments=None, ndmin=2)[:, :3]
+    except ValueError as error:
+        _check_values(rows, bodies)
+        raise _no_skeleton(cursor + 1, error) from None
+    # every line has enough values, so if the file has the usual number of them none has too many
+    usual = 1 + frames + len(rows) // _JOINTS * (_BODY_VALUES + 1 + _JOINTS * _VALUES)
+    if not text.isascii() or _count_values(text) != usual or len(values) != len(rows):
+        _check_values(rows, bodies)
+    return _placed(bodies, values.reshape(-1, _JOINTS, 3))
+
+
+def _no_skeleton(line: int, error: ValueError) -> UnusableError:
+    reason = str(error).split(";")[0].splitlines()[0]
+    return UnusableError("unreadable", f"not a .skeleton file from line {line} on: {reason}")
+
+
+def _check_end(lines: list[str], end: int) -> None:
+    """Raise `UnusableError` if anything follows the first `end` lines."""
+    for number, line in enumerate(lines[end:], end + 1):
+        if line.strip():
+            raise UnusableError("unreadable", f"goes on in line {number:,}, after the last of its frames")
+
+
+def _count_values(text: bytes) -> int:
+    """How many values, parted by blanks, ASCII text has."""
+    blank = np.frombuffer(b" " + text, np.uint8) <= ord(" ")
+    return int(np.count_nonzero(blank[:-1] > blank[1:]))
+
+
+def _check_values(rows: list[str], bodies: list[list[str]]) -> None:
+    """Raise `UnusableError` unless the joint lines have twelve values."""
+    for number, row in enumerate(rows):
+        if (values := len(row.split())) != _VALUES:
+            frames = [frame for frame, ids in enumerate(bodies) for _ in ids]
+            where = f"joint {number % _JOINTS} in frame {frames[number // _JOINTS]:,}"
+            raise UnusableError("unreadable", f"{where} has {values} values, expected {_VALUES}")
+
+
+def _placed(bodies: list[list[str]], values: np.ndarray) -> np.ndarray:
+    """The bodies of all frames, values [B of all frames, V, 3], at their places: [T, B <= 4, V, 3]."""
+    present = [set(ids) for ids in bodies]
+    known = all(len(names) == len(ids) for names, ids in zip(present, bodies))
+    holders: list[str] = []  # the id that had each place last
+    slots: list[tuple[int, int, int]] = []  # (frame, place, row of values)
+    row = 0
+    for frame, ids in enumerate(bodies):
+        for position, name in enumerate(ids):
+            place = _place(holders, name, present[frame]) if known else position
+            if place < _MAX_BODIES:
+                slots.append((frame, place, row))
+            row += 1
+    frame, place, chosen = np.array(slots).T
+    out = np.zeros((len(bodies), place.max() + 1, *values.shape[1:]))
+    out[frame, place] = values[chosen]
     return out
+
+
+def _place(holders: list[str], name: str, present: set[str]) -> int:
+    """The place of a body among those present, which is written down in `holders`."""
+    if name in holders:
+        return holders.index(name)
+    free = next((place for place, holder in enumerate(holders) if holder not in present), len(holders))
+    if free < _MAX_BODIES:
+        holders[free : free + 1] = [name]
+    return free
 
 
 def read_skeleton(path: str | Path) -> np.ndarray:

@@ -4,7 +4,8 @@ splits.
 A skeleton file has one line per frame: 2 bodies x 25 joints x (x, y, z) = 150 numbers in metres, zeros for an
 absent body. A label file has one line per action, "class,start,end,confidence" with classes from 1. An
 action's clip is rows [start:end) counted from 0, as in CMD and ISC (AimCLR counts from 1 and includes the
-end). The bodies keep their order.
+end). One that goes on after the end of its video is cut there and counted, or skipped if more than half of it
+is not there. The bodies keep their order.
 """
 
 from __future__ import annotations
@@ -17,15 +18,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from a2mc_fast.data.pack import (
-    Recording,
-    Skip,
-    Source,
-    UnusableError,
-    existing_file,
-    existing_folder,
-    read_bytes,
-)
+from a2mc_fast.data.rules import UnusableError
+from a2mc_fast.data.source import Recording, Skip, Source, existing_file, existing_folder, read_bytes
 from a2mc_fast.errors import InputError, require
 
 Part = Literal["pku1", "pku2"]
@@ -49,6 +43,9 @@ EXPECTED: dict[Part, dict[str, int]] = {
     "pku2": {"videos": 1_009, "clips": 6_945, "xsub train": 5_332, "xsub test": 1_613},
 }
 """Published numbers of videos and clips. (Liu et al. 2017)"""
+
+
+BEYOND = "the label goes on after the end of the video; cut there"
 
 
 class Ids(NamedTuple):
@@ -155,6 +152,9 @@ def read_video(video: _Video) -> Iterable[Recording | Skip]:
             yield Skip(clip, "label out of range", f"class {action}, expected 1 to {_CLASSES}")
         elif start < 0:
             yield Skip(clip, "unreadable", f"starts at row {start}")
+        elif start < len(frames) and end - start > 2 * (len(frames) - start):
+            detail = f"rows {start:,} to {end:,} of a video of {len(frames):,} frames"
+            yield Skip(clip, "unreadable", detail)
         elif (room := room - len(frames[start : max(start, end)])) < 0:
             detail = f"the actions before have {_MAX_OVERLAP} times the {len(frames):,} frames of the video"
             yield Skip(clip, "unreadable", detail)
@@ -166,14 +166,18 @@ def read_video(video: _Video) -> Iterable[Recording | Skip]:
                 subject=video.ids.subject,
                 camera=video.ids.camera,
                 train_in=video.train_in,
+                remarks={BEYOND: end - len(frames)} if end > len(frames) else {},
             )
 
 
 def parse_frames(text: bytes) -> np.ndarray:
     """A skeleton file: float32 [T, 2, 25, 3] metres. Raises `UnusableError` for anything else."""
-    lines = [line for line in text.split(b"\n") if line.strip()]
-    if not lines:
+    lines = text.rstrip().split(b"\n")
+    if lines == [b""]:
         raise UnusableError("no frames")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():  # without it, the labels would name other frames from here on
+            raise UnusableError("unreadable", f"line {number:,} is empty")
     try:
         values = np.loadtxt(lines, comments=None, ndmin=2)
     except ValueError as error:

@@ -1,25 +1,31 @@
-"""The one rule of what a clip must be to be trained on.
+"""The one rule of what a clip must be to be trained on, and the only place that enforces it.
 
 A clip has
 
 - a name of 1 to 255 printable characters that no other clip of the set has,
-- a label from 0 to 65,535 and below the number of class names, or -1 where it is unknown,
+- a label from 0 to 65,535 and below the number of class names, or -1 where it is unknown; beyond 1,999 no
+  more than there are clips (a few clips of one large label would take gigabytes for classes that nobody has),
 - at least one frame, as many joints as the skeleton (1 to 1,000) and the persons of the set,
 - coordinates that are finite and within 1,000 m, not all of them zero.
 
 A protocol has such a name too, and a set has at most 64 of them. `prepare` skips a clip that breaks the rule
-and names it in the report (of several clips with one name it keeps the first); `Clips` refuses the whole set.
+and names it in the report (of several clips with one name it keeps the first): `check_clip`, `check_poses`.
+`Clips` refuses the whole set: `check_set`, `check_ranges`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Literal
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+
+from a2mc_fast.errors import InputError, require
 
 Reason = Literal[
     "unreadable", "name not understood", "listed twice", "excluded by the list", "no label",
     "no skeleton data", "label out of range", "no frames", "wrong joint count", "wrong number of persons",
-    "not finite", "beyond 1,000 m", "no body",
+    "not finite", "beyond 1,000 m", "no body", "no centre", "no axes",
 ]  # fmt: skip
 """Why a recording is left out, as the report says it."""
 
@@ -27,10 +33,23 @@ MAX_COORDINATE = 1e3
 """Metres; anything beyond is not a pose."""
 MAX_LABEL = 65_535
 """The class layer and every count per class are made for the largest label."""
+FEW_CLASSES = 2000
+"""So many classes a set may have however few its clips are."""
 MAX_NAME = 255
 """Characters, as in a file's name."""
 MAX_PROTOCOLS = 64
 NAME_RULE = f"a name is 1 to {MAX_NAME} printable characters"
+
+Range = TypeVar("Range", float, Any)  # one clip's, or a tensor of many frames'
+
+
+class UnusableError(InputError):
+    """One recording cannot be used; the rest of its source can."""
+
+    def __init__(self, reason: Reason, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason: Reason = reason
+        self.detail = detail
 
 
 def is_name(text: Any) -> bool:
@@ -38,12 +57,95 @@ def is_name(text: Any) -> bool:
     return isinstance(text, str) and 0 < len(text) <= MAX_NAME and text.isprintable()
 
 
-def is_label(label: int, classes: int = 0) -> bool:
-    """Whether `label` is -1 or a class, of `classes` named ones if there are any."""
-    return -1 <= label <= MAX_LABEL and (classes == 0 or label < classes)
+def within_bounds(lowest: Range, highest: Range) -> Range:
+    """Whether coordinates between these two are finite and not too far away; false for NaN."""
+    return (lowest >= -MAX_COORDINATE) & (highest <= MAX_COORDINATE)
 
 
-def twice(names: Iterable[str]) -> str | None:
+def somebody(lowest: Range, highest: Range) -> Range:
+    """Whether coordinates between these two are those of a body, not zeros."""
+    return (lowest != 0) | (highest != 0)
+
+
+def most_classes(clips: int, class_names: int = 0) -> int:
+    """How many classes a set of so many clips may have, with so many class names or none."""
+    return min(class_names or MAX_LABEL + 1, max(FEW_CLASSES, clips), MAX_LABEL + 1)
+
+
+def check_clip(name: str, label: int, classes: int) -> None:
+    """Raise `UnusableError` unless a clip may be called `name` and have this label, of `classes` in all."""
+    if not is_name(name):
+        raise UnusableError("name not understood", NAME_RULE)
+    if not -1 <= label < classes:
+        raise UnusableError("label out of range", f"expected 0 to {classes - 1:,}, or -1 if unknown")
+
+
+def check_poses(joints: np.ndarray, num_joints: int, persons: int) -> None:
+    """Raise `UnusableError` unless joints [T, M, V, 3] are poses of `persons` with `num_joints`."""
+    if not len(joints):
+        raise UnusableError("no frames")
+    if joints.shape[2:] != (num_joints, 3):
+        raise UnusableError("wrong joint count", f"{joints.shape[2]} joints, expected {num_joints}")
+    if joints.shape[1] != persons:
+        raise UnusableError("wrong number of persons", f"{joints.shape[1]} persons, expected {persons}")
+    lowest, highest = float(joints.min()), float(joints.max())
+    if not np.isfinite(lowest + highest):  # minimum and maximum are NaN if any value is
+        raise UnusableError("not finite")
+    if not within_bounds(lowest, highest):
+        raise UnusableError("beyond 1,000 m", f"a coordinate of {max(-lowest, highest):.3g} m")
+    if not somebody(lowest, highest):
+        raise UnusableError("no body", "every coordinate is zero")
+
+
+def check_set(
+    where: str,
+    *,
+    lengths: Sequence[int],
+    labels: Sequence[int],
+    names: Sequence[str],
+    class_names: Sequence[str],
+    protocols: Collection[str],
+) -> None:
+    """Raise `InputError`, beginning with `where`, unless clips and protocols of a set keep to the rule."""
+    for number, length in enumerate(lengths):
+        require(length > 0, f"{where}: clip {number} has no frames")
+    lowest, highest = min(labels), max(labels)
+    require(lowest >= -1, f"{where}: labels must be -1 (unknown) or from 0, got {lowest}")
+    require(highest <= MAX_LABEL, f"{where}: label {highest} is beyond {MAX_LABEL:,}")
+    require(
+        not class_names or highest < len(class_names),
+        f"{where}: label {highest} has no name, there are {len(class_names)} class names",
+    )
+    most = most_classes(len(labels), len(class_names))
+    require(
+        highest < most,
+        f"{where}: label {highest:,} among {len(labels):,} clips, of which {most:,} classes are the most; "
+        "number the classes from 0 without gaps",
+    )
+    double = _twice(names)
+    require(double is None, f"{where}: two clips are called {double}")
+    for name in (*names, *protocols):
+        require(is_name(name), f"{where}: {name!r:.80} cannot be a name: {NAME_RULE}")
+    require(
+        len(protocols) <= MAX_PROTOCOLS,
+        f"{where}: {len(protocols)} protocols, {MAX_PROTOCOLS} are the most",
+    )
+
+
+def check_ranges(where: str, names: Sequence[str], *, outside: Sequence[bool], empty: Sequence[bool]) -> None:
+    """Raise `InputError`, naming the first, if clips are not `within_bounds` or nobody is in them."""
+    for bad, reason in (
+        (outside, "holds coordinates that are not finite or beyond 1,000 m"),
+        (empty, "is all zeros"),
+    ):
+        if any(bad):
+            raise InputError(
+                f"{where}: {names[bad.index(True)]} {reason} ({sum(bad)} such clips); "
+                "`python -m a2mc_fast.prepare` skips and lists them"
+            )
+
+
+def _twice(names: Iterable[str]) -> str | None:
     """The first name that comes a second time."""
     seen: set[str] = set()
     for name in names:

@@ -256,6 +256,20 @@ def _simulate(rng: np.random.Generator, cast: _Cast, clips: dict[str, NDArray], 
     return out
 
 
+def _recorded(rng: np.random.Generator, cast: _Cast, every: dict[str, NDArray], noise: float) -> Array:
+    """The same normalised, chunk by chunk."""
+    joints = np.empty((every["length"].sum(), 2, NTU25.num_joints, 3), _F32)
+    at = 0
+    for first in range(0, len(every["label"]), _CHUNK):
+        chunk = {name: values[first : first + _CHUNK] for name, values in every.items()}
+        seen = _simulate(rng, cast, chunk, noise)
+        ends = np.cumsum(chunk["length"])
+        for begin, end in zip(ends - chunk["length"], ends):
+            joints[at + begin : at + end] = normalize_clip(seen[begin:end], NTU25)
+        at += len(seen)
+    return joints
+
+
 def synthetic_clips(
     *,
     clips: int = 2000,
@@ -291,15 +305,7 @@ def synthetic_clips(
         "partner": (performer + 3 * rng.integers(1, PERFORMERS // 3, clips)) % PERFORMERS,
         "camera": (turn + turn // CAMERAS) % CAMERAS,
     }
-    joints = np.empty((every["length"].sum(), 2, NTU25.num_joints, 3), _F32)
-    at = 0
-    for first in range(0, clips, _CHUNK):
-        chunk = {name: values[first : first + _CHUNK] for name, values in every.items()}
-        seen = _simulate(rng, cast, chunk, noise)
-        ends = np.cumsum(chunk["length"])
-        for begin, end in zip(ends - chunk["length"], ends):
-            joints[at + begin : at + end] = normalize_clip(seen[begin:end], NTU25)
-        at += len(seen)
+    joints = _recorded(rng, cast, every, noise)
     names = list(ACTIONS)[:classes]
     return Clips.pack(
         joints,

@@ -11,13 +11,15 @@ from __future__ import annotations
 import mmap
 import pickletools
 import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from a2mc_fast.data.npy import damaged, texts
-from a2mc_fast.data.pack import existing_file
+from a2mc_fast.data.source import existing_file
 from a2mc_fast.errors import InputError, require
 
 _MAX_ARGUMENTS = 8
@@ -42,7 +44,7 @@ def load_pickle(path: Path) -> Any:
         require(path.stat().st_size > 0, f"{path} is empty")
         # a mapped file returns no more than there is, whatever length is asked for
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content, damaged(path, "a pickle"):
-            return _run(content, path)
+            return _Machine(content, path).run()
 
 
 def as_array(value: Any) -> np.ndarray:
@@ -150,113 +152,111 @@ _ALLOWED = {
 """What a pickle may name, and what it gets instead."""
 
 
-class _Stack(list[Any]):
-    """The machine's stack; `marks` are the heights to which the collecting instructions go back."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.marks: list[int] = []
-
-    def to_mark(self) -> list[Any]:
-        """Take off everything above the last mark."""
-        mark = self.marks.pop()
-        taken = self[mark:]
-        del self[mark:]
-        return taken
-
-    def take(self, count: int) -> tuple[Any, ...]:
-        """Take off the upper `count` values."""
-        if count > len(self):
-            raise IndexError("the stack is empty")
-        taken = tuple(self[-count:])
-        del self[-count:]
-        return taken
-
-
-def _run(content: mmap.mmap, path: Path) -> Any:
-    """Execute the program. Raises whatever a damaged one leads to.
+class _Machine:
+    """The stack machine: `run` executes a program, each method below one instruction (its name in small
+    letters, numbers apart).
 
     Time and memory are bounded by a multiple of the file's size: nothing that is in the file once is copied
     again and again, and no index or key is of a kind of which colliding ones are easily found.
     """
-    stack, memo = _Stack(), dict[Any, Any]()
-    room = 2 * len(
-        content
-    )  # bytes that may be copied; a plain pickle makes every text, number and array once
-    argument: Any
-    for instruction, argument, _ in pickletools.genops(content):  # type: ignore[arg-type]  # mmap reads too
-        name = instruction.name
-        if name in _VALUES:
-            stack.append(argument)
-        elif name in _CONSTANTS:
-            stack.append(_CONSTANTS[name])
-        else:
-            match name:
-                case "MEMOIZE":
-                    memo[len(memo)] = stack[-1]
-                case "PUT" | "BINPUT" | "LONG_BINPUT":
-                    if not 0 <= argument < len(content):
-                        raise ValueError("an entry of the memo that is never reached")
-                    memo[argument] = stack[-1]
-                case "GET" | "BINGET" | "LONG_BINGET":
-                    stack.append(memo[argument])
-                case "MARK":
-                    stack.marks.append(len(stack))
-                case "EMPTY_LIST":
-                    stack.append([])
-                case "EMPTY_DICT":
-                    stack.append({})
-                case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                    stack.append(stack.take(int(name[-1])))
-                case "TUPLE":
-                    stack.append(tuple(stack.to_mark()))
-                case "LIST":
-                    stack.append(stack.to_mark())
-                case "DICT":
-                    stack.append(_filled({}, stack.to_mark()))
-                case "APPEND":
-                    (value,) = stack.take(1)
-                    list.append(stack[-1], value)
-                case "APPENDS":
-                    values = stack.to_mark()
-                    list.extend(stack[-1], values)
-                case "SETITEM":
-                    pair = stack.take(2)
-                    _filled(stack[-1], pair)
-                case "SETITEMS":
-                    items = stack.to_mark()
-                    _filled(stack[-1], items)
-                case "GLOBAL":
-                    stack.append(_allowed(argument, path))
-                case "STACK_GLOBAL":
-                    module, attribute = stack.take(2)
-                    if not (isinstance(module, str) and isinstance(attribute, str)):
-                        raise TypeError("a class whose name is no text")
-                    stack.append(_allowed(f"{module} {attribute}", path))
-                case "REDUCE":
-                    function, arguments = stack.take(2)
-                    if not any(function is ours for ours in _ALLOWED.values()):
-                        raise TypeError(f"a call of {type(function).__name__}")
-                    if not isinstance(arguments, tuple) or len(arguments) > _MAX_ARGUMENTS:
-                        raise TypeError("a call with too many arguments")
-                    result = function(*arguments)
-                    if isinstance(result, bytes | np.generic):
-                        room -= len(result) if isinstance(result, bytes) else result.nbytes
-                    stack.append(result)
-                case "BUILD":
-                    (state,) = stack.take(1)
-                    if not isinstance(stack[-1], _DType | _Array):
-                        raise TypeError(f"state for {type(stack[-1]).__name__}")
-                    room -= stack[-1].restore(state)
-                case "PROTO" | "FRAME":
-                    pass
-                case "STOP":
-                    return stack.pop()
-                case _:
-                    raise ValueError(f"the instruction {name}, which plain data do not need")
-            if room < 0:
+
+    def __init__(self, content: mmap.mmap, path: Path) -> None:
+        self.content, self.path = content, path
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        """Heights of the stack to which the collecting instructions go back."""
+        self.memo: dict[Any, Any] = {}
+        # bytes that may be copied; a plain pickle makes every text, number and array once
+        self.room = 2 * len(content)
+
+    def run(self) -> Any:
+        """What the program leaves on the stack. Raises whatever a damaged one leads to."""
+        steps: dict[str, Callable[[Any], None]] = {
+            "MEMOIZE": lambda _: self.put(len(self.memo)),
+            **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), self.put),
+            **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), lambda i: self.stack.append(self.memo[i])),
+            "MARK": lambda _: self.marks.append(len(self.stack)),
+            "EMPTY_LIST": lambda _: self.stack.append([]),
+            "EMPTY_DICT": lambda _: self.stack.append({}),
+            **{f"TUPLE{n}": partial(lambda n, _: self.stack.append(self.take(n)), n) for n in (1, 2, 3)},
+            "TUPLE": lambda _: self.stack.append(tuple(self.to_mark())),
+            "LIST": lambda _: self.stack.append(self.to_mark()),
+            "DICT": lambda _: self.stack.append(_filled({}, self.to_mark())),
+            "APPEND": lambda _: self.extend(self.take(1)),
+            "APPENDS": lambda _: self.extend(self.to_mark()),
+            "SETITEM": lambda _: self.fill(self.take(2)),
+            "SETITEMS": lambda _: self.fill(self.to_mark()),
+            "GLOBAL": lambda name: self.stack.append(_allowed(name, self.path)),
+            "STACK_GLOBAL": lambda _: self.stack_global(),
+            "REDUCE": lambda _: self.reduce(),
+            "BUILD": lambda _: self.build(),
+            **dict.fromkeys(("PROTO", "FRAME"), lambda _: None),
+        }
+        argument: Any
+        for instruction, argument, _ in pickletools.genops(self.content):  # type: ignore[arg-type]  # mmap reads too
+            name = instruction.name
+            if name in _VALUES:
+                self.stack.append(argument)
+            elif name in _CONSTANTS:
+                self.stack.append(_CONSTANTS[name])
+            elif name == "STOP":
+                return self.stack.pop()
+            elif name in steps:
+                steps[name](argument)
+            else:
+                raise ValueError(f"the instruction {name}, which plain data do not need")
+            if self.room < 0:
                 raise ValueError("copies of one text")
-    raise EOFError("the file ends early")
+        raise EOFError("the file ends early")
+
+    def to_mark(self) -> list[Any]:
+        """Take off everything above the last mark."""
+        mark = self.marks.pop()
+        taken = self.stack[mark:]
+        del self.stack[mark:]
+        return taken
+
+    def take(self, count: int) -> tuple[Any, ...]:
+        """Take off the upper `count` values."""
+        if count > len(self.stack):
+            raise IndexError("the stack is empty")
+        taken = tuple(self.stack[-count:])
+        del self.stack[-count:]
+        return taken
+
+    def put(self, place: int) -> None:
+        if not 0 <= place < len(self.content):
+            raise ValueError("an entry of the memo that is never reached")
+        self.memo[place] = self.stack[-1]
+
+    def extend(self, values: Iterable[Any]) -> None:
+        list.extend(self.stack[-1], values)
+
+    def fill(self, items: Sequence[Any]) -> None:
+        _filled(self.stack[-1], items)
+
+    def stack_global(self) -> None:
+        module, attribute = self.take(2)
+        if not (isinstance(module, str) and isinstance(attribute, str)):
+            raise TypeError("a class whose name is no text")
+        self.stack.append(_allowed(f"{module} {attribute}", self.path))
+
+    def reduce(self) -> None:
+        function, arguments = self.take(2)
+        if not any(function is ours for ours in _ALLOWED.values()):
+            raise TypeError(f"a call of {type(function).__name__}")
+        if not isinstance(arguments, tuple) or len(arguments) > _MAX_ARGUMENTS:
+            raise TypeError("a call with too many arguments")
+        result = function(*arguments)
+        if isinstance(result, bytes | np.generic):
+            self.room -= len(result) if isinstance(result, bytes) else result.nbytes
+        self.stack.append(result)
+
+    def build(self) -> None:
+        (state,) = self.take(1)
+        if not isinstance(self.stack[-1], _DType | _Array):
+            raise TypeError(f"state for {type(self.stack[-1]).__name__}")
+        self.room -= self.stack[-1].restore(state)
 
 
 def _allowed(name: str, path: Path) -> Any:

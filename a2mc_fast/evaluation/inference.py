@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from a2mc_fast.augment import Views
 from a2mc_fast.data import Clips
-from a2mc_fast.data.normalize import choose_bodies, normalize_clip
+from a2mc_fast.data.normalize import choose_bodies, usable
 from a2mc_fast.encoders.branch import Branch
 from a2mc_fast.errors import require
 from a2mc_fast.evaluation.protocols import encode
@@ -77,11 +77,9 @@ def embed_recording(encoder: ClipEncoder, joints: np.ndarray | Tensor, *, normal
         f"a recording is joints [T, M, {encoder.skeleton.num_joints}, 3], got {list(joints.shape)}",
     )
     require(joints.shape[0] > 0 and joints.shape[1] > 0, f"the recording is empty: {list(joints.shape)}")
-    require(bool(np.isfinite(joints).all()), "the recording holds coordinates that are not finite")
     if joints.shape[1] != encoder.persons:
         joints = choose_bodies(joints, encoder.persons)
-    if normalize:
-        joints = normalize_clip(joints, encoder.skeleton)
+    joints = usable(joints, encoder.skeleton, encoder.persons, normalize=normalize).joints
     device = next(encoder.parameters()).device
     clips = Clips.pack(
         joints,

@@ -1,0 +1,187 @@
+"""A packed file and the report beside it: what `python -m a2mc_fast.prepare` does once it knows what to read.
+
+A recording that cannot be used is skipped and named in the report (the output with the suffix .report.json).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from a2mc_fast.data.clips import Clips
+from a2mc_fast.data.pack import collect, most_frequent
+from a2mc_fast.data.rules import Reason
+from a2mc_fast.data.source import Skip, Source
+from a2mc_fast.data.synthetic import synthetic_clips
+from a2mc_fast.data.units import doubt, measure
+from a2mc_fast.errors import InputError, require
+from a2mc_fast.files import write_json
+from a2mc_fast.skeleton import Rotation
+
+_NO_FAULT: tuple[Reason, ...] = ("excluded by the list", "listed twice")  # says nothing against the rest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """Clips ready to be written, and what is to be reported of how they came about."""
+
+    clips: Clips
+    total: int
+    """How much was read, in `unit`."""
+    unit: str
+    skipped: tuple[Skip, ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Entries of the report that other data do not have."""
+
+
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Raise `InputError` unless a packed file may be written there."""
+    require(_is_text(path), f"{path} is not UTF-8, and a packed file's name must be; name another file")
+    require(not path.is_dir(), f"{path} is a folder; name the file to write")
+    require(path.suffix == ".safetensors", f"{path}: a packed file's name must end in .safetensors")
+    require(overwrite or not path.exists(), f"{path} exists; replace it with --overwrite")
+
+
+def pack_synthetic(*, clips: int, seed: int, command: str) -> Packed:
+    """The built-in set."""
+    made = synthetic_clips(clips=clips, seed=seed)
+    made.source, made.command = "synthetic", command
+    return Packed(clips=made, total=clips, unit="clips", facts={"seed": seed})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """How recordings are to be read and normalised."""
+
+    workers: int
+    """Processes that read; 0 for one per core."""
+    max_frames: int
+    scale: float
+    rotation: Rotation
+    allow_skipped: bool
+    """Whether a set of which most recordings are skipped may be packed."""
+
+    def __post_init__(self) -> None:
+        require(self.workers >= 0, f"--workers must not be negative, got {self.workers}")
+        require(self.max_frames >= 1, f"--max-frames must be at least 1, got {self.max_frames}")
+        require(0 < self.scale < math.inf, f"--scale must be a positive number, got {self.scale}")
+
+
+def pack_source(source: Source, where: Path, output: Path, choices: Choices, command: str) -> Packed:
+    """The usable recordings of a source, which was opened at `where`.
+
+    Frames wait in the folder of `output`. Raises `InputError` without a usable recording, and if most are
+    not, unless that is allowed.
+    """
+    skeleton = replace(source.skeleton, rotation=choices.rotation, max_frames=choices.max_frames)
+    source = replace(source, skeleton=skeleton)
+    made = collect(
+        source,
+        workers=choices.workers or _cores(),
+        scale=choices.scale,
+        folder=next(folder for folder in output.absolute().parents if folder.is_dir()),
+        command=command,
+        progress=True,
+    )
+    refused = [skip for skip in made.skipped if skip.reason not in _NO_FAULT]
+    if len(refused) > len(made.clips) and not choices.allow_skipped:
+        raise InputError(
+            f"{source.name}: {len(refused):,} of {len(refused) + len(made.clips):,} recordings cannot be "
+            f"used, such as {most_frequent(refused)}; --allow-skipped packs the others"
+        )
+    facts = {
+        "input": str(where),
+        "scale": choices.scale,
+        "shortened": made.shortened,
+        "remarks": {what: asdict(remark) for what, remark in made.remarks.items()},
+        "expected": dict(source.expected),
+        "differences": _differences(source, made.clips),
+        "notes": list(source.notes),
+    }
+    return Packed(clips=made.clips, total=source.total, unit=source.unit, skipped=made.skipped, facts=facts)
+
+
+def write(packed: Packed, output: Path, started: float) -> tuple[dict[str, Any], Path]:
+    """Write the packed file and its report. -> the report, and its path.
+
+    `started` is what time.perf_counter() said before anything was read.
+    """
+    clips, skipped = packed.clips, packed.skipped
+    clips.save(output)
+    sizes = measure(clips)
+    report = {
+        "source": clips.source,
+        "command": clips.command,
+        "output": str(output),
+        "seconds": round(time.perf_counter() - started, 3),
+        "clips": len(clips),
+        "frames": len(clips.frames),
+        "classes": clips.num_classes,
+        "splits": _splits(clips),
+        "repeated": _repeated(clips),
+        "rotation": clips.skeleton.rotation,
+        "median_bone": float(f"{sizes.bone:.3g}"),
+        "median_body": float(f"{sizes.body:.3g}"),
+        "doubt": doubt(sizes),
+        **packed.facts,
+        "skipped": len(skipped),
+        "reasons": dict(Counter(skip.reason for skip in skipped)),
+        "skipped_recordings": [asdict(skip) for skip in skipped],
+    }
+    path = output.with_suffix(".report.json")
+    write_json(path, report)
+    return report, path
+
+
+def _splits(clips: Clips) -> dict[str, dict[str, int]]:
+    """Number of training and test clips of each protocol."""
+    return {
+        name: {"train": int(mask.sum()), "test": int((~mask).sum())} for name, mask in clips.splits.items()
+    }
+
+
+def _repeated(clips: Clips) -> dict[str, int]:
+    """Test clips that equal a training clip bit for bit, for each protocol that has any."""
+    ends = clips.lengths.cumsum(0).tolist()
+    recordings = np.split(clips.frames.numpy(), ends[:-1])
+    digests = [hashlib.blake2b(recording.tobytes(), digest_size=16).digest() for recording in recordings]
+    found = {}
+    for name in clips.splits:
+        train, test = clips.split(name)
+        known = {digests[i] for i in train.tolist()}
+        found[name] = sum(digests[i] in known for i in test.tolist())
+    return {name: count for name, count in found.items() if count}
+
+
+def _differences(source: Source, clips: Clips) -> list[str]:
+    """How the counts differ from the published ones, one sentence each."""
+    found = {source.unit: source.total + len(source.skipped), "clips": len(clips)}
+    for name, sizes in _splits(clips).items():
+        found |= {f"{name} {part}": size for part, size in sizes.items()}
+    return [
+        f"{source.name}: {count:,} {what} expected, {found.get(what, 0):,} found"
+        for what, count in source.expected.items()
+        if found.get(what, 0) != count
+    ]
+
+
+def _is_text(path: Path) -> bool:
+    """Whether the path's bytes are UTF-8, which safetensors needs to read it again."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

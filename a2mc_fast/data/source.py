@@ -1,0 +1,111 @@
+"""What a reader hands over: a `Source` of jobs, each of which is read to recordings or to named skips."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from a2mc_fast.data.rules import MAX_NAME, Reason, UnusableError
+from a2mc_fast.errors import one_line, os_reason, require
+from a2mc_fast.skeleton import NTU25, Skeleton
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recording:
+    """One clip as a reader yields it."""
+
+    name: str
+    label: int
+    """Class from 0, or -1 where unknown."""
+    joints: np.ndarray
+    """[T, M, V, 3] float32, metres; an absent person is all zeros."""
+    subject: int = -1
+    camera: int = -1
+    setup: int = -1
+    train_in: tuple[str, ...] = ()
+    """The protocols whose training set holds this clip; in all others it is a test clip."""
+    remarks: Mapping[str, int] = field(default_factory=dict)
+    """What is to be said of the clip, in words that many clips may share -> frames concerned."""
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """A recording left out, and why."""
+
+    name: str
+    reason: Reason
+    detail: str = ""
+
+    def __post_init__(self) -> None:
+        # both quote the file, and the report is bounded and printable whatever that holds
+        object.__setattr__(self, "name", one_line(self.name, MAX_NAME))
+        object.__setattr__(self, "detail", one_line(self.detail))
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.reason}" + (f" ({self.detail})" if self.detail else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What a reader found: jobs in their final order, and how to read one."""
+
+    name: str
+    jobs: Iterable[Any]
+    """Whatever `read` takes; must pass between processes."""
+    total: int
+    """Number of jobs."""
+    read: Callable[[Any], Iterable[Recording | Skip]]
+    protocols: tuple[str, ...]
+    persons: int = 2
+    """M of every clip."""
+    skeleton: Skeleton = NTU25
+    normalized: bool = False
+    """Whether the joints have been through the pre-normalisation already."""
+    unit: str = "files"
+    """What a job is."""
+    class_names: tuple[str, ...] = ()
+    skipped: tuple[Skip, ...] = ()
+    """Recordings left out before any was read."""
+    notes: tuple[str, ...] = ()
+    """What the user should know about the input, one sentence each."""
+    expected: Mapping[str, int] = field(default_factory=dict)
+    """Published counts of the whole data set: `unit`, "clips", and "PROTOCOL train" and "PROTOCOL test"."""
+
+
+def as_it_is(recording: Recording) -> Iterable[Recording]:
+    """The `read` of a source whose jobs are recordings already."""
+    yield recording
+
+
+def existing_folder(folder: Path, kind: str) -> Path:
+    """`folder`, if it is one; `InputError` says what was expected there."""
+    require(folder.exists(), f"{folder} does not exist; expected {kind}")
+    require(folder.is_dir(), f"{folder} is not a folder; expected {kind}")
+    return folder
+
+
+def existing_file(file: Path, kind: str) -> Path:
+    """`file`, if it is one; `InputError` says what was expected there."""
+    require(file.exists(), f"{file} does not exist; expected {kind}")
+    require(file.is_file(), f"{file} is not a file; expected {kind}")
+    return file
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """The content of a recording's file. `UnusableError` if there is none or it is beyond `limit` bytes."""
+    try:
+        info = path.stat()
+        # a pipe or a device could keep us waiting, or never end
+        if not stat.S_ISREG(info.st_mode):
+            raise UnusableError("unreadable", "not a file")
+        if info.st_size > limit:
+            raise UnusableError("unreadable", f"{info.st_size:,} bytes are too many for one recording")
+        with path.open("rb") as file:
+            return file.read(info.st_size)
+    except OSError as error:
+        raise UnusableError("unreadable", os_reason(error)) from None

@@ -1,0 +1,50 @@
+"""How large the bodies of a set are, and which unit its coordinates may be in."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from a2mc_fast.data.clips import Clips
+
+_SAMPLE = 2000  # frames measured
+_PLAUSIBLE = (0.1, 4.0)  # metres: a hand to an outstretched body
+_UNITS = {"millimetres": 0.001, "centimetres": 0.01, "inches": 0.0254, "feet": 0.3048}
+_UPRIGHT = 1.7  # metres
+_PERSON = (0.8, 2.6)  # metres
+
+
+class Sizes(NamedTuple):
+    """Medians over frames, in the set's unit; 0 where there is nothing to measure."""
+
+    bone: float
+    """Length of a bone."""
+    body: float
+    """Diagonal of the box around a body."""
+
+
+def measure(clips: Clips) -> Sizes:
+    """The sizes of person 0 in evenly chosen frames."""
+    step = max(1, len(clips.frames) // _SAMPLE)
+    poses = clips.frames[::step, :, :, 0].permute(0, 2, 1).cpu().numpy()  # [F, V, C]
+    poses = poses[poses.any((1, 2))]
+    child, parent = np.array(clips.skeleton.bones).reshape(-1, 2).T
+    bones = np.linalg.norm(poses[:, child] - poses[:, parent], axis=2)
+    bodies = np.linalg.norm(poses.max(1) - poses.min(1), axis=1)
+    bone, body = (float(np.median(v[v > 0])) if (v > 0).any() else 0.0 for v in (bones, bodies))
+    return Sizes(bone, body)
+
+
+def doubt(sizes: Sizes) -> str:
+    """One sentence for bodies of a size that metres do not give; empty for all others."""
+    lowest, highest = _PLAUSIBLE
+    if sizes.body == 0 or lowest <= sizes.body <= highest:
+        return ""
+    fitting = [u for u, scale in _UNITS.items() if _PERSON[0] <= sizes.body * scale <= _PERSON[1]]
+    scale = _UNITS[fitting[0]] if fitting else float(f"{_UPRIGHT / sizes.body:.2g}")
+    guess = f"{fitting[0]} would fit" if fitting else "no unit fits (pixels?)"
+    return (
+        f"the median body measures {sizes.body:.3g}, but coordinates are taken for metres, of which a body "
+        f"has {lowest:g} to {highest:g}; {guess}, --scale {scale:g} makes it {sizes.body * scale:.2g} m"
+    )
