@@ -75,6 +75,8 @@ class EncoderConfig:
     """BiGRU: layers."""
     time_mode: Literal["forward_pair", "bidirectional"] = "forward_pair"
     """BiGRU: two passes forward in time, as in the reference code, or true time reversal."""
+    pool: Literal["last", "mean"] = "last"
+    """BiGRU: what of its outputs is the feature, that of the last time step or their mean over time."""
     input_norm: bool = True
     """BiGRU: BatchNorm over the input coordinates (CMD, PCM3 yes; ISC no)."""
     channels: int = 16
@@ -105,7 +107,7 @@ class EncoderConfig:
 
 
 _ENCODER_OPTIONS = {
-    "bigru": ("hidden", "layers", "time_mode", "input_norm"),
+    "bigru": ("hidden", "layers", "time_mode", "pool", "input_norm"),
     "stgcn": ("channels", "partition"),
     "dsta": ("size", "temporal_attention"),
     "scd": ("width", "heads"),

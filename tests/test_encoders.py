@@ -75,6 +75,30 @@ def test_bidirectional_is_the_true_time_reversal() -> None:
     torch.testing.assert_close(encoder(x), torch.cat((output[:, -1, :12], output[:, 0, 12:]), 1))
 
 
+@pytest.mark.parametrize("time_mode", ["forward_pair", "bidirectional"])
+def test_mean_pool_averages_what_the_layers_put_out(time_mode: str) -> None:
+    gru = nn.GRU(75, 12, bidirectional=True, batch_first=True)
+    encoder = BiGRU(
+        NTU25,
+        persons=1,
+        hidden=12,
+        layers=1,
+        time_mode=time_mode,  # type: ignore[arg-type]
+        pool="mean",
+        input_norm=False,
+    )
+    ahead, also_ahead = encoder.directions[0]  # type: ignore[misc]
+    for name, weight in gru.named_parameters():
+        one = also_ahead if name.endswith("_reverse") else ahead
+        weight.data = one.get_parameter(name.removesuffix("_reverse")).data
+    x = torch.randn(4, 3, 16, 25, 1)
+    sequence = x.permute(0, 2, 1, 3, 4).flatten(2)
+    expected = gru(sequence)[0].mean(1)
+    if time_mode == "forward_pair":
+        expected = torch.cat((ahead(sequence)[0], also_ahead(sequence)[0]), 2).mean(1)
+    torch.testing.assert_close(encoder(x), expected)
+
+
 def test_parameter_and_mac_counts() -> None:
     encoder = build_encoder("bigru", NTU25)
     assert isinstance(encoder, BiGRU)

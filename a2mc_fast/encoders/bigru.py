@@ -1,9 +1,12 @@
-"""BiGRU: the paper's main encoder (ISC, CMD, PCM3, CrosSCLR-B). Clips in, the last time step's output out.
+"""BiGRU: the paper's main encoder (ISC, CMD, PCM3, CrosSCLR-B). Clips in, one output of their time steps out.
 
 The reference feeds its bidirectional GRU one frame at a time and carries the hidden state, so both direction
 weights run *forward* in time. That equals, per layer, two independent GRUs over the whole sequence with their
 outputs concatenated, which is how `time_mode="forward_pair"` computes it: six calls instead of T small ones.
 `"bidirectional"` is the true time reversal, with the feature [last forward ; first backward].
+
+With `pool="mean"` the feature is the mean output over time. The last output of a GRU that nothing has trained
+tells clips hardly apart, so that short runs on small sets would spend their steps on leaving that start.
 """
 
 from __future__ import annotations
@@ -40,13 +43,14 @@ class BiGRU(Encoder):
         hidden: int = 1024,
         layers: int = 3,
         time_mode: Literal["forward_pair", "bidirectional"] = "forward_pair",
+        pool: Literal["last", "mean"] = "last",
         input_norm: bool = True,
     ) -> None:
         super().__init__()
         self.persons = persons
         self.input_dim = 3 * skeleton.num_joints * persons
         self.feature_dim = 2 * hidden
-        self.time_mode = time_mode
+        self.time_mode, self.pool = time_mode, pool
         self.input_norm = nn.BatchNorm1d(self.input_dim) if input_norm else None
         # one module per layer and direction; "bidirectional" runs the second one over reversed time
         self.directions = nn.ModuleList(
@@ -76,10 +80,12 @@ class BiGRU(Encoder):
         if self.time_mode == "forward_pair":
             for ahead, also_ahead in self._pairs():
                 sequence = torch.cat([outputs(gru, sequence, dtype) for gru in (ahead, also_ahead)], 2)
-            return sequence[:, -1]
+            return sequence.mean(1) if self.pool == "mean" else sequence[:, -1]
         for ahead, back in self._pairs():
             reverse = outputs(back, sequence.flip(1), dtype).flip(1)
             sequence = torch.cat((outputs(ahead, sequence, dtype), reverse), 2)
+        if self.pool == "mean":
+            return sequence.mean(1)
         hidden = self.feature_dim // 2
         return torch.cat((sequence[:, -1, :hidden], sequence[:, 0, hidden:]), 1)
 
