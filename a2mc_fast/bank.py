@@ -52,6 +52,13 @@ class MemoryBank(Queue):
         self.step = step or Step()
         self.register_buffer("velocity", torch.zeros_like(self.rows))
 
+    @torch.no_grad()
+    def write(self, keys: Tensor) -> None:
+        """As a queue's; rows that are written start at rest."""
+        target = (self.position + torch.arange(len(keys), device=keys.device)) % self.size
+        super().write(keys)
+        self.velocity.index_fill_(0, target, 0.0)
+
     def ascend(
         self, features: Features, settings: Contrast, *, weight: float = 1.0, triton: bool = False
     ) -> Ascent:

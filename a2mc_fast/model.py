@@ -160,10 +160,10 @@ class A2MC(nn.Module):
         """Query parameters into the key encoder, when the bank has been filled."""
         torch._foreach_copy_(list(self.key.parameters()), list(self.query.parameters()))
 
-    def write_keys(self, features: dict[str, Features]) -> None:
-        """The keys of a batch into the next rows of their banks: stacked pairs share theirs."""
+    def write_keys(self, features: dict[str, Features], most: int | None = None) -> None:
+        """The keys of a batch, at most so many, into the next rows of their banks: stacked pairs share them."""
         for name, f in features.items():
-            self.bank(name).write(f.key[: len(f.key) // self.depth[name]])
+            self.bank(name).write(f.key[: len(f.key) // self.depth[name]][:most])
 
     def update_banks(self, features: dict[str, Features]) -> dict[str, Tensor]:
         """Ascend the loss (Eq. 7), or queue the keys, with the features from before the optimiser step.
@@ -182,7 +182,25 @@ class A2MC(nn.Module):
             fused = self.backend == "triton"
             ascents.append(bank.ascend(f, self.ascent, weight=self.depth[name], triton=fused))
         norm, movement, negatives = (torch.stack(values).mean() for values in zip(*ascents, strict=True))
+        if self.config.bank.refresh:
+            self.write_keys(features, self.config.bank.refresh)
         return {"bank_norm": norm, "bank_movement": movement, "bank_negatives": negatives}
+
+    @torch.no_grad()
+    def spread(self, features: dict[str, Features]) -> dict[str, Tensor]:
+        """How far apart the clips of a batch lie, by f3 of the main bank: what shows features that collapse.
+
+        Their mean cosine similarity with one another, and the effective rank of their covariance C,
+        (tr C)² / tr C²: the number of directions, were all of them as strong.
+        """
+        f = features[self.main].basic.detach()
+        gram = f @ f.T
+        similarity = (gram.sum() - gram.trace()) / (len(f) * (len(f) - 1))
+        centred = f - f.mean(0)
+        covariance = centred @ centred.T  # [N, N], whose eigenvalues are those of C
+        tiny = torch.finfo(f.dtype).tiny
+        rank = covariance.trace() ** 2 / covariance.square().sum().clamp_min(tiny)
+        return {"feature_similarity": similarity, "feature_rank": rank}
 
 
 def _stack(parts: list[Tensor]) -> Tensor:

@@ -171,6 +171,9 @@ class BankConfig:
     """Momentum of the ascent."""
     weight_decay: float = 1e-4
     """Weight decay of the ascent."""
+    refresh: int = 0
+    """Keys of each batch, at most all, that replace the oldest rows after the ascent, so that no row outlives
+    K / refresh steps; 0 = none, as in the paper. In short runs the encoder outruns the rows."""
     warmup_steps: int = -1
     """MoCo steps before mixing, attack and ascent begin; -1 = just enough to fill the rows, ceil(K / N)."""
 
@@ -180,6 +183,7 @@ class BankConfig:
         require(self.temperature > 0, f"bank.temperature must be > 0, got {self.temperature}")
         require(0 <= self.momentum < 1, f"bank.momentum must be in [0, 1), got {self.momentum}")
         require(self.weight_decay >= 0, f"bank.weight_decay must be >= 0, got {self.weight_decay}")
+        require(self.refresh >= 0, f"bank.refresh must be >= 0, got {self.refresh}")
         require(self.warmup_steps >= -1, f"bank.warmup_steps must be >= 0, or -1, got {self.warmup_steps}")
 
 
@@ -193,6 +197,10 @@ class OptimConfig:
     """Passes over the training clips after the warm-up."""
     lr: float = 0.01
     """Learning rate."""
+    schedule: Literal["milestones", "cosine"] = "milestones"
+    """How the learning rate falls: at the milestones, or as half a cosine from the first step to the last."""
+    ramp_steps: int = 0
+    """Steps over which the learning rate rises linearly to `lr` first."""
     milestones: tuple[int, ...] = (350,)
     """Epochs after which the learning rate drops; those beyond `epochs` are never reached."""
     gamma: float = 0.1
@@ -208,6 +216,7 @@ class OptimConfig:
         require(self.batch_size >= 2, f"optim.batch_size must be >= 2, got {self.batch_size}")
         require(self.epochs >= 1, f"optim.epochs must be >= 1, got {self.epochs}")
         require(self.lr > 0, f"optim.lr must be > 0, got {self.lr}")
+        require(self.ramp_steps >= 0, f"optim.ramp_steps must be >= 0, got {self.ramp_steps}")
         require(0 <= self.ema <= 1, f"optim.ema must be in [0, 1], got {self.ema}")
         require(
             list(self.milestones) == sorted(set(self.milestones)) and all(m >= 0 for m in self.milestones),

@@ -196,7 +196,7 @@ class Trainer:
         losses = self._optimize(losses)
         with record_function("bank"):
             model.write_keys(joint)
-        return _to_log(losses)
+        return _to_log(losses) | model.spread(joint)
 
     def _train_step(self) -> dict[str, Tensor]:
         """A²MC, Fig. 2. The named phases show in a profile; `bench/bench_step.py` sums them."""
@@ -228,7 +228,8 @@ class Trainer:
 
         # the banks move with the features, and from the rows, that the loss has seen
         with record_function("bank"):
-            return _to_log(losses) | model.update_banks(joint)
+            bank = model.update_banks(joint)
+        return _to_log(losses) | bank | model.spread(joint)
 
     def _optimize(self, losses: Losses) -> Losses:
         """Backward pass and SGD; once a loss or gradient is not finite, the weights stay as they are.
@@ -285,12 +286,18 @@ class Trainer:
         return self._batch()
 
     def learning_rate(self, step: int) -> float:
-        """The warm-up runs at the base rate; after it, gamma for each milestone that has passed."""
+        """The rate of a step: the ramp, then half a cosine over the whole run, or the milestones.
+
+        Until its end the warm-up knows no milestone; after it, gamma for each that has passed.
+        """
         optim = self.config.optim
+        lr = optim.lr * min(1.0, (step + 1) / (optim.ramp_steps + 1))
+        if optim.schedule == "cosine":
+            return lr * (1 + math.cos(math.pi * step / self.total_steps)) / 2
         if step < self.config.warmup_steps:
-            return optim.lr
+            return lr
         epoch = (step - self.config.warmup_steps) // self.steps_per_epoch
-        return optim.lr * optim.gamma ** sum(epoch >= milestone for milestone in optim.milestones)
+        return lr * optim.gamma ** sum(epoch >= milestone for milestone in optim.milestones)
 
     def knn_accuracy(self) -> float | None:
         """kNN accuracy of the protocol in percent, None where a side of it has no labels."""

@@ -84,6 +84,19 @@ def test_queue_holds_the_newest_keys(size: int, batch: int) -> None:
     assert queue.position.item() == 12 * batch % size
 
 
+def test_written_rows_start_at_rest() -> None:
+    bank = bank_of(torch.randn(5, 4))
+    bank.velocity.normal_()
+    before = bank.velocity.clone()
+    bank.write(torch.ones(3, 4))
+    bank.write(2 * torch.ones(3, 4))
+    assert bank.rows[:, 0].tolist() == [2, 1, 1, 2, 2]
+    assert not bank.velocity.any() and before.all()
+    bank.velocity.copy_(before)
+    bank.write(torch.ones(2, 4))
+    assert torch.equal(bank.velocity.eq(0).all(1), torch.tensor([False, True, True, False, False]))
+
+
 def test_too_many_keys_are_refused() -> None:
     with pytest.raises(ValueError, match="cannot write 5 keys into 4 rows"):
         Queue(4, 3).write(torch.zeros(5, 3))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from a2mc_fast.kernels.problem import Features
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -269,3 +270,54 @@ def test_a_run_with_several_levels_warms_up_and_trains(halves: None, make_clips:
     rows = [trainer.model.bank(level).rows[:8] for level in ("t", "s", "i")]
     assert not any(torch.equal(a, b) for a, b in zip(unit, rows))
     assert not torch.equal(rows[0], rows[1])
+
+
+def test_keys_take_the_place_of_the_oldest_rows(make_clips: MakeClips) -> None:
+    """After the ascent the next rows of the bank are the first keys of the batch, and the others are not."""
+    config = small()
+    trainer = Trainer(replace(config, bank=replace(config.bank, refresh=3)), make_clips([12] * 32))
+    for step in range(2):
+        trainer.step(step)
+    start = int(trainer.model.bank().position)
+    seen: list[Tensor] = []
+    update = trainer.model.update_banks
+
+    def watched(features: Any) -> Any:
+        seen.append(features["feature"].key)
+        return update(features)
+
+    trainer.model.update_banks = watched  # type: ignore[method-assign]
+    trainer.step(2)
+    rows = trainer.model.bank().rows
+    written = [int(i) % len(rows) for i in range(start, start + 3)]
+    torch.testing.assert_close(rows[written], seen[0][:3])
+    assert not torch.isclose(rows[(start + 3) % len(rows)], seen[0][3]).all()
+
+
+def test_spread_tells_collapsed_features_from_others(make_clips: MakeClips) -> None:
+    model = Trainer(small(), make_clips([12] * 32)).model
+    one = F.normalize(torch.randn(1, 16), dim=1).expand(8, 16)
+    line = F.normalize(one + torch.linspace(-0.5, 0.5, 8).unsqueeze(1) * torch.randn(1, 16), dim=1)
+    apart = torch.eye(16)[:8]
+    got = [
+        {name: float(value) for name, value in model.spread({"feature": Features(f, f)}).items()}
+        for f in (one, line, apart)
+    ]
+    assert [v["feature_similarity"] for v in got] == pytest.approx([1, float(_similarity(line)), 0], abs=1e-5)
+    assert got[1]["feature_rank"] < 2 and got[2]["feature_rank"] == pytest.approx(7, abs=1e-3)
+
+
+def _similarity(rows: Tensor) -> Tensor:
+    """Mean over all ordered pairs."""
+    return torch.stack([a @ b for i, a in enumerate(rows) for j, b in enumerate(rows) if i != j]).mean()
+
+
+def test_the_learning_rate_rises_then_falls_as_a_cosine(make_clips: MakeClips) -> None:
+    config = small()
+    optim = replace(config.optim, lr=0.4, schedule="cosine", ramp_steps=3, epochs=3)
+    trainer = Trainer(replace(config, optim=optim), make_clips([12] * 32))
+    rates = [trainer.learning_rate(step) for step in range(trainer.total_steps)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == rates[3] and rates[-1] < 0.01
+    assert rates[3:] == sorted(rates[3:], reverse=True)
+    middle = trainer.total_steps // 2
+    assert trainer.learning_rate(middle) == pytest.approx(0.2, rel=0.01)

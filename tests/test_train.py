@@ -18,6 +18,7 @@ from a2mc_fast.config import BankConfig, Config, OptimConfig, RunConfig, _ablati
 from a2mc_fast.data import Clips
 from a2mc_fast.evaluate import main as evaluate_main
 from a2mc_fast.run import checkpoint
+from a2mc_fast.run.log import concerns
 from a2mc_fast.run.start import pretrain
 from a2mc_fast.train import main as train_main
 from a2mc_fast.trainer import Trainer
@@ -292,6 +293,19 @@ def test_a_second_run_gets_its_own_folder(
     assert [pretrain(config), pretrain(config)] == [Path("runs/demo"), Path("runs/demo-2")]
     pretrain(config, resume=True)
     assert "runs/demo-2 is finished after 15 steps" in capsys.readouterr().out
+
+
+def test_what_goes_wrong_is_said_in_words() -> None:
+    """Each with the flag to change; a run that learns, and the warm-up, give no concern."""
+    fine = {"stage": "train", "bank_movement": 0.01, "feature_rank": 9.0}
+    assert not concerns(fine) and not concerns({"stage": "warm-up", "feature_rank": 1.0})
+    for changed, words, flag in (
+        ({"bank_movement": 1e-5}, "the bank sleeps", "--bank.refresh"),
+        ({"bank_movement": 0.9}, "the bank runs away", "--bank.lr"),
+        ({"feature_rank": 1.1}, "features collapse", "--optim.lr"),
+    ):
+        (line,) = concerns({**fine, **changed})
+        assert words in line and flag in line
 
 
 def test_tensorboard_is_optional(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from a2mc_fast.trainer import Trainer
 
 _CONSOLE_EVERY = 10.0  # seconds between console lines where there is no progress bar
+_SLEEPS, _RUNS_AWAY = 5e-4, 0.5  # bank movement, distance of unit rows per step
+_COLLAPSED = 1.5  # effective rank of a batch's features
 _NAMED = 8  # clips named in an error
 _NOT_FINITE = "start a new run with a lower --optim.lr or --precision fp32 (a resumed one would repeat this)"
 
@@ -52,6 +54,7 @@ class RunLog:
         self._drop_metrics_after(resumed.step if resumed else -1)
         self._file = self._metrics.open("ab", buffering=0)
         self._unwritten = b""
+        self._concerns: set[str] = set()  # each is said once
         self._writing = threading.Lock()  # the thread that saves also asks for what is unwritten
         self._bar = tqdm(
             total=total_steps,
@@ -101,6 +104,10 @@ class RunLog:
             "memory_bytes": peak_memory(trainer.device),
         }
         self._write(record)
+        for concern in concerns(record):
+            if concern not in self._concerns:
+                self._concerns.add(concern)
+                self.say(f"step {self.step}/{self.total_steps}  {concern}")
         self._bar.set_postfix_str(self._state(record), refresh=False)
         quiet_for = time.perf_counter() - self._last_console
         if (self._bar.disable and quiet_for > _CONSOLE_EVERY) or self.step == self.total_steps:
@@ -229,6 +236,24 @@ class RunLog:
                 temporary.write_bytes(kept)
 
 
+def concerns(record: dict[str, Any]) -> list[str]:
+    """What a metrics line says is going wrong, each with the flag to change."""
+    found = []
+    if record.get("bank_movement", math.inf) < _SLEEPS:
+        found.append(
+            f"the bank sleeps: its rows move by less than {_SLEEPS:g} a step and grow older than the "
+            "encoder; raise --bank.refresh, --bank.lr or --bank.temperature"
+        )
+    if record.get("bank_movement", 0.0) > _RUNS_AWAY:
+        found.append(f"the bank runs away: its rows move by more than {_RUNS_AWAY:g} a step; lower --bank.lr")
+    if record["stage"] == "train" and record.get("feature_rank", math.inf) < _COLLAPSED:
+        found.append(
+            f"features collapse: those of a batch vary in fewer than {_COLLAPSED:g} directions; "
+            "start again with a lower --optim.lr, a longer --bank.warmup-steps, or --encoder.pool mean"
+        )
+    return found
+
+
 class QuietLog(RunLog):
     """That of a rank which neither prints nor writes: it keeps count of the steps, and fails as the other."""
 
@@ -236,6 +261,7 @@ class QuietLog(RunLog):
         self.folder, self.config, self.total_steps = folder, config, total_steps
         self.step = self._last_step = resumed.step if resumed else 0
         self._before = self._last_seconds = resumed.progress.get("seconds", 0.0) if resumed else 0.0
+        self._concerns = set()
         self._bar = tqdm(disable=True)
         self._started = self._last_console = time.perf_counter()
 
