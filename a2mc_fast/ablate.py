@@ -55,8 +55,9 @@ def main(args: list[str] | None = None) -> None:
             f"[options]. Presets: {', '.join(BASE_PRESETS)}; default own.",
         )
         from a2mc_fast.evaluation.ablation import ablate
+        from a2mc_fast.run.derive import fitted
 
-        ablate(options.config, options.rows, options.seeds, options.linear)
+        ablate(fitted(options.config, args), options.rows, options.seeds, options.linear)
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ class A2MC(nn.Module):
         torch._foreach_copy_(list(self.key.parameters()), list(self.query.parameters()))
 
     def write_keys(self, features: dict[str, Features], most: int | None = None) -> None:
-        """The keys of a batch, at most so many, into the next rows of their banks: stacked pairs share them."""
+        """The keys of a batch, at most so many, into the next rows of the banks: stacked pairs share them."""
         for name, f in features.items():
             self.bank(name).write(f.key[: len(f.key) // self.depth[name]][:most])
 

@@ -1,0 +1,132 @@
+"""The settings of `own` that follow from the data: one function, `derive`, of what `facts` says of a set.
+
+A flag wins over what is derived, and what follows from it (as epochs do from the batch) is derived from it.
+The numbers come from small sets (`evaluation/README.md`, "What was found on small sets"); how they grow leads towards the paper's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+
+from a2mc_fast.config import Config
+from a2mc_fast.data import Clips
+from a2mc_fast.run.opened import load_clips
+
+_SHARE = 0.3  # bank rows per training clip
+_LIFE = 10  # steps after which a key has replaced a row, where the batch has enough keys
+_STEPS = 3000  # of a set of up to 1,000 clips
+_WARMUP, _RAMP = 0.4, 0.02  # of all steps
+_LARGEST_BANK = 16384  # the paper's
+_RATE = 0.3  # of the BiGRU; the other encoders take a tenth of it
+
+DERIVED = (
+    "views.frames",
+    "views.min_frames",
+    "encoder.hidden",
+    "bank.size",
+    "bank.warmup_steps",
+    "bank.refresh",
+    "bank.lr",
+    "optim.batch_size",
+    "optim.epochs",
+    "optim.lr",
+    "optim.ramp_steps",
+)
+"""The fields that follow from the data."""
+
+
+class Facts(NamedTuple):
+    """What of a set of clips the settings follow."""
+
+    clips: int  # training clips of the protocol
+    frames: int  # their median length
+    joints: int
+    persons: int
+
+
+def facts(clips: Clips, split: str) -> Facts:
+    """Those of a protocol's training clips. `InputError` if there is no such protocol."""
+    training = clips.split(split)[0]
+    median = int(clips.lengths[training].median()) if len(training) else 0
+    return Facts(len(training), median, clips.skeleton.num_joints, clips.num_persons)
+
+
+def derive(config: Config, known: Facts, given: Collection[str] = ()) -> Config:
+    """The run for these clips. `given` names the fields that stay as they are, as "bank.size"."""
+
+    def chosen(name: str, value: Any) -> Any:
+        part, field = name.split(".")
+        return getattr(getattr(config, part), field) if name in given else value
+
+    clips = max(known.clips, 1)
+    frames = chosen("views.frames", 32 if known.frames <= 128 else 64)
+    batch = chosen("optim.batch_size", max(2, min(64 if clips >= 512 else 32, clips)))
+    rows = chosen("bank.size", max(batch, min(int(_SHARE * clips), _LARGEST_BANK) // 8 * 8))
+    refresh = chosen("bank.refresh", max(1, min(batch, rows // _LIFE)))
+    # a set a hundred times as large gets ten times the steps
+    total = round(_STEPS * max(1.0, math.sqrt(clips / 1000)))
+    warmup = chosen("bank.warmup_steps", max(math.ceil(rows / batch), round(_WARMUP * total)))
+    epochs = chosen("optim.epochs", max(1, round((total - warmup) / max(clips // batch, 1))))
+    return replace(
+        config,
+        views=replace(config.views, frames=frames, min_frames=chosen("views.min_frames", frames)),
+        encoder=replace(config.encoder, hidden=chosen("encoder.hidden", _width(clips))),
+        bank=replace(
+            config.bank,
+            size=rows,
+            warmup_steps=warmup,
+            refresh=refresh,
+            lr=chosen("bank.lr", max(3.0, min(12.0, 12.0 * _LIFE * refresh / rows)) if refresh else 3.0),
+        ),
+        optim=replace(
+            config.optim,
+            batch_size=batch,
+            epochs=epochs,
+            lr=chosen("optim.lr", _RATE if config.encoder.name == "bigru" else _RATE / 10),
+            ramp_steps=chosen("optim.ramp_steps", round(_RAMP * total)),
+        ),
+        run=replace(
+            config.run,
+            eval_every=chosen("run.eval_every", max(1, round(epochs / 12))),
+            checkpoint_every=chosen("run.checkpoint_every", max(1, round(epochs / 24))),
+        ),
+    )
+
+
+def _width(clips: int) -> int:
+    """Hidden units of the BiGRU per direction: twice as many for four times the clips, from 64 to 512."""
+    return min(512, 64 * 2 ** max(0, round(math.log(clips / 1000, 4))))
+
+
+def sentence(config: Config, known: Facts) -> str:
+    """What was derived from what, as flags: what a run prints first."""
+    flags = " ".join(
+        f"--{name.replace('_', '-')} {getattr(getattr(config, name.split('.')[0]), name.split('.')[1])}"
+        for name in DERIVED
+    )
+    persons = "one person" if known.persons == 1 else f"{known.persons} persons"
+    return (
+        f"derived from {known.clips} training clips of {known.frames} frames (median), {known.joints} joints "
+        f"and {persons}: {flags}"
+    )
+
+
+def given_flags(args: Sequence[str]) -> frozenset[str]:
+    """The fields that a command line names: "bank.size" for --bank.size 96, --bank.size=96."""
+    flags = (arg.removeprefix("--").split("=")[0] for arg in args if arg.startswith("--"))
+    return frozenset(flag.replace("-", "_") for flag in flags)
+
+
+def fitted(config: Config, args: Sequence[str]) -> Config:
+    """A run of `own` with what follows from its data, but for the flags in `args`; other runs as they are."""
+    if not config.preset.startswith("own"):
+        return config
+    known = facts(load_clips(config, torch.device("cpu")), config.split)
+    config = derive(config, known, given_flags(args))
+    print(sentence(config, known), flush=True)
+    return config

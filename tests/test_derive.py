@@ -1,0 +1,86 @@
+"""The settings of `own` from its data: sane at every size, flags win, and a run stores what it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from a2mc_fast.config import PRESETS, differences, preset
+from a2mc_fast.run.derive import DERIVED, Facts, derive, given_flags
+from a2mc_fast.train import fitted, main
+from tests.test_protocols import class_clips
+
+
+@pytest.mark.parametrize("clips", [1, 2, 31, 100, 270, 511, 512, 1019, 5000, 40091, 100000])
+@pytest.mark.parametrize("name", ["own", "own-b1"])
+def test_every_size_of_set_gets_a_run_that_fits_it(clips: int, name: str) -> None:
+    config = derive(preset(name), Facts(clips, 40, 20, 1))
+    batch, rows = config.optim.batch_size, config.bank.size
+    assert batch <= max(clips, 2) and batch <= rows <= max(batch, 0.31 * clips)
+    assert 1 <= config.bank.refresh <= batch and rows / config.bank.refresh >= min(10, rows / batch)
+    steps = config.warmup_steps + config.optim.epochs * max(clips // batch, 1)
+    assert steps == pytest.approx(3000 * max(1, clips / 1000) ** 0.5, rel=0.1)
+    assert config.warmup_steps * batch >= rows and 0.3 < config.warmup_steps / steps < 0.5
+    assert config.run.eval_every <= config.optim.epochs
+
+
+def test_flags_win_and_what_follows_from_them_follows() -> None:
+    known = Facts(1000, 40, 20, 1)
+    plain = derive(preset("own"), known)
+    given = derive(preset("own"), known, {"optim.batch_size", "bank.refresh"})
+    assert given.optim.batch_size == preset("own").optim.batch_size == 64
+    half = derive(preset("own"), known._replace(clips=2000), {"bank.size"})
+    assert half.bank.size == preset("own").bank.size
+    assert given.bank.refresh == preset("own").bank.refresh != plain.bank.refresh
+    assert derive(plain, known) == plain  # a second time changes nothing
+
+
+def test_all_rows_of_a_set_take_the_same_steps() -> None:
+    known = Facts(431, 40, 20, 1)
+    runs = [derive(config, known) for name, config in PRESETS.items() if name.split("-")[0] == "own"]
+    assert len(runs) == 8
+    assert len({(run.warmup_steps, run.optim, run.bank.size, run.views.frames) for run in runs}) == 1
+
+
+def test_what_is_derived_is_what_is_listed() -> None:
+    changed = differences(preset("own"), derive(preset("own"), Facts(40000, 300, 25, 2)))
+    assert {line.split(":")[0] for line in changed} <= set(DERIVED)
+    assert derive(preset("own"), Facts(400, 300, 25, 2)).views.frames == 64
+
+
+def test_flags_are_recognised_as_they_are_written() -> None:
+    assert given_flags(["--bank.size", "96", "--optim.batch-size=8", "--run.no-progress", "own"]) == {
+        "bank.size", "optim.batch_size", "run.no_progress"
+    }  # fmt: skip
+
+
+def test_a_run_says_and_stores_what_was_derived(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class_clips().save(tmp_path / "data.safetensors")
+    args = ["--data", str(tmp_path / "data.safetensors"), "--run.out", str(tmp_path / "run")]
+    small = [
+        "--views.frames",
+        "8",
+        "--encoder.hidden",
+        "8",
+        "--bank.warmup-steps",
+        "2",
+        "--optim.epochs",
+        "1",
+    ]
+    main(["own", *args, *small, "--run.no-progress"])
+    printed = capsys.readouterr().out
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    for name in DERIVED:
+        part, field = name.split(".")
+        assert f"--{name.replace('_', '-')} {stored[part][field]}" in printed
+    assert (stored["views"]["min_frames"], stored["bank"]["warmup_steps"]) == (8, 2)
+    main(["own", *args, *small, "--run.no-progress", "--resume"])
+    assert "nothing to resume" in capsys.readouterr().out
+
+
+def test_the_papers_presets_stay_the_papers() -> None:
+    for name, config in PRESETS.items():
+        if not name.startswith("own"):
+            assert fitted(config, []) is config
