@@ -39,7 +39,7 @@ def test_rows_change_what_the_paper_changes() -> None:
     for count in range(4):
         assert [line.split(":")[0] for line in differences(full, rows[f"l{count}"])] == ["loss.mix"]
     assert not differences(full, rows["l4"]) and not differences(rows["b1"], rows["a1"])
-    assert {row.warmup_steps for row in row_configs(preset("own")).values()} == {1200}  # as many steps each
+    assert {row.warmup_steps for row in row_configs(preset("own")).values()} == {450}  # as many steps each
     # the marks of Table V: attack, PNM (a bank that ascends and is mixed), MC (distillation)
     for name, (_, attack, pnm, mc) in TABLES[0].rows:
         row = rows[name]

@@ -20,7 +20,7 @@ from a2mc_fast.run.opened import load_clips
 _SHARE = 0.3  # bank rows per training clip
 _LIFE = 10  # steps after which a key has replaced a row, where the batch has enough keys
 _STEPS = 3000  # of a set of up to 1,000 clips
-_WARMUP, _RAMP = 0.4, 0.02  # of all steps
+_WARMUP, _RAMP = 0.15, 0.02  # of all steps
 _LARGEST_BANK = 16384  # the paper's
 _RATE = 0.3  # of the BiGRU; the other encoders take a tenth of it
 
@@ -67,7 +67,7 @@ def derive(config: Config, known: Facts, given: Collection[str] = ()) -> Config:
     frames = chosen("views.frames", 32 if known.frames <= 128 else 64)
     batch = chosen("optim.batch_size", max(2, min(64 if clips >= 512 else 32, clips)))
     rows = chosen("bank.size", max(batch, min(int(_SHARE * clips), _LARGEST_BANK) // 8 * 8))
-    refresh = chosen("bank.refresh", max(1, min(batch, rows // _LIFE)))
+    refresh = chosen("bank.refresh", min(batch, math.ceil(rows / _LIFE)))
     # a set a hundred times as large gets ten times the steps
     total = round(_STEPS * max(1.0, math.sqrt(clips / 1000)))
     warmup = chosen("bank.warmup_steps", max(math.ceil(rows / batch), round(_WARMUP * total)))
@@ -81,7 +81,7 @@ def derive(config: Config, known: Facts, given: Collection[str] = ()) -> Config:
             size=rows,
             warmup_steps=warmup,
             refresh=refresh,
-            lr=chosen("bank.lr", max(3.0, min(12.0, 12.0 * _LIFE * refresh / rows)) if refresh else 3.0),
+            lr=chosen("bank.lr", round(max(3.0, min(12.0, 12.0 * _LIFE * refresh / rows)), 2)),
         ),
         optim=replace(
             config.optim,
