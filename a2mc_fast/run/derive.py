@@ -1,7 +1,8 @@
 """The settings of `own` that follow from the data: one function, `derive`, of what `facts` says of a set.
 
 A flag wins over what is derived, and what follows from it (as epochs do from the batch) is derived from it.
-The numbers come from small sets (`evaluation/README.md`, "What was found on small sets"); how they grow leads towards the paper's.
+The numbers come from small sets (`evaluation/README.md`, "What was found on small sets"); how they grow leads
+towards the paper's.
 """
 
 from __future__ import annotations
