@@ -37,9 +37,12 @@ class Queue(nn.Module):
         """Replace the next N rows, wrapping around. keys [N, D], N <= K."""
         count, size = len(keys), len(self.rows)
         require(count <= size, f"cannot write {count} keys into {size} rows")
-        target = (self.position + torch.arange(count, device=keys.device)) % size
-        self.rows.index_copy_(0, target, keys.to(self.rows.dtype))
+        self._put(keys, (self.position + torch.arange(count, device=keys.device)) % size)
         self.position.add_(count).remainder_(size)
+
+    def _put(self, keys: Tensor, places: Tensor) -> None:
+        """Keys [N, D] into rows, by number [N]."""
+        self.rows.index_copy_(0, places, keys.to(self.rows.dtype))
 
 
 class MemoryBank(Queue):
@@ -52,12 +55,10 @@ class MemoryBank(Queue):
         self.step = step or Step()
         self.register_buffer("velocity", torch.zeros_like(self.rows))
 
-    @torch.no_grad()
-    def write(self, keys: Tensor) -> None:
+    def _put(self, keys: Tensor, places: Tensor) -> None:
         """As a queue's; rows that are written start at rest."""
-        target = (self.position + torch.arange(len(keys), device=keys.device)) % self.size
-        super().write(keys)
-        self.velocity.index_fill_(0, target, 0.0)
+        super()._put(keys, places)
+        self.velocity.index_fill_(0, places, 0.0)
 
     def ascend(
         self, features: Features, settings: Contrast, *, weight: float = 1.0, triton: bool = False
