@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from a2mc_fast.config import PRESETS, differences, preset
-from a2mc_fast.run.derive import DERIVED, Facts, derive, given_flags
-from a2mc_fast.train import fitted, main
+from a2mc_fast.run.derive import DERIVED, Facts, derive, fitted, given_flags
+from a2mc_fast.train import main
 from tests.test_protocols import class_clips
 
 
