@@ -175,11 +175,14 @@ def test_a_set_of_which_most_is_refused_is_not_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     archive = own_archive()
-    archive["joints"][4:] = np.nan  # two of three clips
+    archive["joints"][5:, 0, 3] = np.nan  # two of three clips
     np.savez(tmp_path / "in.npz", **archive)
     out = tmp_path / "out.safetensors"
     said = refused(capsys, "npz", tmp_path / "in.npz", out)
-    assert "2 of 3 recordings cannot be used, such as clip 1, not finite" in said and not out.exists()
+    assert (
+        "2 of 3 recordings cannot be used, such as clip 1, not finite (frame 1, joint 3)" in said
+        and not out.exists()
+    )
     run("npz", tmp_path / "in.npz", out, "--allow-skipped")
     assert Clips.load(out).names == ("clip 0",)
 
