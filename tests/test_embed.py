@@ -125,7 +125,7 @@ def test_a_recording_is_embedded_as_prepare_would(folder: Path) -> None:
 def test_a_recording_is_cut_and_turned_as_the_data_were(folder: Path, tmp_path: Path) -> None:
     data = tmp_path / "data.safetensors"
     prepare(["npz", str(folder / "raw.npz"), str(data), "--rotation", "none", "--max-frames", "22"])
-    train(tiny_config(data, tmp_path / "run"))
+    pretrain(tiny_config(data, tmp_path / "run"))
     encoder, raw, clips = load_encoder(tmp_path / "run"), np.load(folder / "raw.npz"), Clips.load(data)
     assert encoder.skeleton == clips.skeleton and int(clips.lengths.max()) == 22
     clip = int(raw["lengths"].argmax())
