@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from a2mc_fast.data import Clips
@@ -68,6 +70,7 @@ def test_reading_interpolates_within_the_clip(make_clips: Callable[..., Clips]) 
         ({"labels": [0]}, "1 labels for 2 clips"),
         ({"labels": [0, -2]}, "labels must be -1 (unknown) or from 0, got -2"),
         ({"class_names": ["sit"]}, "label 1 has no name, there are 1 class names"),
+        ({"labels": [0, 65_535]}, "label 65,535 among 2 clips, of which 2,000 classes are the most"),
         ({"splits": {"x": np.zeros(3, bool)}}, "x has shape [3] for 2 clips"),
         ({"splits": {"x": np.zeros(2)}}, "split masks must be boolean"),
     ],
@@ -83,6 +86,26 @@ def test_wrong_arrays_are_refused_in_words(change: dict[str, object], words: str
     with pytest.raises(ValueError) as error:
         Clips.pack(skeleton=SMALL, where="here", **arguments)  # type: ignore[arg-type]
     assert words in str(error.value) and str(error.value).startswith("here")
+
+
+def test_how_clips_are_normalised_is_kept(tmp_path: Path, make_clips: Callable[..., Clips]) -> None:
+    clips = make_clips([10, 20])
+    clips.skeleton = replace(clips.skeleton, rotation="none", max_frames=77)
+    path = tmp_path / "x.safetensors"
+    clips.save(path)
+    assert Clips.load(path).skeleton == clips.skeleton
+    with safe_open(path, "pt") as file:
+        header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    old = {name: text for name, text in header.items() if name not in ("rotation", "max_frames")}
+    save_file(tensors, path, old)  # as written before files said so
+    assert Clips.load(path).skeleton == replace(clips.skeleton, rotation="first frame", max_frames=300)
+    for wrong, words in (
+        ({"rotation": "last"}, "rotation must be"),
+        ({"max_frames": "0"}, "max_frames must be"),
+    ):
+        save_file(tensors, path, header | wrong)
+        with pytest.raises(ValueError, match=words):
+            Clips.load(path)
 
 
 def test_unknown_protocol_lists_those_there_are(make_clips: Callable[..., Clips]) -> None:

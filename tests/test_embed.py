@@ -122,6 +122,18 @@ def test_a_recording_is_embedded_as_prepare_would(folder: Path) -> None:
         torch.testing.assert_close(embed_recording(encoder, torch.tensor(joints)), expected[clip])
 
 
+def test_a_recording_is_cut_and_turned_as_the_data_were(folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.safetensors"
+    prepare(["npz", str(folder / "raw.npz"), str(data), "--rotation", "none", "--max-frames", "22"])
+    pretrain(tiny_config(data, tmp_path / "run"))
+    encoder, raw, clips = load_encoder(tmp_path / "run"), np.load(folder / "raw.npz"), Clips.load(data)
+    assert encoder.skeleton == clips.skeleton and int(clips.lengths.max()) == 22
+    clip = int(raw["lengths"].argmax())
+    end = int(raw["lengths"].cumsum()[clip])
+    joints = raw["joints"][end - raw["lengths"][clip] : end]
+    torch.testing.assert_close(embed_recording(encoder, joints), embed_clips(encoder, clips)[clip])
+
+
 def test_persons_are_chosen_or_absent(folder: Path) -> None:
     encoder = load_encoder(folder / "run")
     joints = np.random.default_rng(1).standard_normal((30, 2, SMALL.num_joints, 3)).astype(np.float32)

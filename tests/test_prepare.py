@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from a2mc_fast.data import Clips
+from a2mc_fast.data.normalize import NO_CENTRE
 from a2mc_fast.prepare import main
 from tests.test_normalize import full_clip
 from tests.test_readers import (
@@ -140,6 +142,93 @@ def test_long_clips_are_cut_and_counted(tmp_path: Path, capsys: pytest.CaptureFi
     assert "1 clips were cut to the frame limit" in capsys.readouterr().out
 
 
+def test_units_are_measured_doubted_and_scaled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metres = own_archive()
+    out = tmp_path / "out.safetensors"
+    for unit, factor in (("metres", 1), ("centimetres", 100), ("inches", 1 / 0.0254)):
+        np.savez(tmp_path / "in.npz", **{**metres, "joints": (metres["joints"] * factor).astype(np.float32)})
+        run("npz", tmp_path / "in.npz", out, "--overwrite")
+        report = json.loads(out.with_suffix(".report.json").read_text())
+        assert report["median_body"] == pytest.approx(1.75 * factor, rel=0.01)
+        said = capsys.readouterr().out
+        assert (f"{unit} would fit, --scale {1 / factor:g} makes it 1.7 m" in said) == (unit != "metres")
+        assert bool(report["doubt"]) == (unit != "metres")
+    run("npz", tmp_path / "in.npz", out, "--overwrite", "--scale", 0.0254)
+    scaled = Clips.load(out)
+    np.savez(tmp_path / "in.npz", **metres)
+    run("npz", tmp_path / "in.npz", out, "--overwrite")
+    torch.testing.assert_close(scaled.frames, Clips.load(out).frames, atol=1e-5, rtol=0)
+
+
+def test_millimetres_are_refused_with_the_scale_that_helps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive = own_archive()
+    archive["joints"] = archive["joints"] * np.float32(1000)
+    np.savez(tmp_path / "in.npz", **archive)
+    said = refused(capsys, "npz", tmp_path / "in.npz", tmp_path / "out.safetensors")
+    assert "no usable recording" in said and "--scale 0.001 makes metres of millimetres" in said
+    run("npz", tmp_path / "in.npz", tmp_path / "out.safetensors", "--scale", 0.001)
+
+
+def test_a_set_of_which_most_is_refused_is_not_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive = own_archive()
+    archive["joints"][5:, 0, 3] = np.nan  # two of three clips
+    np.savez(tmp_path / "in.npz", **archive)
+    out = tmp_path / "out.safetensors"
+    said = refused(capsys, "npz", tmp_path / "in.npz", out)
+    assert (
+        "2 of 3 recordings cannot be used, such as clip 1, not finite (frame 1, joint 3)" in said
+        and not out.exists()
+    )
+    run("npz", tmp_path / "in.npz", out, "--allow-skipped")
+    assert Clips.load(out).names == ("clip 0",)
+
+
+def test_rotation_and_frame_limit_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    archive = own_archive()
+    out = tmp_path / "out.safetensors"
+
+    def packed(*flags: Any) -> Clips:
+        np.savez(tmp_path / "in.npz", **archive)
+        run("npz", tmp_path / "in.npz", out, "--overwrite", *flags)
+        return Clips.load(out)
+
+    turned, still = packed(), packed("--rotation", "none", "--max-frames", 5)
+    assert (turned.skeleton.rotation, turned.skeleton.max_frames) == ("first frame", 300)
+    assert (still.skeleton.rotation, still.skeleton.max_frames) == ("none", 5)
+    assert json.loads(out.with_suffix(".report.json").read_text())["rotation"] == "none"
+    assert not torch.allclose(turned.frames[:4], still.frames[:4])
+    archive["joints"][..., 2] = 0
+    flat = packed()
+    assert flat.skeleton.rotation == "none" and not flat.frames[:, 2].any()
+
+
+def test_frames_without_a_centre_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    archive = own_archive()
+    archive["joints"][[1, 2, 7], 0, 2] = 0
+    np.savez(tmp_path / "in.npz", **archive)
+    out = tmp_path / "out.safetensors"
+    run("npz", tmp_path / "in.npz", out)
+    assert json.loads(out.with_suffix(".report.json").read_text())["remarks"] == {
+        NO_CENTRE: {"clips": 2, "frames": 3}
+    }
+    assert f"2 clips, 3 frames: {NO_CENTRE}" in capsys.readouterr().out
+    assert float(Clips.load(out).frames.abs().max()) < 2.5
+
+
+def test_a_large_label_among_few_clips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Counts per pair of classes would take 34 GB."""
+    np.savez(tmp_path / "in.npz", **own_archive(labels=np.array([0, 1, 65_535]), class_names=None))
+    run("npz", tmp_path / "in.npz", tmp_path / "out.safetensors")
+    skipped = json.loads((tmp_path / "out.report.json").read_text())["skipped_recordings"]
+    assert skipped == [
+        {"name": "clip 2", "reason": "label out of range", "detail": "expected 0 to 1,999, or -1 if unknown"}
+    ]
+
+
 def test_existing_output_is_kept_unless_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, _ = write_example("npz", tmp_path)
     out = tmp_path / "out.safetensors"
@@ -173,7 +262,13 @@ def test_missing_or_foreign_input_writes_nothing(
 
 @pytest.mark.parametrize(
     ("flags", "sentence"),
-    [(("--workers", -1), "--workers must not be negative"), (("--max-frames", 0), "--max-frames must be")],
+    [
+        (("--workers", -1), "--workers must not be negative"),
+        (("--max-frames", 0), "--max-frames must be"),
+        (("--scale", 0), "--scale must be a positive number"),
+        (("--scale", "nan"), "--scale must be a positive number"),
+        (("--scale", "inf"), "--scale must be a positive number"),
+    ],
 )
 def test_flags_out_of_range(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[Any, ...], sentence: str

@@ -252,6 +252,43 @@ def test_ntu_folder_with_both_sets_exclusions_and_duplicates(tmp_path: Path) -> 
     }
 
 
+def with_ids(frames: list[list[tuple[str, np.ndarray]]]) -> bytes:
+    """A .skeleton file of (id, body [25, 3]) for each body of each frame."""
+    lines = [str(len(frames))]
+    for bodies in frames:
+        lines.append(str(len(bodies)))
+        for name, body in bodies:
+            lines += [f"{name} 0 1 1 0 1 0 0.02 -0.05 2", "25"]
+            lines += [f"{x:.7g} {y:.7g} {z:.7g} 1 2 3 4 5 6 7 8 2" for x, y, z in body]
+    return "\n".join(lines).encode() + b"\n"
+
+
+def test_persons_follow_the_body_id() -> None:
+    a, b, c = (full_clip(i, 1, 1, 25)[0, 0] for i in range(3))
+    frames = [[("7", a), ("8", b)], [("8", b), ("7", a)], [("8", b)], [("8", b), ("9", c)], [("9", c)]]
+    read = parse_skeleton(with_ids(frames))
+    assert read.shape == (5, 2, 25, 3)
+    for frame, (first, second) in enumerate([(a, b), (a, b), (None, b), (c, b), (c, None)]):
+        for place, body in enumerate((first, second)):
+            np.testing.assert_allclose(read[frame, place], 0 if body is None else body, rtol=1e-6)
+    # one person whom the sensor loses and finds again under another id
+    assert parse_skeleton(with_ids([[("7", a)], [], [("9", c)]])).shape[1] == 1
+    # without ids the place in the list counts
+    read = parse_skeleton(with_ids([[("0", a), ("0", b)], [("0", b)]]))
+    np.testing.assert_allclose(read[1, 0], b, rtol=1e-6)
+    # five at once: the fifth is not read, and four places are all there are
+    crowd = [[(str(i), a) for i in range(5)], [(str(i), b) for i in range(4, 9)]]
+    assert parse_skeleton(with_ids(crowd)).shape[1] == 4
+
+
+def test_messages_name_frame_and_joint() -> None:
+    text = with_ids([[("7", full_clip(0, 1, 1, 25)[0, 0])]] * 3).decode().split("\n")
+    row = 1 + 3 * 1 + 2 * 27 + 2 + 4  # of joint 4 in frame 2
+    text[row] = text[row].partition(" ")[2]
+    with pytest.raises(InputError, match="joint 4 in frame 2 has 11 values, expected 12"):
+        parse_skeleton("\n".join(text).encode())
+
+
 # -- PKU-MMD
 
 
@@ -300,6 +337,20 @@ def test_pku_clips_labels_and_fallback_split(tmp_path: Path) -> None:
         "other": "name not understood",
     }
     assert sum("split by the performer and view" in note for note in source.notes) == 2
+
+
+def test_pku_video_with_an_empty_line(tmp_path: Path) -> None:
+    """All later rows would be of other frames than the labels mean."""
+    videos = {name: full_clip(i, 20, 2, 25) for i, name in enumerate(["A01N01-M", "A01N02-M"])}
+    folder = write_pku(tmp_path / "pku", videos, dict.fromkeys(videos, "3,10,15,1\n4,15,20,1\n"))
+    path = folder / "skeleton" / "A01N02-M.txt"
+    lines = path.read_text().split("\n")
+    path.write_text("\n".join([*lines[:5], "", *lines[6:]]) + "\n\n")
+    made = collect(open_pku(folder, "pku2"))
+    assert made.clips.names == ("A01N01-M_0", "A01N01-M_1")
+    assert [(s.name, s.reason, s.detail) for s in made.skipped] == [
+        ("A01N02-M", "unreadable", "line 6 is empty")
+    ]
 
 
 def test_pku_official_split_files(tmp_path: Path) -> None:
@@ -379,6 +430,17 @@ def test_agcn_single_protocol_without_frame_counts_and_float_labels(tmp_path: Pa
         2,
         1,
     )
+
+
+def test_agcn_without_frame_counts_ends_with_the_padding(tmp_path: Path) -> None:
+    folder, clips = agcn_folders(tmp_path)
+    padded = np.stack([clips[name] for name in (NTU_NAMES[1], NTU_NAMES[0])])
+    padded[0, :, 5:] = padded[1, :, 20:] = 0
+    padded[1, :, 3] = 0  # a gap stays
+    np.save(folder / "xsub" / "train_data_joint.npy", padded)
+    (folder / "xsub" / "train_num_frame.npy").unlink()
+    made = collect(open_agcn(folder / "xsub"))
+    assert made.clips.names == tuple(NTU_NAMES) and made.clips.lengths.tolist() == [20, 5, 30, 12]
 
 
 @pytest.mark.parametrize(
@@ -474,6 +536,31 @@ def test_pyskl_pickle(tmp_path: Path, protocol: int) -> None:
         ("flat", "no skeleton data"),
         ("none", "no skeleton data"),
     ]
+
+
+def test_pyskl_keypoints_in_another_order_are_skipped(tmp_path: Path) -> None:
+    """Frames taken for persons would give clips of one or two frames."""
+    content = pyskl_content()
+    for annotation in content["annotations"][:2]:
+        annotation["keypoint"] = annotation["keypoint"].transpose(1, 0, 2, 3)
+    del content["annotations"][0]["total_frames"]
+    (tmp_path / "ntu.pkl").write_bytes(pickle.dumps(content))
+    made = collect(open_pyskl(tmp_path / "ntu.pkl"))
+    assert made.clips.names == tuple(NTU_NAMES[:2]) and made.clips.lengths.tolist() == [8, 9]
+    assert [(s.name, s.detail) for s in made.skipped] == [
+        (NTU_NAMES[2], "keypoint is float16 [10, 1, 25, 3], expected [M, total_frames, V, 3]"),
+        (NTU_NAMES[3], "keypoint is float16 [11, 2, 25, 3], expected [M, T, V, 3]"),
+    ]
+
+
+@pytest.mark.parametrize("labels", [[1, 2, 1], [1, -1, 2]])
+def test_labels_that_count_from_one(tmp_path: Path, labels: list[int]) -> None:
+    """The last class would be lost, and every other called by its neighbour's name."""
+    np.savez(tmp_path / "own.npz", **own_archive(labels=np.array(labels)))
+    with pytest.raises(InputError, match=r"labels go from 1 to 2 for 2 class names.*subtract 1"):
+        open_npz(tmp_path / "own.npz")
+    np.savez(tmp_path / "own.npz", **own_archive(labels=np.array(labels), class_names=None))
+    assert open_npz(tmp_path / "own.npz").notes == ("no clip has label 0: do the labels count from 1?",)
 
 
 def test_own_archive(tmp_path: Path) -> None:

@@ -90,7 +90,8 @@ def check_poses(joints: np.ndarray, num_joints: int, persons: int) -> None:
         raise UnusableError("wrong number of persons", f"{joints.shape[1]} persons, expected {persons}")
     lowest, highest = float(joints.min()), float(joints.max())
     if not np.isfinite(lowest + highest):  # minimum and maximum are NaN if any value is
-        raise UnusableError("not finite")
+        frame, _, joint, _ = np.argwhere(~np.isfinite(joints))[0]
+        raise UnusableError("not finite", f"frame {frame:,}, joint {joint}")
     if not within_bounds(lowest, highest):
         raise UnusableError("beyond 1,000 m", f"a coordinate of {max(-lowest, highest):.3g} m")
     if not somebody(lowest, highest):

@@ -10,7 +10,7 @@ from a2mc_fast.data.clips import Clips
 
 _SAMPLE = 2000  # frames measured
 _PLAUSIBLE = (0.1, 4.0)  # metres: a hand to an outstretched body
-_UNITS = {"millimetres": 0.001, "centimetres": 0.01, "inches": 0.0254, "feet": 0.3048}
+_UNITS = {"millimetres": 0.001, "centimetres": 0.01, "inches": 0.0254}
 _UPRIGHT = 1.7  # metres
 _PERSON = (0.8, 2.6)  # metres
 
