@@ -52,12 +52,11 @@ def main(args: list[str] | None = None) -> None:
                 f"Presets: {', '.join(BASE_PRESETS)}; append -b1 .. -b4 or -a1 .. -a3 for an ablation. "
                 "--resume continues the run in its folder.",
             )
-        from a2mc_fast.run.derive import fitted
-        from a2mc_fast.run.start import pretrain
+        from a2mc_fast.run import derive, start
 
         with one_speaks():
-            config = fitted(config, args)
-        pretrain(config, resume=resume)
+            config = derive.fitted(config, args)
+        start.pretrain(config, resume=resume)
 
 
 if __name__ == "__main__":
