@@ -222,6 +222,9 @@ def test_bad_input_is_one_sentence(
     )
     make_clips([10] * 8, persons=1).save(tmp_path / "ntu.safetensors")
     make_clips([10] * 8, persons=1, skeleton=other).save(tmp_path / "bones.safetensors")
+    for name, change in (("center", {"center": 0}), ("unturned", {"rotation": "none"})):
+        changed = replace(SMALL, **change)  # type: ignore[arg-type]
+        make_clips([10] * 8, persons=1, skeleton=changed).save(tmp_path / f"{name}.safetensors")
     clips = class_clips()
     clips.splits = {"xsub": clips.splits["xsub"] & (clips.labels != 1)}
     clips.save(tmp_path / "missing.safetensors")
@@ -236,6 +239,11 @@ def test_bad_input_is_one_sentence(
     cases = [
         (["linear", run, "--data", str(tmp_path / "ntu.safetensors")], "trained on 5 joints and 1 persons"),
         (["knn", run, "--data", str(tmp_path / "bones.safetensors")], "trained on another skeleton"),
+        (["knn", run, "--data", str(tmp_path / "center.safetensors")], "has center 0 instead of 1"),
+        (
+            ["knn", run, "--data", str(tmp_path / "unturned.safetensors")],
+            "has rotation none instead of first",
+        ),
         (["transfer", run, "--data", str(tmp_path / "ntu.safetensors")], "has 25 joints and 1 persons"),
         (["finetune", run, "--split", "xview"], "the data has no protocol 'xview' (it has: xsub)"),
         (["linear", run, "--data", str(tmp_path / "missing.safetensors")], "no training clip (class 1)"),

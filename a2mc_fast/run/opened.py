@@ -89,7 +89,7 @@ def load_clips(config: Config, device: torch.device) -> Clips:
 
 
 def _check_skeleton(saved: Checkpoint, clips: Clips, where: str) -> None:
-    """The data must have the skeleton and the persons that the encoder was trained on."""
+    """The data must have the persons and the skeleton that the encoder was trained on, normalised alike."""
     expected = (saved.skeleton.num_joints, saved.persons)
     joints, persons = clips.skeleton.num_joints, clips.num_persons
     require(
@@ -97,7 +97,13 @@ def _check_skeleton(saved: Checkpoint, clips: Clips, where: str) -> None:
         f"{saved.path} was trained on {expected[0]} joints and {expected[1]} persons, "
         f"{where} has {joints} joints and {persons} persons",
     )
+    differing = [
+        f"{name} {getattr(clips.skeleton, name)} instead of {getattr(saved.skeleton, name)}"
+        for name in ("parents", "center", "axis_z", "axis_x", "rotation")
+        if getattr(clips.skeleton, name) != getattr(saved.skeleton, name)
+    ]
     require(
-        clips.skeleton.parents == saved.skeleton.parents,
-        f"{saved.path} was trained on another skeleton of {joints} joints: the bones of {where} differ",
+        not differing,
+        f"{saved.path} was trained on another skeleton: {where} has {'; '.join(differing)}; prepare it with "
+        "the skeleton of the training clips",
     )
