@@ -79,6 +79,10 @@ class EncoderConfig:
     """BiGRU: what of its outputs is the feature, that of the last time step or their mean over time."""
     input_norm: bool = True
     """BiGRU: BatchNorm over the input coordinates (CMD, PCM3 yes; ISC no)."""
+    recurrence: Literal["auto", "cudnn", "fused", "resident"] = "auto"
+    """BiGRU: recurrent layers by cuDNN or by fused Triton kernels; auto = on a GPU whichever is faster there,
+    once the kernels have agreed with float64. On a CPU, torch's own. resident = fused, with each forward pass
+    in one launch where the GPU can hold the weights; no GPU has run it yet, so auto leaves it out."""
     channels: int = 16
     """ST-GCN: channels of its first blocks."""
     partition: Literal["hop_clipped", "tree"] = "hop_clipped"
@@ -98,6 +102,10 @@ class EncoderConfig:
         require(
             self.width % self.heads == 0,
             f"encoder.width {self.width} must be a multiple of encoder.heads {self.heads}",
+        )
+        require(
+            self.recurrence == "auto" or self.name == "bigru",
+            f"encoder.recurrence {self.recurrence} is for the BiGRU: leave it at auto for {self.name}",
         )
 
     @property

@@ -23,13 +23,16 @@ from a2mc_fast import rng
 from a2mc_fast.augment import Draws, Views
 from a2mc_fast.config import Config
 from a2mc_fast.data import Clips
+from a2mc_fast.encoders.bigru import BiGRU
 from a2mc_fast.encoders.branch import set_arithmetic
+from a2mc_fast.encoders.common import weights_held
 from a2mc_fast.encoders.joint_norm import batch_norms
 from a2mc_fast.errors import InputError, require
 from a2mc_fast.evaluation.protocols import knn_accuracy
 from a2mc_fast.losses import Losses
 from a2mc_fast.model import A2MC
 from a2mc_fast.ranks import ALONE, World, checksum
+from a2mc_fast.recurrence import Recurrence, choose_recurrence
 from a2mc_fast.run import checkpoint
 from a2mc_fast.run.capture import Captured, Part, Say
 
@@ -98,15 +101,27 @@ class Trainer:
         refused = rng.kernel_refused(self.device) if cuda else ""
         self._words_by_kernel = cuda and not refused
         self.notes = [note] if note else []
-        """Sentences for the log: by what losses, banks and random numbers are computed, and why."""
+        """Sentences for the log: by what each part of a step is computed, and why."""
         if refused:
             self.notes.append(f"random numbers in plain torch, because their kernel was refused: {refused}")
+        self._choose_recurrence()
         self.say: Say = print
         """Where to tell what a compiler refused."""
         self._compile_parts()
         require(cuda or config.run.graph != "on", "--run.graph on needs a GPU: use --run.graph auto")
         self._stream = torch.cuda.Stream(self.device) if cuda and config.run.graph != "off" else None
         self._phase, self._run = "", Captured(dict, None)
+
+    def _choose_recurrence(self) -> None:
+        """Both encoders' recurrent layers by what suits all ranks."""
+        encoder, share = self.model.query.encoder, self.config.optim.batch_size // self.world.size
+        chosen, note = choose_recurrence(self.config, encoder, self.device, share)
+        if self.world.any(chosen == "torch") and chosen != "torch":
+            chosen, note = "torch", "recurrent layers by cuDNN, as on another rank"
+        self._recurrence: Recurrence | None = None
+        if isinstance(encoder, BiGRU) and isinstance(self.model.key.encoder, BiGRU):
+            self._recurrence = encoder.recurrence = self.model.key.encoder.recurrence = chosen
+        self.notes += [note] if note else []
 
     def _compile_parts(self) -> None:
         """Views, losses and encoders, each behind torch.compile where that is asked for."""
@@ -133,6 +148,7 @@ class Trainer:
             "step": self._run.ran,
             "loss and bank": "Triton kernels" if self.model.backend == "triton" else "plain torch",
             "random numbers": "Triton kernel" if self._words_by_kernel else "plain torch",
+            **({"recurrent layers": self._recurrence} if self._recurrence else {}),
         }
 
     @contextmanager
@@ -174,7 +190,8 @@ class Trainer:
         self._lr.fill_(self.learning_rate(step))
         # the only other random numbers are those of dropout layers, each rank its own
         torch.manual_seed(rng.combine(config.seed, step) ^ self.world.rank)
-        return self._run()
+        with weights_held(self.model.query.encoder, self.model.key.encoder):
+            return self._run()
 
     def launch_steps(self) -> None:
         """From now on the host launches every operation of a step: slower, but a profile can name them."""
@@ -256,6 +273,7 @@ class Trainer:
             if self.scaler.is_enabled():
                 torch._foreach_mul_(gradients, torch.where(faulty, math.nan, 1.0).squeeze())
             self.scaler.step(self.optimizer)
+            self.model.query.encoder.weights_changed()
             self.scaler.update()
         return losses
 

@@ -1,7 +1,9 @@
-"""The recurrent layers alone: two directions of one layer by cuDNN, and by the fused kernels where they are.
+"""The recurrent layers alone: by cuDNN, by fused kernels, and by those with a forward pass in one launch.
 
-`pytest bench/bench_recurrent.py -s` times the forward pass, forward and backward with all gradients, and with
-the input's gradient alone, which is what the attack needs; on a CPU torch's GRU stands for cuDNN's.
+`pytest bench/bench_recurrent.py -s` times two directions of one layer: the forward pass, forward and backward
+with all gradients, and with the input's gradient alone, which is what the attack needs. Then all passes of a
+step through an encoder's layers, with the weights cast as a step casts them. On a CPU torch's GRU stands for
+cuDNN's.
 """
 
 from __future__ import annotations
@@ -9,11 +11,17 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from a2mc_fast.config import preset
+from a2mc_fast.encoders.bigru import BiGRU
+from a2mc_fast.encoders.common import weights_held
+from a2mc_fast.recurrence import Recurrence, step_passes
+from a2mc_fast.skeleton import NTU25
 from bench.harness import CUDA, DEVICE, TOY, Form, compare, compiled_all, product_rate, sized
 from bench.records import Recorder
 
@@ -51,7 +59,7 @@ def by_cudnn(pair: nn.ModuleList, x: Tensor) -> dict[str, Form]:
     return passes(lambda x: torch.cat([gru(x)[0] for gru in pair], 2), x, list(pair.parameters()))
 
 
-def by_kernels(pair: nn.ModuleList, x: Tensor) -> dict[str, Form]:
+def by_kernels(pair: nn.ModuleList, x: Tensor, resident: bool = False) -> dict[str, Form]:
     """The same by the fused kernels, time first as they want it; weights are cast beforehand."""
     from a2mc_fast.kernels.gru import gru_pair, make_operands
 
@@ -59,7 +67,11 @@ def by_kernels(pair: nn.ModuleList, x: Tensor) -> dict[str, Form]:
     weights = [getattr(gru, name).detach().clone() for name in names for gru in pair]
     operands = make_operands(weights, x.dtype)
     sequence = x.transpose(0, 1).contiguous()
-    return passes(lambda sequence: gru_pair(sequence, weights, operands), sequence, weights)
+
+    def layer(sequence: Tensor) -> Tensor:
+        return gru_pair(sequence, weights, operands, resident=resident)
+
+    return passes(layer, sequence, weights)
 
 
 @pytest.mark.parametrize("clips", CLIPS)
@@ -69,11 +81,12 @@ def test_pair_of_directions(record: Recorder, clips: int) -> None:
     x = torch.randn(clips, FRAMES, WIDTH, device=DEVICE, dtype=DTYPE)
     forms = {"cudnn": by_cudnn(pair, x)}
     if KERNELS:
-        forms = {"ours": by_kernels(pair, x), **forms}
-        mine, theirs = (forms[form]["forward"]() for form in ("ours", "cudnn"))
-        assert isinstance(mine, Tensor) and isinstance(theirs, Tensor)
-        worst = ((mine.transpose(0, 1) - theirs).float().norm() / theirs.float().norm()).item()
-        assert worst < 2e-2, f"the kernels differ by {worst:.1e}: no speed for it"
+        forms = {"ours": by_kernels(pair, x), **forms, "resident": by_kernels(pair, x, resident=True)}
+        for one in ("ours", "resident"):
+            mine, theirs = (forms[name]["forward"]() for name in (one, "cudnn"))
+            assert isinstance(mine, Tensor) and isinstance(theirs, Tensor)
+            worst = ((mine.transpose(0, 1) - theirs).float().norm() / theirs.float().norm()).item()
+            assert worst < 2e-2, f"{one} differs by {worst:.1e}: no speed for it"
     for by_name in forms.values():
         for form in by_name.values():
             form()
@@ -88,3 +101,29 @@ def test_pair_of_directions(record: Recorder, clips: int) -> None:
             way.numbers["TFLOP/s"] = rate / 1e12
             way.numbers["share of a large product's rate"] = rate / product_rate(DTYPE)
         record(*found)
+
+
+@pytest.mark.parametrize("layers, hidden", [(3, HIDDEN), (1, HIDDEN // 4)], ids=["paper", "own"])
+def test_passes_of_a_step(record: Recorder, layers: int, hidden: int) -> None:
+    """Key, attack and query, as `a2mc_fast.recurrence` times them to choose."""
+    config = preset("ntu60-xsub")
+    if not CUDA:
+        config = replace(config, precision="fp32")
+    encoder = BiGRU(NTU25, hidden=hidden, layers=layers).to(DEVICE)
+    clips = CLIPS[0]
+    single, triple = (torch.randn(n, FRAMES, encoder.input_dim, device=DEVICE) for n in (clips, 3 * clips))
+    wanted: dict[str, Recurrence] = {"cudnn": "torch"}
+    if KERNELS:
+        wanted = {"ours": "fused", **wanted, "resident": "resident"}
+
+    def run(form: Recurrence) -> None:
+        encoder.recurrence = form
+        with weights_held(encoder):
+            step_passes(config, encoder, single, triple, form)()
+
+    forms: dict[str, Form] = {name: lambda form=form: run(form) for name, form in wanted.items()}  # type: ignore[misc]
+    for way in forms.values():
+        way()
+    compiled_all()
+    sizes = {"N": clips, "T": FRAMES, "H": hidden, "layers": layers}
+    record(*compare("recurrent layers of a step", sizes, forms))

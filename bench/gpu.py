@@ -92,7 +92,7 @@ def all_parts(rehearse: bool = False, data: bool = False) -> list[Part]:
             bench(f"step, {case}", f"step.py::test_step_by_phase[{case}]", 60)
             for case in ("own", "stgcn", "dsta", "scd")
         ),
-        bench("recurrent layers", "recurrent.py", 30),
+        bench("recurrent layers", "recurrent.py", 60),
         bench("public-style trainer", "step.py::test_against_a_public_style_trainer", 45),
         bench("views", "views.py::test_views_of_a_step", 30),
     ]

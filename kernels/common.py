@@ -29,11 +29,13 @@ class Call(NamedTuple):
     maxnreg: int | None = (
         None  # registers per thread; without it the assembler may spill to fit more programs
     )
+    cooperative: bool = False  # whether the programs wait for one another
 
     @property
     def options(self) -> dict[str, int | None]:
         """What the compiler is told beside the arguments."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.maxnreg}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.maxnreg}
+        return options | ({"launch_cooperative_grid": True} if self.cooperative else {})
 
     def launch(self) -> None:
         self.kernel[self.grid](**self.arguments, **self.options)

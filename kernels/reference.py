@@ -221,3 +221,22 @@ def bank_step(rows: Tensor, velocity: Tensor, gradient: Tensor, step: Step) -> t
     rows.sub_(velocity, alpha=step.lr)
     moved = torch.nn.functional.normalize(rows, dim=1) - unit
     return norm.mean(), moved.norm(dim=1).mean()
+
+
+def gru_pair(sequence: Tensor, parameters: Sequence[Tensor], *, reverse: bool = False) -> Tensor:
+    """Two GRUs over a sequence [T, N, W], the second one backwards in time if `reverse` -> states [T, N, 2H].
+
+    The parameters are W_ih, W_hh, b_ih and b_hh, each of both directions in turn, as torch.nn.GRU has them.
+    """
+    outputs = []
+    for direction in range(2):
+        w_ih, w_hh, b_ih, b_hh = parameters[direction::2]
+        order = sequence.flip(0) if reverse and direction else sequence
+        states = [sequence.new_zeros(sequence.shape[1], w_hh.shape[1])]
+        for x in order @ w_ih.T + b_ih:
+            (ar, az, an), (cr, cz, cn) = x.chunk(3, 1), (states[-1] @ w_hh.T + b_hh).chunk(3, 1)
+            z, n = torch.sigmoid(az + cz), torch.tanh(an + torch.sigmoid(ar + cr) * cn)
+            states.append(n + z * (states[-1] - n))
+        output = torch.stack(states[1:])
+        outputs.append(output.flip(0) if reverse and direction else output)
+    return torch.cat(outputs, 2)

@@ -19,7 +19,9 @@ pytestmark = pytest.mark.gpu
 MakeClips = Callable[..., Clips]
 WARMUP, STEPS = 6, 14  # enough for both phases to be captured and replayed
 ENCODERS = {
-    "bigru": EncoderConfig(hidden=32, layers=2),
+    # not whichever is faster: two runs might differ
+    "bigru": EncoderConfig(hidden=32, layers=2, recurrence="fused"),
+    "cudnn": EncoderConfig(hidden=32, layers=2, recurrence="cudnn"),
     "stgcn": EncoderConfig(name="stgcn", channels=4),
     "dsta": EncoderConfig(name="dsta", size="small"),
     "scd": EncoderConfig(name="scd", width=64),
@@ -85,13 +87,14 @@ def test_low_precision_follows_full_precision(make_clips: MakeClips, precision: 
 
 
 def test_bf16_is_bf16_in_recurrent_layers_and_the_attack_reaches_every_frame(make_clips: MakeClips) -> None:
-    run = trainer(make_clips, precision="bf16")
-    x = run.views.whole(run.train_index[:8])
-    supported = recurrent_dtype_under(torch.bfloat16)
-    assert run.model.query.feature(x).dtype == supported
-    for precision in ("bf16", "fp16"):
-        rho = trainer(make_clips, precision=precision).model.attack(x)
-        assert (rho.abs().amax((0, 1, 3, 4)) > 0).all(), precision
+    dtypes = {"bigru": torch.bfloat16, "cudnn": recurrent_dtype_under(torch.bfloat16)}
+    for encoder, supported in dtypes.items():
+        run = trainer(make_clips, encoder, "bf16")
+        x = run.views.whole(run.train_index[:8])
+        assert run.model.query.feature(x).dtype == supported
+        for precision in ("bf16", "fp16"):
+            rho = trainer(make_clips, encoder, precision).model.attack(x)
+            assert (rho.abs().amax((0, 1, 3, 4)) > 0).all(), (encoder, precision)
 
 
 def recurrent_dtype_under(dtype: torch.dtype) -> torch.dtype:
@@ -137,12 +140,21 @@ def test_the_kernels_are_verified_and_chosen(make_clips: MakeClips) -> None:
     assert run.ran["random numbers"] == "Triton kernel", run.notes
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_recurrent_layers_are_verified_and_timed(
+    make_clips: MakeClips, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    monkeypatch.setitem(ENCODERS, "auto", EncoderConfig(hidden=32, layers=2))
+    assert " ms of a step, " in trainer(make_clips, "auto", precision).notes[-1]
+
+
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_nothing_is_refused(make_clips: MakeClips, encoder: str) -> None:
     """Every part is compiled, and the step captured, as a log of a healthy run says."""
     run = trainer(make_clips, encoder, "bf16", compile="on", graph="on")
     losses(run)
-    parts = ("views", "losses") if encoder == "bigru" else ("views", "losses", "query encoder", "key encoder")
+    encoders = () if encoder in ("bigru", "cudnn") else ("query encoder", "key encoder")
+    parts = ("views", "losses", *encoders)
     assert [run.ran[part] for part in parts] == ["compiled"] * len(parts)
     assert run.ran["step"] == "captured"
 

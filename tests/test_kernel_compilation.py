@@ -8,6 +8,7 @@ prints what the machine code uses as JSON.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -54,6 +55,7 @@ def signature(call: Any) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int
         torch.float32: "*fp32",
         torch.bfloat16: "*bf16",
         torch.float16: "*fp16",
+        torch.int32: "*i32",
         torch.int64: "*i64",
     }
     names: dict[str, str] = {}
@@ -61,8 +63,9 @@ def signature(call: Any) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int
     attributes: dict[tuple[int], list[list[Any]]] = {}
     for position, parameter in enumerate(call.kernel.params):
         value = call.arguments[parameter.name]
-        aligned = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+        number = isinstance(value, int) and not parameter.do_not_specialize
+        aligned = isinstance(value, torch.Tensor) or (number and value % 16 == 0)
+        if parameter.is_constexpr or (number and value == 1):
             names[parameter.name], constants[parameter.name] = "constexpr", value
             continue
         if isinstance(value, torch.Tensor):
@@ -99,14 +102,91 @@ def launches(problem: Problem) -> list[Any]:
     ]
 
 
-def usage(call: Any, chip: int) -> dict[str, int]:
-    """Registers, stack, local and shared memory of one launch, from its machine code."""
+class Pass(NamedTuple):
+    """One pass of a pair of GRUs: it decides the launches."""
+
+    n: int = 64
+    h: int = 1024
+    t: int = 64
+    dtype: str = "bfloat16"
+    precision: str = "tf32"
+    reverse: bool = False
+    learns: bool = True  # whether the weights get gradients
+    final: bool = False  # whether the final states alone are read
+
+
+PASSES = [
+    Pass(learns=False),
+    Pass(n=192),
+    Pass(n=192, final=True),
+    Pass(dtype="float32", learns=False),
+    Pass(n=192, dtype="float32", precision="ieee"),
+    Pass(n=70, h=100, t=7, dtype="float16", reverse=True),
+]
+
+
+def steps(problem: Pass) -> list[Any]:
+    """One step forward, as kept for a backward pass, and one backward, on tensors without memory; of a pass
+    without gradients of the weights also one that keeps nothing."""
+    import torch
+    from a2mc_fast.kernels import gru_steps
+
+    p, dtype = problem, getattr(torch, problem.dtype)
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(1, *shape, dtype=dtype, device="meta")
+
+    gates, grad, grad_final = empty(p.t, p.n, 2, 3 * p.h), empty(p.t, p.n, 2 * p.h), empty(p.n, 2 * p.h)
+    how: dict[str, Any] = {"reverse": p.reverse, "precision": p.precision}
+    weight, bias = empty(2, 3 * p.h, p.h), empty(2, 2, 3 * p.h, dtype=torch.float32)
+    ahead = gru_steps.plan_forward(gates, weight, bias, keep=True, slots=p.t, **how)
+    alone = gru_steps.plan_forward(gates, weight, bias, keep=False, slots=2 if p.final else p.t, **how)
+    behind = gru_steps.plan_backward(
+        None if p.final else grad, grad_final if p.final else None, empty(2, p.h, 3 * p.h),
+        ahead.states, gates, ahead.inner, slots=p.t if p.learns else 2, with_bias=p.learns, **how,
+    )  # fmt: skip
+    calls = [ahead.calls[0], behind.calls[0]]
+    return calls if p.learns else [*calls, alone.calls[0]]
+
+
+def one_launch(problem: Pass) -> Any:
+    """The whole forward pass of a chip that holds the weights, kept for a backward pass."""
+    import torch
+    from a2mc_fast.kernels import gru_resident
+
+    p, dtype = problem, getattr(torch, problem.dtype)
+    gates = torch.empty(1, p.t, p.n, 2, 3 * p.h, dtype=dtype, device="meta")
+    weight, bias = gates.new_empty(1, 2, 3 * p.h, p.h), gates.new_empty(1, 2, 2, 3 * p.h, dtype=torch.float32)
+    plan = gru_resident.plan_resident_forward(
+        gates, weight, bias, reverse=p.reverse, keep=True, slots=p.t, precision=p.precision
+    )
+    return plan.calls[0]
+
+
+def weights_in_loops(call: Any, chip: int) -> tuple[int, int]:
+    """How often tiles of the weights' shape are loaded or put into shared memory: before the first loop, and
+    from there on."""
+    depth, columns = call.arguments["BLOCK_K"], 4 * call.arguments["BLOCK_H"]
+    before, after = compiled_for(call, chip).asm["ttgir"].split("scf.for", 1)
+    pattern = rf"(?:tt\.load|local_alloc) .*(?:tensor|memdesc)<{depth}x{columns}x(?:bf16|!tt.ptr)"
+    return len(re.findall(pattern, before)), len(re.findall(pattern, after))
+
+
+def compiled_for(call: Any, chip: int) -> Any:
+    """A launch's kernel compiled for a chip."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     source = ASTSource(call.kernel, *signature(call))
-    compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=call.options)
+    return triton.compile(source, target=GPUTarget("cuda", chip, 32), options=call.options)
+
+
+def usage(call: Any, chip: int) -> dict[str, int]:
+    """Registers, stack, local and shared memory of one launch, from its machine code."""
+    import triton
+
+    compiled = compiled_for(call, chip)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -123,14 +203,18 @@ def compile_all() -> dict[str, list[dict[str, Any]]]:
     for chip in LIMITS:
         seen = set()
         results[str(chip)] = rows = []
-        for problem in PROBLEMS:
-            for call in launches(problem):
+        for problem in (*PROBLEMS, *PASSES):
+            for call in launches(problem) if isinstance(problem, Problem) else steps(problem):
                 form = (call.kernel.__name__, repr(signature(call)), repr(call.options))
                 if form not in seen:
                     seen.add(form)
                     rows.append(
                         {"kernel": call.kernel.__name__, "problem": str(problem), **usage(call, chip)}
                     )
+    for problem in (Pass(), Pass(n=192)):
+        call = one_launch(problem)
+        row = {"kernel": call.kernel.__name__, "problem": str(problem), **usage(call, 90)}
+        results["90"].append({**row, "programs": math.prod(call.grid), "weights": weights_in_loops(call, 90)})
     return results
 
 
@@ -155,6 +239,9 @@ def test_no_spills_and_shared_memory_fits(compiled: dict[str, list[dict[str, Any
         "row_softmax_kernel",
         "ascent_kernel",
         "summary_kernel",
+        "forward_kernel",
+        "backward_kernel",
+        *(["resident_forward_kernel"] if chip == 90 else []),
     }
     for row in rows:
         assert row["stack"] == row["local"] == 0, f"spills: {row}"
@@ -171,6 +258,20 @@ def test_two_programs_of_the_loss_fit_on_a_multiprocessor(
         if row["problem"] == str(Problem()) and row["kernel"] == "bank_pass_kernel":
             assert 2 * row["reg"] * row["threads"] <= 65536
             assert 2 * (row["shared"] + 1024) <= 228 * 1024
+
+
+@pytest.mark.slow
+def test_the_weights_stay_on_the_chip(compiled: dict[str, list[dict[str, Any]]]) -> None:
+    """At the paper's size all programs run at once on an H100, and no loop reads or moves the weights."""
+    from a2mc_fast.kernels.gru_resident import programs_at_once
+
+    rows = [row for row in compiled["90"] if row["kernel"] == "resident_forward_kernel"]
+    assert len(rows) == 2
+    for row in rows:
+        # loaded and put there: eight tiles of 128 columns each
+        assert row["weights"] == [16, 0], row
+        at_once = programs_at_once(row["shared"], row["reg"], row["threads"], 228 * 1024)
+        assert row["programs"] == 128 <= 132 * at_once, row
 
 
 if __name__ == "__main__":

@@ -42,6 +42,9 @@ def small(name: str = "demo", **changes: Any) -> Config:
     )
 
 
+FUSED = EncoderConfig(hidden=8, layers=2, projection=16, recurrence="fused")
+
+
 class NoConstants(TorchFunctionMode):
     """Refuses tensors made from Python data, which a CUDA graph would have to fetch from the host."""
 
@@ -116,8 +119,9 @@ def elsewhere(make_clips: MakeClips, monkeypatch: pytest.MonkeyPatch) -> Callabl
         small("demo-a3"),
         small(stream="motion"),
         small(views=ViewConfig(flip_mirror_x=True, filter_normalize=True)),
+        replace(small(), encoder=FUSED),
     ],
-    ids=["full", "triton", "b1", "b3", "a3", "motion", "mirror"],
+    ids=["full", "triton", "b1", "b3", "a3", "motion", "mirror", "fused"],
 )
 def test_the_step_stays_on_the_device(config: Config, elsewhere: Callable[[Config], Trainer]) -> None:
     trainer = elsewhere(config)

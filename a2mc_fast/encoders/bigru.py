@@ -7,6 +7,8 @@ outputs concatenated, which is how `time_mode="forward_pair"` computes it: six c
 
 With `pool="mean"` the feature is the mean output over time. The last output of a GRU that nothing has trained
 tells clips hardly apart, so that short runs on small sets would spend their steps on leaving that start.
+
+The layers are torch's, which are cuDNN's on a GPU, or fused kernels that run both directions at once.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,9 @@ from torch import Tensor, nn
 from a2mc_fast.encoders.common import Encoder, norm_per_view
 from a2mc_fast.errors import require
 from a2mc_fast.skeleton import Skeleton
+
+if TYPE_CHECKING:
+    from a2mc_fast.kernels.gru import Operands
 
 _CUDNN_WITH_BF16 = 91300  # the version from which torch hands it bf16
 
@@ -33,6 +38,8 @@ class BiGRU(Encoder):
     """x [N, C, T, V, M] -> [N, 2 hidden], for any number of frames."""
 
     recurrent = True
+    recurrence: Literal["torch", "fused", "resident"] = "torch"
+    """How the layers are computed; a trainer chooses once the model is on its device."""
 
     def __init__(
         self,
@@ -71,12 +78,16 @@ class BiGRU(Encoder):
         low = x.is_cuda and torch.is_autocast_enabled("cuda")
         # autocast itself would run cuDNN's recurrent layers in float16, whatever it was asked for, where the
         # attack's gradients of early frames are zero
-        dtype = recurrent_dtype() if low else sequence.dtype
+        dtype = sequence.dtype
+        if low:
+            dtype = recurrent_dtype() if self.recurrence == "torch" else torch.get_autocast_dtype("cuda")
         with torch.autocast("cuda", enabled=False) if low else nullcontext():
-            return self._recur(sequence, dtype)
+            return self.recur(sequence, dtype)
 
-    def _recur(self, sequence: Tensor, dtype: torch.dtype) -> Tensor:
+    def recur(self, sequence: Tensor, dtype: torch.dtype) -> Tensor:
         """The layers over a sequence [N, T, W], computed in `dtype` -> [N, 2 hidden]"""
+        if self.recurrence != "torch":
+            return self._fused(sequence, dtype)
         if self.time_mode == "forward_pair":
             for ahead, also_ahead in self._pairs():
                 sequence = torch.cat([outputs(gru, sequence, dtype) for gru in (ahead, also_ahead)], 2)
@@ -88,6 +99,35 @@ class BiGRU(Encoder):
             return sequence.mean(1)
         hidden = self.feature_dim // 2
         return torch.cat((sequence[:, -1, :hidden], sequence[:, 0, hidden:]), 1)
+
+    def _fused(self, sequence: Tensor, dtype: torch.dtype) -> Tensor:
+        """`recur` by the fused kernels."""
+        from a2mc_fast.kernels.gru import gru_pair
+
+        states = sequence.transpose(0, 1).to(dtype)
+        for layer, pair in enumerate(self._pairs()):
+            parameters = [weight for both in zip(*(gru.parameters() for gru in pair)) for weight in both]
+            states = gru_pair(
+                states,
+                parameters,
+                self._operands(layer, parameters, dtype),
+                reverse=self.time_mode == "bidirectional",
+                final=layer + 1 == len(self.directions) and self.pool == "last",
+                precision="tf32" if torch.backends.cudnn.allow_tf32 else "ieee",
+                resident=self.recurrence == "resident",
+            )
+        return states.mean(0) if self.pool == "mean" else states
+
+    def _operands(self, layer: int, parameters: list[Tensor], dtype: torch.dtype) -> Operands | None:
+        """A layer's weights in `dtype`, made once within `weights_held`, and None outside of it."""
+        from a2mc_fast.kernels.gru import make_operands
+
+        if self.held is None:
+            return None
+        backward, made = torch.is_grad_enabled(), self.held.get((layer, dtype))
+        if made is None or (backward and made.back is None):
+            made = self.held[layer, dtype] = make_operands(parameters, dtype, backward=backward)
+        return made
 
     def _pairs(self) -> list[tuple[nn.GRU, nn.GRU]]:
         """The two directions of each layer."""

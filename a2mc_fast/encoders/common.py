@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,13 @@ class Encoder(nn.Module):
     """Hidden units of each level's head; None = as wide as the level."""
     recurrent: bool = False
     """Whether torch.compile must leave the encoder alone: cuDNN's recurrent layers break its graph."""
+    held: dict[Any, Any] | None = None
+    """What was made of the weights for several passes, within `weights_held`."""
+
+    def weights_changed(self) -> None:
+        """Within `weights_held`: what was made of the weights is out of date."""
+        if self.held is not None:
+            self.held.clear()
 
     def forward(self, x: Tensor, views: int = 1) -> Tensor:
         """One pass per view, so every BatchNorm sees that view alone."""
@@ -86,6 +94,21 @@ def frozen(module: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
         for m, training in modes.items():
             m.training = training
+
+
+@contextmanager
+def weights_held(*encoders: Encoder) -> Iterator[None]:
+    """Within one step, what an encoder makes of its weights serves all passes until `weights_changed`.
+
+    A captured step makes it, too, and nothing outlives the step that a replay would not write anew.
+    """
+    for encoder in encoders:
+        encoder.held = {}
+    try:
+        yield
+    finally:
+        for encoder in encoders:
+            encoder.held = None
 
 
 def projection_head(feature_dim: int, dim: int, hidden: int | None = None) -> nn.Sequential:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from a2mc_fast.config import Config, to_dict
 from a2mc_fast.errors import InputError, os_reason, require
 from a2mc_fast.files import atomic_path, remove_leftovers, write_json
+from a2mc_fast.recurrence import waited_too_long
 from a2mc_fast.run.checkpoint import FILE, Checkpoint
 from a2mc_fast.run.folder import lock
 from a2mc_fast.run.machine import machine, peak_memory
@@ -129,6 +130,11 @@ class RunLog:
         *read, faulty = torch.cat((stacked, first)).tolist()
         numbers = dict(zip(values, read, strict=True))
         if faulty >= 0:
+            require(
+                not waited_too_long(trainer.model.query.encoder, trainer.device),
+                f"in step {int(faulty) + 1} programs of a recurrent layer waited for one another too long: "
+                f"choose --encoder.recurrence fused; earlier checkpoints stay in {self.folder}",
+            )
             raise InputError(
                 f"the loss or a gradient is not finite in step {int(faulty) + 1} (clips "
                 f"{self._clips(trainer, int(faulty))}): look at these clips, or {_NOT_FINITE}; earlier "

@@ -1,0 +1,145 @@
+"""How a run computes its recurrent layers: by cuDNN or by the fused kernels, whichever is faster there.
+
+The kernels are compared with float64 on the run's own width first, and then both are timed on what one step
+does with them: the key's pass, the attack's with the gradient of its input, the query's with all gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from a2mc_fast.config import Config
+from a2mc_fast.encoders.bigru import BiGRU, recurrent_dtype
+from a2mc_fast.encoders.common import Encoder, frozen, weights_held
+from a2mc_fast.errors import require
+
+Recurrence = Literal["torch", "fused", "resident"]
+_ROUNDS = 5
+
+
+def choose_recurrence(
+    config: Config, encoder: Encoder, device: torch.device, clips: int
+) -> tuple[Recurrence, str]:
+    """What computes the recurrent layers, and why, as a sentence for the log or "".
+
+    `auto` takes the fused kernels on a GPU, if they agree with float64 there and are faster than cuDNN, with
+    so many `clips` of a batch on this device.
+    """
+    asked = config.encoder.recurrence
+    if asked in ("fused", "resident") and device.type != "cuda":
+        from a2mc_fast.kernels.common import INTERPRET
+
+        require(
+            INTERPRET,
+            f"--encoder.recurrence {asked} needs a GPU: leave it at auto (Triton's interpreter, with "
+            "TRITON_INTERPRET=1, is for tests)",
+        )
+    if asked != "auto":
+        return ("torch" if asked == "cudnn" else asked), ""
+    if device.type != "cuda" or not isinstance(encoder, BiGRU):
+        return "torch", ""
+    from a2mc_fast.kernels.verify import recurrence_mismatch
+
+    low, wide = _dtypes(config, "fused")
+    for dtype in dict.fromkeys((low, wide)):
+        reason = recurrence_mismatch(
+            device,
+            encoder.feature_dim // 2,
+            (clips, 3 * clips),
+            dtype,
+            reverse=encoder.time_mode == "bidirectional",
+            precision="tf32" if torch.backends.cudnn.allow_tf32 else "ieee",
+        )
+        if reason:
+            return (
+                "torch",
+                f"recurrent layers by cuDNN, because the fused kernels cannot be used here: {reason}",
+            )
+    cudnn, fused = (milliseconds(config, encoder, device, clips, form) for form in ("torch", "fused"))
+    if fused < cudnn:
+        return "fused", f"recurrent layers by fused kernels: {fused:.1f} ms of a step, {cudnn:.1f} by cuDNN"
+    return "torch", f"recurrent layers by cuDNN: {cudnn:.1f} ms of a step, {fused:.1f} by fused kernels"
+
+
+def milliseconds(config: Config, encoder: BiGRU, device: torch.device, clips: int, form: Recurrence) -> float:
+    """What one step's passes through the recurrent layers take on a GPU, captured if the run's steps are."""
+    shape = config.views.frames, encoder.input_dim
+    single, triple = (torch.randn(n, *shape, device=device) for n in (clips, 3 * clips))
+    before, encoder.recurrence = encoder.recurrence, form
+    try:
+        with weights_held(encoder):
+            passes = step_passes(config, encoder, single, triple, form)
+            return _time(passes, device, graph=config.run.graph != "off")
+    finally:
+        encoder.recurrence = before
+
+
+def step_passes(
+    config: Config, encoder: BiGRU, single: Tensor, triple: Tensor, form: Recurrence
+) -> Callable[[], None]:
+    """What one step computes of its recurrent layers, over sequences [N, T, W] and [3N, T, W]."""
+    low, wide = _dtypes(config, form)
+
+    def run() -> None:
+        encoder.weights_changed()
+        with torch.no_grad():
+            encoder.recur(single, low)
+        if config.attack.enabled:
+            with frozen(encoder):
+                attacked = single.detach().requires_grad_()
+                torch.autograd.grad(encoder.recur(attacked, wide).float().sum(), attacked)
+        weights = list(encoder.directions.parameters())
+        torch.autograd.grad(encoder.recur(triple, low).float().sum(), weights)
+
+    return run
+
+
+def _dtypes(config: Config, form: Recurrence) -> tuple[torch.dtype, torch.dtype]:
+    """Of the views' passes, and of the attack's."""
+    if config.precision == "fp16":
+        return torch.float16, torch.float32
+    if config.precision != "bf16":
+        return torch.float32, torch.float32
+    if form != "torch":
+        return torch.bfloat16, torch.bfloat16
+    with torch.autocast("cuda", torch.bfloat16):
+        return recurrent_dtype(), recurrent_dtype()
+
+
+def _time(function: Callable[[], None], device: torch.device, graph: bool) -> float:
+    """Median milliseconds of some calls, after two that compile and choose algorithms."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            function()
+        call: Callable[[], object] = function
+        if graph:
+            captured = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(captured, stream=stream, capture_error_mode="thread_local"):
+                function()
+            call = captured.replay
+            call()
+        times = []
+        for _ in range(_ROUNDS):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+    torch.cuda.current_stream(device).wait_stream(stream)
+    return sorted(times)[_ROUNDS // 2]
+
+
+def waited_too_long(encoder: Encoder, device: torch.device) -> bool:
+    """Whether a launch whose programs wait for one another has given up, which made its states NaN."""
+    if not isinstance(encoder, BiGRU) or encoder.recurrence != "resident":
+        return False
+    from a2mc_fast.kernels.gru_resident import timed_out
+
+    return timed_out(device)
