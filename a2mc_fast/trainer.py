@@ -27,12 +27,12 @@ from a2mc_fast.encoders.bigru import BiGRU
 from a2mc_fast.encoders.branch import set_arithmetic
 from a2mc_fast.encoders.common import weights_held
 from a2mc_fast.encoders.joint_norm import batch_norms
+from a2mc_fast.encoders.recurrence import Recurrence, choose_recurrence
 from a2mc_fast.errors import InputError, require
 from a2mc_fast.evaluation.protocols import knn_accuracy
 from a2mc_fast.losses import Losses
 from a2mc_fast.model import A2MC
 from a2mc_fast.ranks import ALONE, World, checksum
-from a2mc_fast.recurrence import Recurrence, choose_recurrence
 from a2mc_fast.run import checkpoint
 from a2mc_fast.run.capture import Captured, Part, Say
 

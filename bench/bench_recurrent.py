@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from a2mc_fast.config import preset
 from a2mc_fast.encoders.bigru import BiGRU
 from a2mc_fast.encoders.common import weights_held
-from a2mc_fast.recurrence import Recurrence, step_passes
+from a2mc_fast.encoders.recurrence import Recurrence, step_passes
 from a2mc_fast.skeleton import NTU25
 from bench.harness import CUDA, DEVICE, TOY, Form, compare, compiled_all, product_rate, sized
 from bench.records import Recorder
@@ -105,7 +105,7 @@ def test_pair_of_directions(record: Recorder, clips: int) -> None:
 
 @pytest.mark.parametrize("layers, hidden", [(3, HIDDEN), (1, HIDDEN // 4)], ids=["paper", "own"])
 def test_passes_of_a_step(record: Recorder, layers: int, hidden: int) -> None:
-    """Key, attack and query, as `a2mc_fast.recurrence` times them to choose."""
+    """Key, attack and query, as `a2mc_fast.encoders.recurrence` times them to choose."""
     config = preset("ntu60-xsub")
     if not CUDA:
         config = replace(config, precision="fp32")

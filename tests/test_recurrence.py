@@ -19,7 +19,7 @@ from a2mc_fast.config import Config, EncoderConfig, preset
 from a2mc_fast.data import Clips
 from a2mc_fast.encoders.bigru import BiGRU
 from a2mc_fast.encoders.common import frozen, weights_held
-from a2mc_fast.recurrence import choose_recurrence
+from a2mc_fast.encoders.recurrence import choose_recurrence
 from a2mc_fast.trainer import Trainer
 from tests.conftest import SMALL
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from a2mc_fast.config import Config, to_dict
+from a2mc_fast.encoders.recurrence import waited_too_long
 from a2mc_fast.errors import InputError, os_reason, require
 from a2mc_fast.files import atomic_path, remove_leftovers, write_json
-from a2mc_fast.recurrence import waited_too_long
 from a2mc_fast.run.checkpoint import FILE, Checkpoint
 from a2mc_fast.run.folder import lock
 from a2mc_fast.run.machine import machine, peak_memory

@@ -15,7 +15,7 @@ from torch import Tensor
 from a2mc_fast.config import Config
 from a2mc_fast.encoders.bigru import BiGRU, recurrent_dtype
 from a2mc_fast.encoders.common import Encoder, frozen, weights_held
-from a2mc_fast.errors import require
+from a2mc_fast.errors import first_line, require
 
 Recurrence = Literal["torch", "fused", "resident"]
 _ROUNDS = 5
@@ -59,7 +59,12 @@ def choose_recurrence(
                 "torch",
                 f"recurrent layers by cuDNN, because the fused kernels cannot be used here: {reason}",
             )
-    cudnn, fused = (milliseconds(config, encoder, device, clips, form) for form in ("torch", "fused"))
+    try:
+        cudnn, fused = (milliseconds(config, encoder, device, clips, form) for form in ("torch", "fused"))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of the driver or of a compiler: the layers that torch has always had remain
+        return "torch", f"recurrent layers by cuDNN, because timing both failed: {first_line(error)}"
     if fused < cudnn:
         return "fused", f"recurrent layers by fused kernels: {fused:.1f} ms of a step, {cudnn:.1f} by cuDNN"
     return "torch", f"recurrent layers by cuDNN: {cudnn:.1f} ms of a step, {fused:.1f} by fused kernels"
