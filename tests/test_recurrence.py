@@ -14,9 +14,9 @@ pytest.importorskip("triton")
 
 from a2mc_fast.kernels import common, gru, verify
 
-from a2mc_fast import recurrence
 from a2mc_fast.config import Config, EncoderConfig, preset
 from a2mc_fast.data import Clips
+from a2mc_fast.encoders import recurrence
 from a2mc_fast.encoders.bigru import BiGRU
 from a2mc_fast.encoders.common import frozen, weights_held
 from a2mc_fast.encoders.recurrence import choose_recurrence

@@ -13,8 +13,7 @@ import typing
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from a2mc_fast.errors import InputError, require
-from a2mc_fast.settings import (
+from a2mc_fast.config.settings import (
     AttackConfig,
     BankConfig,
     EncoderConfig,
@@ -24,6 +23,7 @@ from a2mc_fast.settings import (
     SyntheticConfig,
     ViewConfig,
 )
+from a2mc_fast.errors import InputError, require
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
