@@ -18,7 +18,7 @@ from a2mc_fast.config import ViewConfig
 from a2mc_fast.data import Clips
 from a2mc_fast.skeleton import NTU25
 from bench.baselines import feeder_pair
-from bench.harness import DEVICE, compare, compiled, compiled_all, seconds, sized
+from bench.harness import DEVICE, TOY, compare, compiled, compiled_all, seconds, sized
 from bench.records import Record, Recorder
 
 CLIPS, FRAMES, BATCH = sized((512, 64, 64), (512, 64, 64), (16, 16, 4))
@@ -63,7 +63,7 @@ def test_basic_views(record: Recorder, one_core: None) -> None:
     print(
         f"\nbatch {BATCH}: {fast:,.0f} views/s, numpy feeder {slow:,.0f}/s, {fast / slow:.1f} times as many"
     )
-    assert fast > 6 * slow  # eight to ten times as many on a quiet machine
+    assert TOY or fast > 6 * slow  # eight to ten times as many on a quiet machine
 
 
 def test_views_of_a_step(record: Recorder, one_core: None) -> None:

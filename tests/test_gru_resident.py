@@ -21,10 +21,10 @@ pytest.importorskip("triton")
 
 from a2mc_fast.kernels import common, gru_resident, gru_steps  # noqa: E402
 from a2mc_fast.kernels.gru import gru_pair, make_operands  # noqa: E402
-from a2mc_fast.runlog import RunLog  # noqa: E402
 
 from a2mc_fast.encoders.bigru import BiGRU  # noqa: E402
 from a2mc_fast.errors import InputError  # noqa: E402
+from a2mc_fast.run.log import RunLog  # noqa: E402
 from tests.conftest import SMALL  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("memory_starts_as_nan")
