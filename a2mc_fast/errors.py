@@ -84,9 +84,31 @@ def one_speaks() -> Iterator[None]:
         sys.exit(EXIT_BAD_INPUT)
 
 
+def tell(line: str, *, error: bool = False) -> None:
+    """A line to standard output, or standard error. If nobody or a full disk takes it, it alone is lost."""
+    stream = sys.stderr if error else sys.stdout
+    try:
+        print(line, file=stream, flush=True)
+    except OSError:
+        # a reader that went away, as a dead `tee` does, would fail every later line too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def open_standard_streams() -> None:
+    """Streams that were closed at the start (`>&-`) lead to nowhere: else a file would get their number."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+
+
 @contextmanager
 def exit_on_error() -> Iterator[None]:
     """Around a command line's main: bad input ends it with one line and exit code 2, Ctrl-C with 130."""
+    open_standard_streams()
     try:
         yield
     except (InputError, OSError) as error:
@@ -95,8 +117,8 @@ def exit_on_error() -> Iterator[None]:
             sys.exit(0)
         # our own FileNotFoundError carries its sentence alone; the system's carries errno and file name
         message = os_reason(error) if isinstance(error, OSError) and error.errno is not None else str(error)
-        print(f"error: {message}", file=sys.stderr)
+        tell(f"error: {message}", error=True)
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        tell("interrupted", error=True)
         sys.exit(EXIT_INTERRUPTED)

@@ -141,14 +141,14 @@ Command = (
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; ends the process with code 2 and one sentence on bad input."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    wanted: Any = tyro.cli(
-        Command,
-        args=arguments,
-        prog="python -m a2mc_fast.prepare",
-        description="Turn recordings or a converted data set into one packed file.",
-        config=(FlagCreatePairsOff,),
-    )
     with exit_on_error():
+        wanted: Any = tyro.cli(
+            Command,
+            args=arguments,
+            prog="python -m a2mc_fast.prepare",
+            description="Turn recordings or a converted data set into one packed file.",
+            config=(FlagCreatePairsOff,),
+        )
         # a file's name may be no text, and the packed file's header is
         command = one_line(shlex.join(["python", "-m", "a2mc_fast.prepare", *arguments]), _LONGEST_COMMAND)
         prepare(wanted, command)

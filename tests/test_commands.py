@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 from a2mc_fast.__main__ import COMMANDS
+from a2mc_fast.data import Clips
 
 PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
 
@@ -28,3 +29,46 @@ def test_the_package_lists_its_commands_without_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [line.split()[2] for line in done.stdout.splitlines()[:-1]] == [f"a2mc_fast.{n}" for n in COMMANDS]
+
+
+def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """A line of bash in a folder, PYTHON standing for this interpreter."""
+    line = command.replace("PYTHON", sys.executable)
+    return subprocess.run(["bash", "-c", line], cwd=folder, capture_output=True, text=True)
+
+
+def test_closed_streams_reach_no_file(tmp_path: Path) -> None:
+    """What is told goes nowhere, and not into a file that got the stream's number."""
+    done = shell("PYTHON -m a2mc_fast.prepare synthetic clips.safetensors --clips 60 >&- 2>&-", tmp_path)
+    assert done.returncode == 0
+    assert len(Clips.load(tmp_path / "clips.safetensors")) == 60
+    done = shell("PYTHON -m a2mc_fast.prepare synthetic clips.safetensors --clips 60 >&- 2>&-", tmp_path)
+    assert done.returncode == 2  # it exists
+
+
+STOPPED = """
+import os, signal
+from a2mc_fast.run.signals import stop_on_signal
+
+gone, end = os.pipe()
+os.close(gone)
+os.dup2(end, 2)
+with stop_on_signal() as asked:
+    os.kill(os.getpid(), signal.SIGTERM)
+print(asked)
+"""
+
+
+def test_a_signal_is_heard_where_nobody_reads_what_it_says() -> None:
+    done = subprocess.run([sys.executable, "-c", STOPPED], capture_output=True, text=True)
+    assert done.stdout.split() == ["[15]"], done.stderr
+
+
+def test_a_line_that_nobody_takes_is_lost_alone(tmp_path: Path) -> None:
+    told = (
+        "from a2mc_fast.errors import tell; tell('a'); tell('b', error=True); open('end', 'w').write('here')"
+    )
+    for stream in (">/dev/full", "2>/dev/full"):
+        assert shell(f'PYTHON -c "{told}" {stream}', tmp_path).returncode == 0
+        assert (tmp_path / "end").read_text() == "x"
+        (tmp_path / "end").unlink()

@@ -16,6 +16,7 @@ import torch
 
 from a2mc_fast.config import Config
 from a2mc_fast.data import Clips
+from a2mc_fast.errors import tell
 from a2mc_fast.run.opened import load_clips
 
 _SHARE = 0.3  # bank rows per training clip
@@ -129,5 +130,5 @@ def fitted(config: Config, args: Sequence[str]) -> Config:
         return config
     known = facts(load_clips(config, torch.device("cpu")), config.split)
     config = derive(config, known, given_flags(args))
-    print(sentence(config, known), flush=True)
+    tell(sentence(config, known))
     return config

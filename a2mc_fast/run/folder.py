@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 from a2mc_fast.config import Config, differences, from_dict
-from a2mc_fast.errors import InputError, require
+from a2mc_fast.errors import InputError, require, tell
 from a2mc_fast.files import read_json
 from a2mc_fast.run.checkpoint import FILE, Checkpoint, load_last_good
 
@@ -43,7 +43,7 @@ def open_folder(config: Config, resume: bool) -> tuple[Path, Checkpoint | None]:
         "resume it with the same flags, or choose another --run.out",
     )
     if damaged or checkpoint is None:
-        print(damaged or f"{folder} holds no checkpoint yet: starting from the beginning", flush=True)
+        tell(damaged or f"{folder} holds no checkpoint yet: starting from the beginning")
     return folder, checkpoint
 
 

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 
@@ -26,7 +26,8 @@ def stop_on_signal(say: bool = True) -> Iterator[list[int]]:
             signal.signal(other, signal.SIG_DFL)
         # no print: the signal may have come in the middle of one
         if say:
-            os.write(2, f"\n{signal.Signals(number).name}: finishing this step and saving\n".encode())
+            with suppress(OSError):  # Ctrl-C ends the `tee` that reads it, too
+                os.write(2, f"\n{signal.Signals(number).name}: finishing this step and saving\n".encode())
 
     if threading.current_thread() is threading.main_thread():
         chosen = (signal.SIGTERM, signal.SIGINT)

@@ -13,7 +13,7 @@ import torch
 
 from a2mc_fast.config import Config
 from a2mc_fast.data import Clips
-from a2mc_fast.errors import require
+from a2mc_fast.errors import require, tell
 from a2mc_fast.files import write_json
 from a2mc_fast.ranks import World, join
 from a2mc_fast.run import checkpoint
@@ -50,7 +50,7 @@ def _pretrain(config: Config, clips: Clips | None, resume: bool, world: World) -
         trainer.restore(resumed)
         if world.share(resumed.step >= total and (folder / "result.json").exists()):
             if world.main:
-                print(f"{folder} is finished after {resumed.step} steps: nothing to resume")
+                tell(f"{folder} is finished after {resumed.step} steps: nothing to resume")
             return folder
 
     with (
