@@ -3,7 +3,7 @@
 The class distribution of the clip is flattened by one Adam step on its coordinates. From a fresh state that
 step is close to lr times the gradient's sign, so each gradient is first scaled to unit length per person and
 frame: the last-step BiGRU passes hardly any gradient to early frames, which would otherwise stay as they are.
-Clips are [N, C, T, V, M], metres.
+Clips are [N, T, C, V, M], metres.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from a2mc_fast.augment import present
 
 _ADAM_BETAS, _ADAM_EPS = (0.9, 0.999), 1e-8
-_ONE_PERSON_IN_A_FRAME = (1, 3)  # dimensions of [N, C, T, V, M] that one norm spans
+_ONE_PERSON_IN_A_FRAME = (2, 3)  # dimensions of [N, T, C, V, M] that one norm spans
 
 
 def semantic_attack(

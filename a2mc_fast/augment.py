@@ -3,8 +3,8 @@
 A view is a pure function of (seed, step, view number, place in the batch): all its random choices come from
 `rng` before any frame is read.
 
-Legend: N clips · C coordinates (3) · T frames of a view · V joints · M persons. Views are [N, C, T, V, M],
-stored in the order [N, T, C, V, M]: a frame is contiguous, as gathers give it and recurrent layers take it.
+Legend: N clips · C coordinates (3) · T frames of a view · V joints · M persons. Views are [N, T, C, V, M]:
+a frame is contiguous, as gathers give it and recurrent layers take it.
 """
 
 from __future__ import annotations
@@ -93,18 +93,18 @@ def resize_positions(start: Tensor, span: Tensor, frames: int) -> Tensor:
 def _resample(rho: Tensor, position: Tensor, lengths: Tensor) -> Tensor:
     """A perturbation of the resized whole clip, read at positions of the native clip.
 
-    rho [N, C, T', V, M], position [N, T] in frames of a clip of n = lengths[N] frames -> [N, C, T, V, M].
+    rho [N, T', C, V, M], position [N, T] in frames of a clip of n = lengths[N] frames -> [N, T, C, V, M].
     """
-    count, _, frames, _, _ = rho.shape
-    rows = rho.transpose(1, 2).reshape(count * frames, -1)
+    count, frames = rho.shape[:2]
+    rows = rho.reshape(count * frames, -1)
     first = torch.arange(0, count * frames, frames, device=rho.device)
     place = ((position + 0.5) * (frames / lengths).unsqueeze(1) - 0.5).clamp(0, frames - 1)
     values = interpolate(rows, first, first + frames - 1, place)
-    return values.unflatten(2, (rho.shape[1], *rho.shape[3:])).transpose(1, 2)
+    return values.unflatten(2, rho.shape[2:])
 
 
 def pose_or_jitter(x: Tensor, draws: Draws, config: ViewConfig) -> Tensor:
-    """Pose augmentation or joint jittering, evenly. x [N, C, T, V, M] -> like x
+    """Pose augmentation or joint jittering, evenly. x [N, T, C, V, M] -> like x
 
     Pose: a shear with unit diagonal for all joints. Jitter: a share of the joints is set to zero, or
     multiplied by one random matrix. (ISC) Both are x + hit (A - 1) x with one matrix A per clip and the
@@ -144,9 +144,8 @@ def rotation_matrices(draws: Draws, config: ViewConfig) -> Tensor:
 
 
 def mix_axes(x: Tensor, matrix: Tensor) -> Tensor:
-    """Every point times its clip's matrix. x [N, C, T, V, M], matrix [N, 3, 3] -> like x."""
-    planes = x.transpose(1, 2)  # [N, T, C, V, M]
-    return (matrix.unsqueeze(1) @ planes.flatten(3)).view(planes.shape).transpose(1, 2)
+    """Every point times its clip's matrix. x [N, T, C, V, M], matrix [N, 3, 3] -> like x."""
+    return (matrix.unsqueeze(1) @ x.flatten(3)).view(x.shape)
 
 
 def _filter_matrices(draws: Draws, frames: int, config: ViewConfig) -> Tensor:
@@ -165,10 +164,10 @@ def _filter_matrices(draws: Draws, frames: int, config: ViewConfig) -> Tensor:
 def spatial(
     x: Tensor, kind: Kind, draws: Draws, noise: Tensor | None, config: ViewConfig, mirror: Tensor
 ) -> Tensor:
-    """The spatial operations of a view. x [N, C, T, V, M] metres -> like x.
+    """The spatial operations of a view. x [N, T, C, V, M] metres -> like x.
 
     weak: pose or jitter. strong: then flip, rotation, noise, filter over time and axis mask, in this order.
-    `noise` [N, C, T, V, M] is standard normal, and read by the strong view only; `mirror` [V] swaps the
+    `noise` [N, T, C, V, M] is standard normal, and read by the strong view only; `mirror` [V] swaps the
     sides.
     """
     if kind == "none":
@@ -180,23 +179,22 @@ def spatial(
     flip = (draws[_FLIP] < config.flip_p).view(-1, 1, 1, 1, 1)
     y = torch.where(flip, y[:, :, :, mirror], y)
     if config.flip_mirror_x:
-        is_x = torch.arange(3, device=x.device).view(3, 1, 1, 1) == 0
+        is_x = torch.arange(3, device=x.device).view(3, 1, 1) == 0
         y = torch.where(flip & is_x, -y, y)
     y = mix_axes(y, rotation_matrices(draws, config))
     scale = config.noise_std * (draws[_NOISE] < config.noise_p).view(-1, 1, 1, 1, 1)
     if not config.noise_absent:
         scale = scale * present(x)
     y = y + scale * noise
-    rows = y.transpose(1, 2).flatten(2)  # [N, T, C*V*M]
-    y = (_filter_matrices(draws, y.shape[2], config) @ rows).unflatten(2, (3, *y.shape[3:])).transpose(1, 2)
+    y = (_filter_matrices(draws, y.shape[1], config) @ y.flatten(2)).view(y.shape)
     masked = torch.floor(3 * draws[_MASK_AXIS]).long().unsqueeze(1) == torch.arange(3, device=x.device)
     masked = masked & (draws[_MASK] < config.mask_p).unsqueeze(1)
-    return y * (~masked).view(-1, 3, 1, 1, 1)
+    return y * (~masked).view(-1, 1, 3, 1, 1)
 
 
 def present(x: Tensor) -> Tensor:
-    """Whether a person has any coordinate that is not zero. x [N, C, T, V, M] -> bool [N, 1, T, 1, M]"""
-    return (x != 0).any(3, keepdim=True).any(1, keepdim=True)
+    """Whether a person has any coordinate that is not zero. x [N, T, C, V, M] -> bool [N, T, 1, 1, M]"""
+    return (x != 0).any(3, keepdim=True).any(2, keepdim=True)
 
 
 class Views:
@@ -213,21 +211,21 @@ class Views:
         return draw(self.seed, step, views, clips, joints, self.clips.device)
 
     def whole(self, index: Tensor) -> Tensor:
-        """Whole clips resized to T frames, as the attack sees them. index [N] -> [N, C, T, V, M]"""
+        """Whole clips resized to T frames, as the attack sees them. index [N] -> [N, T, C, V, M]"""
         lengths = self.clips.lengths[index]
         position = resize_positions(torch.zeros_like(lengths), lengths, self.config.frames)
         return self.clips.read(index, position)
 
     def cropped(self, index: Tensor, draws: Draws) -> Tensor:
-        """A random temporal crop-resize and nothing else. index [N] -> [N, C, T, V, M]"""
+        """A random temporal crop-resize and nothing else. index [N] -> [N, T, C, V, M]"""
         return self.clips.read(index, crop_positions(draws, self.clips.lengths[index], self.config))
 
     def make(
         self, index: Tensor, kind: Kind, draws: Draws, step: Tensor | int, rho: Tensor | None = None
     ) -> Tensor:
-        """One view of clips index [N], of the clips themselves or as perturbed by rho. -> [N, C, T, V, M]
+        """One view of clips index [N], of the clips themselves or as perturbed by rho. -> [N, T, C, V, M]
 
-        rho [N, C, T, V, M] belongs to the resized whole clips; it is resampled to the times the crop reads.
+        rho [N, T, C, V, M] belongs to the resized whole clips; it is resampled to the times the crop reads.
         """
         if kind == "none":
             x = self.whole(index)
@@ -239,12 +237,9 @@ class Views:
             x = x + _resample(rho, position, lengths)
         noise = None
         if kind == "strong":
-            stored = x.transpose(1, 2)
-            noise = rng.normal(
-                self.seed, step, rng.STREAM_NOISE, stored.shape, x.device, draws.first
-            ).transpose(1, 2)
+            noise = rng.normal(self.seed, step, rng.STREAM_NOISE, x.shape, x.device, draws.first)
         return spatial(x, kind, draws, noise, self.config, self.mirror)
 
     def centered(self, index: Tensor) -> Tensor:
-        """The centre crop of evaluation. index [N] -> [N, C, T, V, M]"""
+        """The centre crop of evaluation. index [N] -> [N, T, C, V, M]"""
         return self.clips.read(index, center_positions(self.clips.lengths[index], self.config.frames))

@@ -6,7 +6,7 @@ in.
     x1 weak view  ─► query encoder ─► f1 ├─► mixing contrast ◄─► bank
     x2 strong view ► query encoder ─► f2 ┘
 
-x1 and x2 are views of the attacked clip. Features are [N, D] float32 unit rows; clips are [N, C, T, V, M].
+x1 and x2 are views of the attacked clip. Features are [N, D] float32 unit rows; clips are [N, T, C, V, M].
 An encoder contrasts one or more levels of its feature, each with a head and a bank of its own, in pairs
 (query level, key level). The loss is summed over the pairs; those that share a bank are stacked along N, P
 pairs deep.
@@ -82,7 +82,7 @@ class A2MC(nn.Module):
             )
 
     def classify(self, x: Tensor) -> Tensor:
-        """Class logits of the attack. x [N, C, T, V, M] -> [N, classes] float32"""
+        """Class logits of the attack. x [N, T, C, V, M] -> [N, classes] float32"""
         return self.classifier(self.query.feature(x, wide=True).float())
 
     # features, losses (sec. III-C, III-D)
@@ -95,9 +95,8 @@ class A2MC(nn.Module):
             keys = self.key(x0)
         views = [x for x in (x3, x1, x2) if x is not None]
         with record_function("query"):
-            # joined in the order in which views are stored
-            together = torch.cat([x.transpose(1, 2) for x in views]).transpose(1, 2)
-            queries = {k: f.chunk(len(views)) for k, f in self.query(together, views=len(views)).items()}
+            together = self.query(torch.cat(views), views=len(views))
+            queries = {level: f.chunk(len(views)) for level, f in together.items()}
         places = iter(range(len(views)))
         at = [None if x is None else next(places) for x in (x3, x1, x2)]
 

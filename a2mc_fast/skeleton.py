@@ -120,7 +120,7 @@ NTU25 = Skeleton(
 
 
 def bone_stream(x: Tensor, parents: Tensor) -> Tensor:
-    """Joint minus its parent. x [N, C, T, V, M] metres, parents [V] -> same shape; the root's bone is zero.
+    """Joint minus its parent. x [N, T, C, V, M] metres, parents [V] -> same shape; the root's bone is zero.
 
     (2s-AGCN, sec. 3.3)
     """
@@ -128,7 +128,7 @@ def bone_stream(x: Tensor, parents: Tensor) -> Tensor:
 
 
 def motion_stream(x: Tensor) -> Tensor:
-    """Next frame minus this one. x [N, C, T, V, M] metres -> metres per frame; the last frame is zero."""
-    later = x.roll(-1, 2)
-    later[:, :, -1] = x[:, :, -1]
+    """Next frame minus this one. x [N, T, C, V, M] metres -> metres per frame; the last frame is zero."""
+    later = x.roll(-1, 1)
+    later[:, -1] = x[:, -1]
     return later - x

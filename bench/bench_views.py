@@ -50,7 +50,7 @@ def test_basic_views(record: Recorder, one_core: None) -> None:
         index = torch.arange(BATCH) * 7 % CLIPS
         first, second = views.draw(step, BATCH, views=2)
         pair = views.make(index.repeat(2), "weak", first + second, step)
-        return pair.transpose(1, 2).flatten(2)  # [2 BATCH, T, C*V*M], the recurrent encoder's input
+        return pair.flatten(2)  # [2 BATCH, T, C*V*M], the recurrent encoder's input
 
     def feeder(step: int) -> list[torch.Tensor]:
         picked = random.integers(0, CLIPS, BATCH)

@@ -82,7 +82,7 @@ def view(kind: str, clip: str = "plain") -> None:
     views = Views(clips(), config.views, config.seed)
     index, step = torch.zeros(count, dtype=torch.int64, device=GPU), torch.tensor(5, device=GPU)
     draws = Draws(torch.empty(count, 49, device=GPU))
-    rho = torch.empty(count, config.views.frames, 3, NTU25.num_joints, 2, device=GPU).transpose(1, 2)
+    rho = torch.empty(count, config.views.frames, 3, NTU25.num_joints, 2, device=GPU)
     made = compiled(
         views.make,
         index,

@@ -11,7 +11,7 @@ from a2mc_fast.config import Config, EncoderConfig
 from a2mc_fast.model import A2MC
 from a2mc_fast.skeleton import NTU25
 
-SHAPE = (6, 3, 16, 25, 2)
+SHAPE = (6, 16, 3, 25, 2)
 
 
 @pytest.fixture
@@ -26,13 +26,13 @@ def model() -> A2MC:
 def clips() -> Tensor:
     x = torch.randn(SHAPE)
     x[1::2, :, :, :, 1] = 0  # one person only
-    x[0, :, 5, :, 0] = 0  # absent in one frame
+    x[0, 5, :, :, 0] = 0  # absent in one frame
     return x
 
 
 def test_norm_is_bounded_per_person_and_frame(model: A2MC) -> None:
     rho = semantic_attack(model.classify, clips())
-    norms = torch.linalg.vector_norm(rho, dim=(1, 3))
+    norms = torch.linalg.vector_norm(rho, dim=(2, 3))
     assert norms.max() <= 0.5 + 1e-6
     assert norms.max() > 0.45  # and the bound is reached
 
@@ -40,22 +40,22 @@ def test_norm_is_bounded_per_person_and_frame(model: A2MC) -> None:
 def test_absent_persons_stay_untouched(model: A2MC) -> None:
     x = clips()
     rho = semantic_attack(model.classify, x)
-    assert (rho[1::2, :, :, :, 1] == 0).all() and (rho[0, :, 5, :, 0] == 0).all()
-    assert (rho[0, :, 6, :, 0] != 0).any()
+    assert (rho[1::2, :, :, :, 1] == 0).all() and (rho[0, 5, :, :, 0] == 0).all()
+    assert (rho[0, 6, :, :, 0] != 0).any()
 
 
 def test_early_frames_are_attacked() -> None:
     """A gradient that fades towards the start, as a last-step BiGRU's does, still moves the first frame
     fully."""
-    fade = (10.0 ** torch.linspace(-18, -9, 64)).view(64, 1, 1)
+    fade = (10.0 ** torch.linspace(-18, -9, 64)).view(64, 1, 1, 1)
 
-    confident = torch.randn(3 * 64 * 25 * 2)
+    confident = torch.randn(64 * 3 * 25 * 2)
 
     def classify(x: Tensor) -> Tensor:
         return confident + (x * fade).flatten(1)
 
-    rho = semantic_attack(classify, torch.randn(4, 3, 64, 25, 2))
-    norms = torch.linalg.vector_norm(rho, dim=(1, 3))
+    rho = semantic_attack(classify, torch.randn(4, 64, 3, 25, 2))
+    norms = torch.linalg.vector_norm(rho, dim=(2, 3))
     torch.testing.assert_close(norms, torch.full_like(norms, 0.5), rtol=1e-3, atol=1e-3)
 
 
@@ -74,7 +74,7 @@ def test_tiny_gradients_survive() -> None:
 
 def test_it_flattens_the_class_distribution(model: A2MC) -> None:
     """With a small step the distance to uniform falls for at least 95 % of clips, and rises against it."""
-    x = torch.randn(128, 3, 16, 25, 2)
+    x = torch.randn(128, 16, 3, 25, 2)
     before = attack_loss(model.classify(x))
     rho = semantic_attack(model.classify, x, lr=0.001, radius=0.05)
     after, worse = (attack_loss(model.classify(x + sign * rho)) for sign in (1, -1))

@@ -93,11 +93,6 @@ def slow_spatial(
     return x
 
 
-def in_time_order(x: torch.Tensor) -> np.ndarray:
-    """[N, C, T, V, M] -> [N, T, C, V, M]"""
-    return x.transpose(1, 2).numpy()
-
-
 @pytest.mark.parametrize("attacked", [False, True])
 @pytest.mark.parametrize("config", [ViewConfig(), ViewConfig(frames=10, min_frames=5, filter_normalize=True)])
 def test_views_equal_the_slow_restatement(
@@ -108,7 +103,7 @@ def test_views_equal_the_slow_restatement(
     clips = make_clips(lengths)
     views = Views(clips, config, seed=1)
     index = torch.arange(len(lengths))
-    rho = 0.1 * torch.randn(len(lengths), 3, config.frames, 25, 2) if attacked else None
+    rho = 0.1 * torch.randn(len(lengths), config.frames, 3, 25, 2) if attacked else None
     choices = views.draw(7, len(lengths), views=1)[0]
     x = clips.read(index, crop_positions(choices, clips.lengths, config))
     position = crop_positions(choices, clips.lengths, config)
@@ -116,7 +111,7 @@ def test_views_equal_the_slow_restatement(
         from a2mc_fast.augment import _resample
 
         x = x + _resample(rho, position, clips.lengths)
-    noise = torch.randn(x.transpose(1, 2).shape).transpose(1, 2)
+    noise = torch.randn(x.shape)
     weak = spatial(x, "weak", choices, None, config, MIRROR)
     strong = spatial(x, "strong", choices, noise, config, MIRROR)
     first = 0
@@ -125,12 +120,12 @@ def test_views_equal_the_slow_restatement(
         clip = clips.frames[first : first + length].double().numpy()
         first += length
         u = choices.values[n].double().numpy()
-        perturbation = None if rho is None else in_time_order(rho)[n]
+        perturbation = None if rho is None else rho[n].numpy()
         cropped = slow_crop(clip, u, config, perturbation)
-        np.testing.assert_allclose(in_time_order(x)[n], cropped, atol=2e-4)
+        np.testing.assert_allclose(x[n].numpy(), cropped, atol=2e-4)
         for got, is_strong in ((weak, False), (strong, True)):
-            expected = slow_spatial(cropped, u, in_time_order(noise)[n], is_strong, config)
-            np.testing.assert_allclose(in_time_order(got)[n], expected, atol=2e-3, rtol=1e-4)
+            expected = slow_spatial(cropped, u, noise[n].numpy(), is_strong, config)
+            np.testing.assert_allclose(got[n].numpy(), expected, atol=2e-3, rtol=1e-4)
         taken.add((u[2] < 0.5, u[3] < 0.5, u[13] < 0.5, u[20] < 0.5, u[22] < 0.5))
     assert len(taken) > 10
 
@@ -143,7 +138,7 @@ def test_make_is_crop_then_spatial(make_clips: Callable[..., Clips]) -> None:
     x = views.cropped(index, choices)
     expected = spatial(x, "weak", choices, None, views.config, MIRROR)
     torch.testing.assert_close(views.make(index, "weak", choices, 5), expected)
-    rho = torch.ones(2, 3, 64, 25, 2)
+    rho = torch.ones(2, 64, 3, 25, 2)
     shifted = spatial(x + 1, "weak", choices, None, views.config, MIRROR)  # a constant stays one, resampled
     torch.testing.assert_close(views.make(index, "weak", choices, 5, rho), shifted, rtol=1e-4, atol=1e-4)
 
@@ -152,9 +147,9 @@ def test_view_without_augmentation_is_the_whole_clip(make_clips: Callable[..., C
     clips = make_clips([64, 200])
     views = Views(clips, ViewConfig(), 0)
     choices = views.draw(0, 1, views=1)[0]
-    rho = torch.randn(1, 3, 64, 25, 2)
+    rho = torch.randn(1, 64, 3, 25, 2)
     whole = views.make(torch.tensor([0]), "none", choices, 0)
-    torch.testing.assert_close(in_time_order(whole)[0], clips.frames[:64].numpy())
+    torch.testing.assert_close(whole[0], clips.frames[:64])
     torch.testing.assert_close(views.make(torch.tensor([0]), "none", choices, 0, rho), whole + rho)
 
 
@@ -216,24 +211,24 @@ def test_filter_is_not_normalised_by_default(sigma: float, total: float) -> None
     u = np.full((1, 49), 0.99)
     u[0, [20, 21]] = 0.0, (sigma - 0.1) / 1.9  # the filter alone
     config = ViewConfig(shear=0.0, rotate_p=0.0)
-    x = torch.ones(1, 3, 64, 25, 2)
-    middle = spatial(x, "strong", draws_of(u), torch.zeros_like(x), config, MIRROR)[0, 0, 32, 0, 0]
+    x = torch.ones(1, 64, 3, 25, 2)
+    middle = spatial(x, "strong", draws_of(u), torch.zeros_like(x), config, MIRROR)[0, 32, 0, 0, 0]
     assert abs(middle.item() - total) < 2e-3
     normal = spatial(
         x, "strong", draws_of(u), torch.zeros_like(x), replace(config, filter_normalize=True), MIRROR
     )
-    assert abs(normal[0, 0, 32, 0, 0].item() - 1) < 1e-5
+    assert abs(normal[0, 32, 0, 0, 0].item() - 1) < 1e-5
 
 
 def test_options_of_the_strong_view() -> None:
     u = np.full((1, 49), 0.99)
     u[0, [13, 19]] = 0.0  # flip and noise
-    x = torch.randn(1, 3, 8, 25, 2)
+    x = torch.randn(1, 8, 3, 25, 2)
     x[..., 1] = 0
     noise = torch.randn_like(x)
     config = ViewConfig(frames=8, shear=0.0, rotate_p=0.0, flip_mirror_x=True, noise_absent=False)
     got = spatial(x, "strong", draws_of(u), noise, config, MIRROR)
-    sign = torch.tensor([-1.0, 1, 1]).view(3, 1, 1, 1)
+    sign = torch.tensor([-1.0, 1, 1]).view(3, 1, 1)
     present = torch.tensor([1.0, 0])
     torch.testing.assert_close(got, (x * sign)[:, :, :, MIRROR] + 0.01 * noise * present)
 

@@ -311,7 +311,7 @@ def encoded(world: World, name: str, x: torch.Tensor) -> list[Any]:
 @pytest.mark.parametrize("name", ENCODERS)
 def test_encoders_see_the_joint_batch(name: str, two: Ranks) -> None:
     torch.manual_seed(0)
-    x = torch.randn(8, 3, 8, 5, 1, dtype=torch.float64)
+    x = torch.randn(8, 8, 3, 5, 1, dtype=torch.float64)
     torch.manual_seed(0)
     alone = encoded(ALONE, name, x)
     ranks = two(encoded, name, x)

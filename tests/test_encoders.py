@@ -29,12 +29,12 @@ def reference_state(
 
 def frame_by_frame(gru: nn.GRU, norm: nn.BatchNorm1d, x: Tensor) -> Tensor:
     """The reference forward pass: one call per frame with the hidden state carried."""
-    n, c, t, v, m = x.shape
+    n, t, c, v, m = x.shape
     sequence = torch.zeros(n, t, v * 6)
     for joint in range(v):
         for axis in range(c):
             for person in range(m):
-                sequence[:, :, joint * 6 + axis * 2 + person] = x[:, axis, :, joint, person]
+                sequence[:, :, joint * 6 + axis * 2 + person] = x[:, :, axis, joint, person]
     sequence = norm(sequence.permute(0, 2, 1).contiguous()).permute(0, 2, 1)
     hidden, output = None, None
     for frame in range(t):
@@ -53,7 +53,7 @@ def test_released_weights_give_the_reference_features(prefix: str, hidden: int) 
     }
     encoder = BiGRU(NTU25, hidden=hidden, layers=3)
     encoder.load_reference(state)
-    x = torch.randn(4, 3, 16, 25, 2)
+    x = torch.randn(4, 16, 3, 25, 2)
     torch.testing.assert_close(encoder.eval()(x), frame_by_frame(gru, norm.eval(), x))
 
 
@@ -70,8 +70,8 @@ def test_bidirectional_is_the_true_time_reversal() -> None:
     gru, _, state = reference_state(12, 2, 150, "")
     encoder = BiGRU(NTU25, hidden=12, layers=2, time_mode="bidirectional", input_norm=False)
     encoder.load_reference(state)
-    x = torch.randn(4, 3, 16, 25, 2)
-    output = gru(x.permute(0, 2, 3, 1, 4).flatten(2))[0]
+    x = torch.randn(4, 16, 3, 25, 2)
+    output = gru(x.permute(0, 1, 3, 2, 4).flatten(2))[0]
     torch.testing.assert_close(encoder(x), torch.cat((output[:, -1, :12], output[:, 0, 12:]), 1))
 
 
@@ -91,8 +91,8 @@ def test_mean_pool_averages_what_the_layers_put_out(time_mode: str) -> None:
     for name, weight in gru.named_parameters():
         one = also_ahead if name.endswith("_reverse") else ahead
         weight.data = one.get_parameter(name.removesuffix("_reverse")).data
-    x = torch.randn(4, 3, 16, 25, 1)
-    sequence = x.permute(0, 2, 1, 3, 4).flatten(2)
+    x = torch.randn(4, 16, 3, 25, 1)
+    sequence = x.flatten(2)
     expected = gru(sequence)[0].mean(1)
     if time_mode == "forward_pair":
         expected = torch.cat((ahead(sequence)[0], also_ahead(sequence)[0]), 2).mean(1)
@@ -114,7 +114,7 @@ def test_parameter_and_mac_counts() -> None:
 def test_several_views_in_one_pass_equal_separate_passes(time_mode: str) -> None:
     one, many = (BiGRU(NTU25, hidden=8, layers=2, time_mode=time_mode) for _ in range(2))  # type: ignore[arg-type]
     many.load_state_dict(one.state_dict())
-    views = [scale * torch.randn(5, 3, 12, 25, 2) for scale in (1, 2, 3)]
+    views = [scale * torch.randn(5, 12, 3, 25, 2) for scale in (1, 2, 3)]
     separate = torch.cat([one(view) for view in views])
     together = many(torch.cat(views), views=3)
     torch.testing.assert_close(together, separate)
@@ -127,15 +127,15 @@ def test_the_pair_is_causal() -> None:
     """Later frames cannot alter what an earlier frame put out: dropping them leaves the shorter clip's
     feature."""
     encoder = BiGRU(NTU25, hidden=8, layers=2).eval()
-    x = torch.randn(2, 3, 20, 25, 2)
-    changed = torch.cat((x[:, :, :15], torch.randn(2, 3, 5, 25, 2)), 2)
-    torch.testing.assert_close(encoder(x[:, :, :15]), encoder(changed[:, :, :15]))
+    x = torch.randn(2, 20, 3, 25, 2)
+    changed = torch.cat((x[:, :15], torch.randn(2, 5, 3, 25, 2)), 1)
+    torch.testing.assert_close(encoder(x[:, :15]), encoder(changed[:, :15]))
     assert not torch.equal(encoder(x), encoder(changed))
 
 
 def test_any_skeleton_and_one_person() -> None:
     encoder = build_encoder("bigru", SMALL, persons=1, hidden=8, layers=1)
-    assert encoder(torch.randn(3, 3, 10, 5, 1)).shape == (3, encoder.feature_dim)
+    assert encoder(torch.randn(3, 10, 3, 5, 1)).shape == (3, encoder.feature_dim)
 
 
 def test_initialisation_is_xavier_over_the_stacked_gates() -> None:

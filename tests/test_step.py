@@ -225,7 +225,7 @@ def test_the_loss_is_summed_over_pairs_of_levels(halves: None) -> None:
     model = A2MC(small(), SMALL, 1, 3)
     assert list(model.query.heads) == ["t", "s", "i"] and set(model.banks) == {"i", "t", "s"}
     assert model.main == "i" and model.bank() is model.banks["i"]
-    x = [torch.randn(4, 3, 8, 5, 1) for _ in range(4)]
+    x = [torch.randn(4, 8, 3, 5, 1) for _ in range(4)]
     model.query.eval(), model.key.eval()
     losses = model.losses(model.features(*x))
     with torch.no_grad():
@@ -246,7 +246,7 @@ def test_each_bank_climbs_the_pairs_that_meet_at_it(halves: None, backend: str) 
     config = replace(small(), bank=bank)
     model = A2MC(config, SMALL, 1, 3)
     model.backend = backend  # type: ignore[assignment]
-    x = [torch.randn(4, 3, 8, 5, 1) for _ in range(4)]
+    x = [torch.randn(4, 8, 3, 5, 1) for _ in range(4)]
     model.query.eval(), model.key.eval()
     with torch.no_grad():
         f0, (f3, f1, f2) = model.key(x[0]), (model.query(v) for v in x[1:])

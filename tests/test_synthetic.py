@@ -21,7 +21,7 @@ def clips() -> Clips:
 
 
 def resampled(clips: Clips) -> Tensor:
-    """Every whole clip at 32 times: [N, C, T, V, M]."""
+    """Every whole clip at 32 times: [N, T, C, V, M]."""
     position = torch.linspace(0, 1, STEPS) * (clips.lengths - 1).unsqueeze(1)
     return clips.read(torch.arange(len(clips)), position)
 
@@ -48,10 +48,10 @@ def motion_filters(x: Tensor) -> Tensor:
     filters = torch.randn(600, 150, 7, generator=generator)
     filters *= torch.rand(600, 150, 1, generator=generator) < 0.04
     filters -= filters.mean(2, keepdim=True)
-    mirrored = x[:, :, :, list(NTU25.mirror)] * torch.tensor([-1.0, 1, 1]).view(3, 1, 1, 1)
+    mirrored = x[:, :, :, list(NTU25.mirror)] * torch.tensor([-1.0, 1, 1]).view(3, 1, 1)
 
     def pooled(clip: Tensor) -> Tensor:
-        response = F.conv1d(clip.permute(0, 1, 3, 4, 2).flatten(1, 3), filters)
+        response = F.conv1d(clip.permute(0, 2, 3, 4, 1).flatten(1, 3), filters)
         return torch.cat((response.amax(2), response.clamp(min=0).mean(2)), 1)
 
     return pooled(x) + pooled(mirrored)
@@ -146,10 +146,10 @@ def test_trajectory_tells_the_class_and_trivial_statistics_do_not(clips: Clips) 
     x = resampled(clips)
     trivial = {
         "length": clips.lengths,
-        "mean pose": x.mean(2),
-        "first frame": x[:, :, 0],
-        "last frame": x[:, :, -1],
-        "motion of each joint": (x[:, :, 1:] - x[:, :, :-1]).norm(dim=1).mean(1),
+        "mean pose": x.mean(1),
+        "first frame": x[:, 0],
+        "last frame": x[:, -1],
+        "motion of each joint": (x[:, 1:] - x[:, :-1]).norm(dim=2).mean(1),
     }
     accuracy = {
         name: ridge_accuracy(clips, feature.view(len(clips), -1)) for name, feature in trivial.items()

@@ -241,12 +241,11 @@ class Clips:
     def read(self, index: Tensor, position: Tensor) -> Tensor:
         """Frames at fractional times, interpolated linearly, as one gather.
 
-        index [N] clip numbers, position [N, T] in frames within 0 .. length - 1 -> [N, C, T, V, M], stored in
-        the order [N, T, C, V, M].
+        index [N] clip numbers, position [N, T] in frames within 0 .. length - 1 -> [N, T, C, V, M]
         """
         first = self.offsets[index]
         values = interpolate(self._rows, first, first + self.lengths[index] - 1, position)
-        return values.unflatten(2, self.frames.shape[1:]).transpose(1, 2)
+        return values.unflatten(2, self.frames.shape[1:])
 
 
 def _check_frames(where: str, frames: Tensor, lengths: Tensor, skeleton: Skeleton) -> None:

@@ -1,4 +1,4 @@
-"""Skeleton encoders: clips [N, C, T, V, M] in, one feature per clip out."""
+"""Skeleton encoders: clips [N, T, C, V, M] in, one feature per clip out."""
 
 from a2mc_fast.encoders.build import build_encoder
 

@@ -35,7 +35,7 @@ warnings.filterwarnings("ignore", "RNN module weights are not part of single con
 
 
 class BiGRU(Encoder):
-    """x [N, C, T, V, M] -> [N, 2 hidden], for any number of frames."""
+    """x [N, T, C, V, M] -> [N, 2 hidden], for any number of frames."""
 
     recurrent = True
     recurrence: Literal["torch", "fused", "resident"] = "torch"
@@ -69,10 +69,8 @@ class BiGRU(Encoder):
                 nn.init.xavier_uniform_(weight)  # over the whole stacked matrix of three gates (ISC, CMD)
 
     def forward(self, x: Tensor, views: int = 1) -> Tensor:
-        """x [N, C, T, V, M], or several views one after another, each normalised by its own statistics."""
-        sequence = x.transpose(1, 2).flatten(
-            2
-        )  # [N, T, C*V*M]: no copy for views, which are stored like this
+        """x [N, T, C, V, M], or several views one after another, each normalised by its own statistics."""
+        sequence = x.flatten(2)  # [N, T, C*V*M]
         if self.input_norm is not None:
             sequence = norm_per_view(self.input_norm, sequence.flatten(0, 1), views).view(sequence.shape)
         low = x.is_cuda and torch.is_autocast_enabled("cuda")

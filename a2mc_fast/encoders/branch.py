@@ -39,7 +39,7 @@ class Branch(nn.Module):
         )
 
     def feature(self, x: Tensor, views: int = 1, *, wide: bool = False) -> Tensor:
-        """The encoder's feature, used downstream. x [views N, C, T, V, M] joints -> [views N, feature_dim]
+        """The encoder's feature, used downstream. x [views N, T, C, V, M] joints -> [views N, feature_dim]
 
         `wide` computes it in float32 where fp16 is set, for gradients that it cannot hold.
         """
@@ -57,7 +57,7 @@ class Branch(nn.Module):
         return F.normalize(projected.float(), dim=1)
 
     def forward(self, x: Tensor, views: int = 1) -> dict[str, Tensor]:
-        """The contrasted features by level. x [views N, C, T, V, M] -> float32 unit rows [views N, D] each"""
+        """The contrasted features by level. x [views N, T, C, V, M] -> float32 unit rows [views N, D] each"""
         feature = self.feature(x, views)
         return {level: self.project(feature, level) for level in self.heads}
 

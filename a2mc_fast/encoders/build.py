@@ -17,7 +17,7 @@ _ENCODERS: dict[str, type[Encoder]] = {"bigru": BiGRU, "stgcn": STGCN, "dsta": D
 
 
 def build_encoder(name: str, skeleton: Skeleton, **options: Any) -> Encoder:
-    """An encoder with `.feature_dim`; forward(x [N, C, T, V, M], views=1) -> [N, feature_dim].
+    """An encoder with `.feature_dim`; forward(x [N, T, C, V, M], views=1) -> [N, feature_dim].
 
     Options are those of the encoder's class. `InputError` for an unknown name or option.
     """

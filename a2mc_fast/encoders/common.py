@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class Encoder(nn.Module):
-    """A backbone: forward(x [views N, C, T, V, M], views=1) -> [views N, feature_dim].
+    """A backbone: forward(x [views N, T, C, V, M], views=1) -> [views N, feature_dim].
 
     Several views may come one after another in the batch; each is normalised by its own batch statistics. An
     encoder defines `encode` for one view, or `forward` itself where one pass can serve all views.
@@ -42,13 +42,13 @@ class Encoder(nn.Module):
         return torch.cat([self.encode(view) for view in x.chunk(views)])
 
     def encode(self, x: Tensor) -> Tensor:
-        """x [N, C, T, V, M] -> [N, feature_dim]"""
+        """x [N, T, C, V, M] -> [N, feature_dim]"""
         raise NotImplementedError
 
 
 def persons_apart(x: Tensor) -> Tensor:
-    """Each person as a clip of its own, channels last in memory. x [N, C, T, V, M] -> [N M, T, V, C]"""
-    return x.permute(0, 4, 2, 3, 1).flatten(0, 1).contiguous()
+    """Each person as a clip of its own, channels last in memory. x [N, T, C, V, M] -> [N M, T, V, C]"""
+    return x.permute(0, 4, 1, 3, 2).flatten(0, 1).contiguous()
 
 
 def norm_per_view(norm: nn.Module, x: Tensor, views: int) -> Tensor:

@@ -18,7 +18,7 @@ def parameters_and_macs(
     """
     # in training mode, because inference mode may hide products inside fused kernels
     shadow = copy.deepcopy(encoder).to("meta").train().requires_grad_(False)
-    clip = torch.empty(1, 3, frames, joints, persons, device="meta")
+    clip = torch.empty(1, frames, 3, joints, persons, device="meta")
     with FlopCounterMode(display=False) as counter:
         shadow(clip)
     return sum(p.numel() for p in encoder.parameters()), counter.get_total_flops() // 2

@@ -49,7 +49,7 @@ _SIZES: dict[str, Blocks] = {
 
 
 class DSTANet(Encoder):
-    """x [N, C, T, V, M] -> [N, 256], the mean over persons, frames and joints."""
+    """x [N, T, C, V, M] -> [N, 256], the mean over persons, frames and joints."""
 
     feature_dim = 256
 

@@ -25,7 +25,7 @@ _DROPOUT = 0.1
 
 
 class SCDNet(Encoder):
-    """x [N, C, T, V, M] -> [N, 2 width], for the number of frames it was built for."""
+    """x [N, T, C, V, M] -> [N, 2 width], for the number of frames it was built for."""
 
     pairs = (("t", "i"), ("s", "i"), ("i", "t"), ("i", "s"))
 
@@ -34,7 +34,7 @@ class SCDNet(Encoder):
     ) -> None:
         super().__init__()
         require(width % heads == 0, f"encoder.width {width} must be a multiple of encoder.heads {heads}")
-        self.clip_shape = (_CHANNELS[0], frames, skeleton.num_joints, persons)
+        self.clip_shape = (frames, _CHANNELS[0], skeleton.num_joints, persons)
         self.feature_dim = 2 * width
         self.levels = {"t": slice(0, width), "s": slice(width, 2 * width), "i": slice(None)}
         self.head_hidden = width
@@ -44,11 +44,11 @@ class SCDNet(Encoder):
         self.spatial = TokenTransformer(frames * _CHANNELS[-1], width, heads)
 
     def forward(self, x: Tensor, views: int = 1) -> Tensor:
-        """x [N, C, T, V, M], or several views one after another, each normalised by its own statistics."""
+        """x [N, T, C, V, M], or several views one after another, each normalised by its own statistics."""
         require(
             tuple(x.shape[1:]) == self.clip_shape,
-            f"this SCD-Net reads clips [N, {', '.join(map(str, self.clip_shape))}], got {list(x.shape)}; "
-            "build it for the clip's frames, joints and persons",
+            f"this SCD-Net reads clips [N, T, C, V, M] = [N, {', '.join(map(str, self.clip_shape))}], "
+            f"got {list(x.shape)}; build it for the clip's frames, joints and persons",
         )
         # nothing but the graph convolutions uses batch statistics
         frames = norm_per_view(self.temporal_graph, x, views).permute(0, 3, 1, 4, 2).flatten(2)
@@ -58,7 +58,7 @@ class SCDNet(Encoder):
 
 
 class GraphStack(nn.Module):
-    """Three CTR-GCN blocks over joints and frames. x [N, 3, T, V, M] -> [N, M, 64, T, V]"""
+    """Three CTR-GCN blocks over joints and frames. x [N, T, 3, V, M] -> [N, M, 64, T, V]"""
 
     def __init__(self, skeleton: Skeleton, persons: int) -> None:
         super().__init__()
@@ -72,9 +72,7 @@ class GraphStack(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.transpose(1, 2)
-        # [N T, C V M]: no copy for views, which are stored like this
-        x = self.input_norm(x.flatten(2).flatten(0, 1)).view(x.shape)
+        x = self.input_norm(x.flatten(2).flatten(0, 1)).view(x.shape)  # over C, V and M
         x = x.permute(0, 4, 2, 1, 3)  # [N, M, C, T, V]
         return self.blocks(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 

@@ -20,7 +20,7 @@ _INIT_STD = 0.02
 
 
 class STGCN(Encoder):
-    """x [N, C, T, V, M] -> [N, 256], the mean over frames, joints and persons; an absent person counts."""
+    """x [N, T, C, V, M] -> [N, 256], the mean over frames, joints and persons; an absent person counts."""
 
     feature_dim = 256
 

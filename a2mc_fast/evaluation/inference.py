@@ -45,7 +45,8 @@ class ClipEncoder(nn.Module):
         self.feature_dim = branch.encoder.feature_dim
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.branch.feature(x).float()
+        # the one place where the field's order of dimensions becomes ours
+        return self.branch.feature(x.transpose(1, 2)).float()
 
 
 def load_encoder(

@@ -25,7 +25,7 @@ class Stage(NamedTuple):
     """One row of the picture."""
 
     name: str
-    clip: Tensor  # [1, C, T, V, M]
+    clip: Tensor  # [1, T, C, V, M]
     probability: Tensor  # [classes]
 
 
@@ -39,7 +39,7 @@ def attack(run: Opened, *, clip: str = "", frames: int = 6, seed: int = 0) -> Fi
     stages = attacked_stages(run, number, seed)
     whole = stages[0].clip[0].cpu().numpy()
     skeleton, persons = run.clips.skeleton, persons_seen(whole)
-    moments = even_frames(whole.shape[1], frames)
+    moments = even_frames(whole.shape[0], frames)
     # the first two rows share their scale; a view may be sheared or filtered to any size
     room = extent([whole, stages[1].clip[0].cpu().numpy()], moments, persons)
 
@@ -54,7 +54,7 @@ def attack(run: Opened, *, clip: str = "", frames: int = 6, seed: int = 0) -> Fi
         )  # fmt: skip
         strip.set_title(stage.name, loc="left")
         _bars(bars, stage.probability, highest)
-    grid[-1][0].set_xlabel(f"frame of {whole.shape[1]}")
+    grid[-1][0].set_xlabel(f"frame of {whole.shape[0]}")
     grid[-1][1].set_xlabel("output of the attack's class layer")
     marks = [
         Patch(facecolor=SKY, edgecolor="black", hatch="////", label="five most probable classes"),
@@ -93,7 +93,7 @@ def attacked_stages(run: Opened, number: int, seed: int) -> list[Stage]:
     # views are functions of (seed, step): steps that no training reaches stand for the seed
     step = -1 - seed
     _, _, weak, strong = views.draw(step, 1)
-    length = float(torch.linalg.vector_norm(rho, dim=(1, 3)).max())
+    length = float(torch.linalg.vector_norm(rho, dim=(2, 3)).max())
     clips = {
         "original": whole,
         f"attacked, ‖ρ‖ up to {length:.2f} m per person and frame (original in grey)": whole + rho,

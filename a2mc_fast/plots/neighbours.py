@@ -108,7 +108,7 @@ def _row(run: Opened, match: Match, frames: int) -> _Row:
 
 def _room(clips: list[Array], persons: list[list[int]], frames: int) -> tuple[Room, list[int]]:
     """The room of one frame that fits them all, and the frames."""
-    moments = even_frames(clips[0].shape[1], frames)
+    moments = even_frames(clips[0].shape[0], frames)
     left, right, low, high = zip(*(extent([c], moments, seen) for c, seen in zip(clips, persons)))
     return (min(left), max(right), min(low), max(high)), moments
 

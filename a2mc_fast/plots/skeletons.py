@@ -2,7 +2,7 @@
 side.
 
 Sides differ in colour and weight (left: thick and light, right: thin and dark), persons in line style (the
-second dashed with a hollow head). Clips are arrays [C, T, V, M] in metres, normalised: z up, x from the left
+second dashed with a hollow head). Clips are arrays [T, C, V, M] in metres, normalised: z up, x from the left
 shoulder to the right one, so y is forward.
 """
 
@@ -58,7 +58,7 @@ def project(points: Array) -> Array:
 
 
 def persons_seen(clip: Array) -> list[int]:
-    """Persons that are not all zeros. clip [C, T, V, M]"""
+    """Persons that are not all zeros. clip [T, C, V, M]"""
     return [person for person in range(clip.shape[3]) if clip[..., person].any()]
 
 
@@ -113,7 +113,7 @@ def draw_strip(
     weight: float = 1.0,
     bar: bool = True,
 ) -> None:
-    """Frames of a clip side by side, to scale. clip and behind [C, T, V, M]
+    """Frames of a clip side by side, to scale. clip and behind [T, C, V, M]
 
     `behind` is drawn as a ghost below it. `slot` is the room of every frame, from `extent`; several strips
     that share it share their scale.
@@ -127,7 +127,7 @@ def draw_strip(
         for layer, ghost in ((behind, True), (clip, False)):
             if layer is not None:
                 for person in persons:
-                    points = project(layer[:, frame, :, person].T) + shift
+                    points = project(layer[frame, :, :, person].T) + shift
                     draw_pose(ax, points, skeleton, person, ghost=ghost, weight=weight)
     ax.set_aspect("equal")
     ax.set_xlim(-gap - 0.08 * tall * bar, len(frames) * step)
@@ -149,8 +149,8 @@ def draw_strip(
 
 
 def extent(clips: Sequence[Array], frames: Sequence[int], persons: Sequence[int]) -> Room:
-    """The room that fits each of these frames of every clip [C, T, V, M]."""
-    drawn = [project(np.moveaxis(clip[:, frames][..., persons], 0, -1)).reshape(-1, 2) for clip in clips]
+    """The room that fits each of these frames of every clip [T, C, V, M]."""
+    drawn = [project(np.moveaxis(clip[frames][..., persons], 1, -1)).reshape(-1, 2) for clip in clips]
     points = np.concatenate(drawn)
     (left, low), (right, high) = points.min(0).tolist(), points.max(0).tolist()
     return left, right, low, max(high, low + _BARS[0])
