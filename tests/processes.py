@@ -178,7 +178,7 @@ TRICKS: dict[str, Callable[[int], None]] = {
     "in a save": _die_in_a_save,
     "between link and rename": lambda n: _at_call(saver.Saver, "_set_newest_aside", n, _die, after=True),
     "between rename and pruning": lambda n: _at_call(saver.Saver, "_prune", n, _die),
-    "before the result": lambda n: _at_call(train, "outcome", n, _die),
+    "before the result": lambda n: _at_call(beginning, "outcome", n, _die),
     "full disk": _full_disk,
     "file limit": _file_limit,
     "read-only from": _read_only_from,
