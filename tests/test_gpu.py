@@ -94,7 +94,7 @@ def test_bf16_is_bf16_in_recurrent_layers_and_the_attack_reaches_every_frame(mak
         assert run.model.query.feature(x).dtype == supported
         for precision in ("bf16", "fp16"):
             rho = trainer(make_clips, encoder, precision).model.attack(x)
-            assert (rho.abs().amax((0, 1, 3, 4)) > 0).all(), (encoder, precision)
+            assert (rho.abs().amax((0, 2, 3, 4)) > 0).all(), (encoder, precision)
 
 
 def recurrent_dtype_under(dtype: torch.dtype) -> torch.dtype:

@@ -50,7 +50,7 @@ def small(**options: Any) -> Config:
 def test_the_fused_encoder_is_the_same_encoder(time_mode: str, pool: str) -> None:
     model = encoder(time_mode=time_mode, pool=pool)
     names, state = [*model.state_dict()], {k: v.clone() for k, v in model.state_dict().items()}
-    x = torch.randn(3, 3, 4, 5, 1)
+    x = torch.randn(3, 4, 3, 5, 1)
     results: dict[str, list[Tensor]] = {}
     for form in ("torch", "fused"):
         model.recurrence = form  # type: ignore[assignment]
@@ -79,7 +79,7 @@ def test_weights_are_copied_once_per_step(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(gru, "make_operands", counted)
     model = encoder()
     model.recurrence = "fused"
-    x = torch.randn(2, 3, 2, 5, 1)
+    x = torch.randn(2, 2, 3, 5, 1)
     with weights_held(model):
         with torch.no_grad():
             model(x)
