@@ -108,15 +108,19 @@ def own_data() -> Config:
 
 
 def demo() -> Config:
-    """The no-argument default: as `own`, on the built-in set, shorter: sized for two CPU cores."""
-    own = own_data()
-    return replace(
-        own,
+    """The no-argument default: the whole method on the built-in set, sized for two CPU cores.
+
+    So short a run needs a long MoCo warm-up at a high learning rate, a key encoder that follows sooner, and,
+    with so few rows, a bank that moves faster than `bank.lr_scaling` alone would let it. The settings of
+    `own` were tried here and gain less: 45.4 % kNN from 28.7 %, against 49.1 % from 23.8 %.
+    """
+    return Config(
         preset="demo",
-        data="",
         precision="fp32",
-        bank=replace(own.bank, size=392, refresh=40, warmup_steps=240),
-        optim=replace(own.optim, epochs=58, ramp_steps=30),
+        views=ViewConfig(frames=32, min_frames=32),
+        encoder=EncoderConfig(hidden=64, layers=1),
+        bank=BankConfig(size=512, lr=12.0, warmup_steps=1500),
+        optim=OptimConfig(lr=0.3, epochs=25, milestones=(0, 18), gamma=0.3, ema=0.99),
         run=RunConfig(threads=1),
     )
 
