@@ -7,12 +7,16 @@ used.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from a2mc_fast.evaluation.inference import embed_recording, load_encoder
     from a2mc_fast.run.start import pretrain
+
+if not os.path.isdir(os.path.join(__path__[0], "kernels")):
+    __path__.append(os.path.dirname(__path__[0]))  # in a clone the kernels lie beside this folder
 
 __version__ = "0.1.0"
 __all__ = ["embed_recording", "load_encoder", "pretrain"]

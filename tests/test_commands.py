@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -11,7 +12,8 @@ from pathlib import Path
 from a2mc_fast.__main__ import COMMANDS
 from a2mc_fast.data import Clips
 
-PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+PROJECT_FOLDER = Path(__file__).parent.parent
+PROJECT = tomllib.loads((PROJECT_FOLDER / "pyproject.toml").read_text())["project"]
 
 
 def test_every_listed_command_is_installed_and_starts_a_main() -> None:
@@ -29,6 +31,36 @@ def test_the_package_lists_its_commands_without_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [line.split()[2] for line in done.stdout.splitlines()[:-1]] == [f"a2mc_fast.{n}" for n in COMMANDS]
+
+
+RUN = """
+import os, runpy, site, sys
+site.addsitedir(sys.argv[1])
+sys.path.insert(0, os.getcwd())  # as -m does
+runpy.run_module("a2mc_fast.added", run_name="__main__")
+"""
+
+
+def test_an_editable_install_runs_where_the_clone_lies(tmp_path: Path) -> None:
+    """There the clone's folder has the package's name. Files that are added later are found, too."""
+    clone = tmp_path / "a2mc_fast"
+    for part in ("a2mc_fast", "kernels", "pyproject.toml", "README.md", "LICENSE"):
+        source = PROJECT_FOLDER / part
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, clone / part)  # type: ignore[operator]
+    build = "from setuptools import build_meta; print(build_meta.build_editable('..'))"
+    built = subprocess.run([sys.executable, "-c", build], cwd=clone, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    shutil.unpack_archive(tmp_path / built.stdout.split()[-1], tmp_path / "site", "zip")
+    (clone / "a2mc_fast" / "added.py").write_text(
+        "import a2mc_fast.kernels; print(a2mc_fast.kernels.__file__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", RUN, str(tmp_path / "site")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == str(clone / "kernels" / "__init__.py"), done.stderr
 
 
 def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
