@@ -14,6 +14,7 @@ from typing import Annotated, get_args
 import tyro
 
 from a2mc_fast.config import BASE_PRESETS, Config, preset
+from a2mc_fast.config.ranges import Count, check_ranges
 from a2mc_fast.errors import exit_on_error, require
 from a2mc_fast.evaluation.rows import RowName
 from a2mc_fast.evaluation.settings import LinearConfig
@@ -26,14 +27,14 @@ class Ablation:
     rows: tuple[RowName, ...] = get_args(RowName)
     """b1 .. b4 and full: Table V; a1 .. a3: Table VI; l0 .. l4: none to four mixing shares. Rows that are the
     same run are made once."""
-    seeds: int = 1
+    seeds: Count = 1
     """Runs per row, with seeds from --seed on."""
     linear: LinearConfig = field(default_factory=lambda: LinearConfig(crop="center"))
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
     def __post_init__(self) -> None:
         require(len(self.rows) > 0, "rows must name at least one row")
-        require(self.seeds >= 1, f"seeds must be >= 1, got {self.seeds}")
+        check_ranges(self)
 
 
 def main(args: list[str] | None = None) -> None:

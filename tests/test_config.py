@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from a2mc_fast.ablate import Ablation
 from a2mc_fast.config import (
     BASE_PRESETS,
     PRESETS,
@@ -22,8 +28,18 @@ from a2mc_fast.config import (
     differences,
     from_dict,
     preset,
+    settings,
     to_dict,
 )
+from a2mc_fast.config.ranges import ranges
+from a2mc_fast.data import Clips
+from a2mc_fast.embed import Embed
+from a2mc_fast.errors import InputError
+from a2mc_fast.evaluation import settings as asked
+from a2mc_fast.plots import __main__ as plots
+from a2mc_fast.trainer import Trainer
+from tests.conftest import SMALL
+from tests.test_train import tiny
 
 
 def test_the_default_is_the_paper() -> None:
@@ -89,7 +105,7 @@ def test_cross_field_checks() -> None:
         Config(bank=BankConfig(size=32))
     with pytest.raises(ValueError, match=r"optim\.milestones must ascend, got \(9, 3\)"):
         OptimConfig(milestones=(9, 3))
-    with pytest.raises(ValueError, match=r"loss\.mix must lie in \(0, 1\)"):
+    with pytest.raises(ValueError, match=r"loss\.mix must be in \(0, 1\)"):
         LossConfig(mix=(1.0,))
     with pytest.raises(ValueError, match=r"run\.backend triton knows features of at most 256 alone, not 300"):
         Config(encoder=EncoderConfig(projection=300), run=RunConfig(backend="triton"))
@@ -109,3 +125,46 @@ def test_small_banks_scale_the_ascent() -> None:
 def test_help_needs_no_torch() -> None:
     code = "import sys, a2mc_fast.train, a2mc_fast.prepare; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+KINDS = [
+    *(kind for room in (settings, asked) for kind in vars(room).values() if dataclasses.is_dataclass(kind)),
+    *(plots.Curves, plots.Confusion, plots.Tsne, plots.Attack, plots.Neighbours, Config, Ablation, Embed),
+]
+NUMBERS = (math.inf, math.nan, -1, 1e300, 10**400, 1e-300)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_every_number_has_a_range(kind: Any) -> None:
+    required = [f.name for f in dataclasses.fields(kind) if f.default is f.default_factory]
+    given: dict[str, Any] = {name: Path("x") if name == "run" else (Path("x"),) for name in required}
+    given |= {"data": "x"} if kind is asked.Transfer else {"export": "x"} if kind is Embed else {}
+    good = kind(**given)
+    for name, inside in ranges(kind).items():
+        assert inside is not None, f"{kind.__name__}.{name} has no range"
+        for number in NUMBERS:
+            value = (number,) if isinstance(getattr(good, name), tuple) else number
+            if number in inside:
+                kind(**{**given, name: value})
+            else:
+                with pytest.raises(InputError, match=rf"{name} must be in [\[(]"):
+                    kind(**{**given, name: value})
+
+
+@pytest.mark.parametrize("end", [0, 1], ids=["lowest", "highest"])
+def test_a_run_at_the_ends_of_the_ranges_stays_finite(make_clips: Callable[..., Clips], end: int) -> None:
+    clips = make_clips([8] * 24, persons=1, skeleton=SMALL)
+    config = tiny(Path("none"), Path("none"))
+    config = replace(config, bank=replace(config.bank, warmup_steps=1))
+    for part in ("views", "attack", "loss", "bank", "optim"):
+        group, changes = getattr(config, part), {}
+        for name, inside in ranges(type(group)).items():
+            value = getattr(group, name)
+            if isinstance(value[0] if isinstance(value, tuple) else value, float) and inside:
+                extreme = inside.ends[end]
+                extreme = extreme if extreme in inside else math.nextafter(extreme, 0.5)
+                changes[name] = (extreme,) if isinstance(value, tuple) else extreme
+        trainer = Trainer(replace(config, **{part: replace(group, **changes)}), clips)
+        for step in range(3):
+            values = trainer.step(step)
+        assert int(trainer.fault) == -1 and all(math.isfinite(value) for value in values.values()), part

@@ -291,7 +291,7 @@ def test_wrong_flags_exit_with_2(folder: Path, capsys: pytest.CaptureFixture[str
     for args, words in (
         (["transfer", run], "transfer needs --data"),
         (["knn", run, "--neighbours", "x.txt"], "neighbours must be a .json or .csv file"),
-        (["semi", run, "--fractions", "1.5"], "fractions must be in (0, 1]"),
-        (["linear", run, "--epochs", "0"], "epochs must be >= 1"),
+        (["semi", run, "--fractions", "1.5"], "fractions must be in (0, 1], got 1.5"),
+        (["linear", run, "--epochs", "0"], "epochs must be in [1, 1e6], got 0"),
     ):
         assert words in " ".join(refused(main, args, capsys).replace("│", " ").split())

@@ -13,6 +13,7 @@ import typing
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from a2mc_fast.config.ranges import Seed, check_ranges
 from a2mc_fast.config.settings import (
     AttackConfig,
     BankConfig,
@@ -38,7 +39,7 @@ class Config:
     """Protocol: its training clips are pretrained on, kNN tests on the others."""
     stream: Literal["joint", "motion", "bone"] = "joint"
     """What the encoder sees: coordinates, their differences in time, or bone vectors."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of weights, batch order and views."""
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "bf16"
     """Arithmetic of the encoder on a GPU; features, loss, bank and master weights stay float32. On a CPU
@@ -53,6 +54,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         require(
             self.bank.size >= self.optim.batch_size,
             f"bank.size {self.bank.size} is smaller than optim.batch_size {self.optim.batch_size}: "
@@ -63,7 +65,6 @@ class Config:
             f"run.backend triton knows features of at most 256 alone, not {self.encoder.projection}: lower "
             "--encoder.projection, or use --run.backend torch",
         )
-        require(0 <= self.seed < 2**63, f"seed must be in 0 .. 2^63 - 1, got {self.seed}")
 
     @property
     def fits_kernels(self) -> bool:

@@ -12,6 +12,16 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from tyro.conf import Positional, arg
 
+from a2mc_fast.config.ranges import (
+    Count,
+    CountOrNone,
+    Momentum,
+    Range,
+    Rate,
+    Seed,
+    Share,
+    check_ranges,
+)
 from a2mc_fast.errors import require
 
 _LINEAR_LR = {
@@ -26,27 +36,23 @@ _LINEAR_LR = {
 class _Training:
     """What every protocol that trains a classifier asks for."""
 
-    epochs: int = 80
+    epochs: Count = 80
     """Passes over the training clips."""
-    milestones: tuple[int, ...] = (50, 70)
+    milestones: tuple[CountOrNone, ...] = (50, 70)
     """Epochs after which the learning rate drops tenfold."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Clips per step; the last batch of an epoch may be smaller."""
-    momentum: float = 0.9
+    momentum: Momentum = 0.9
     """Momentum of SGD."""
-    validate_every: int = 5
+    validate_every: Count = 5
     """Epochs between tests; the last epoch always tests."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the classifier, its batch order and crops."""
     allow_missing: bool = False
     """Accept test classes without a training clip; they cannot be recognised."""
 
     def __post_init__(self) -> None:
-        require(self.epochs >= 1, f"epochs must be >= 1, got {self.epochs}")
-        require(self.batch_size >= 1, f"batch-size must be >= 1, got {self.batch_size}")
-        require(0 <= self.momentum < 1, f"momentum must be in [0, 1), got {self.momentum}")
-        require(self.validate_every >= 1, f"validate-every must be >= 1, got {self.validate_every}")
-        require(0 <= self.seed < 2**63, f"seed must be in 0 .. 2^63 - 1, got {self.seed}")
+        check_ranges(self)
 
     def drops(self, epoch: int) -> int:
         """Milestones passed before this epoch, counted from 0."""
@@ -57,7 +63,7 @@ class _Training:
 class LinearConfig(_Training):
     """Linear evaluation (the paper's sec. IV-B; CMD, ISC): SGD without weight decay."""
 
-    lr: float = 0.0
+    lr: Annotated[float, Range("[0, 1000]")] = 0.0
     """Learning rate; 0 = the encoder's: 0.1 for bigru and scd, 3 for stgcn and dsta."""
     crop: Literal["random", "center"] = "random"
     """Training clips: `random` crops of 50 to 100 %, encoded anew every epoch, or the `center` crop, once."""
@@ -66,7 +72,6 @@ class LinearConfig(_Training):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.lr >= 0, f"lr must be > 0, or 0 for the encoder's, got {self.lr}")
         require(self.crop in ("random", "center"), f"crop must be random or center, got {self.crop!r}")
 
     def learning_rate(self, encoder: str) -> float:
@@ -78,20 +83,17 @@ class LinearConfig(_Training):
 class FinetuneConfig(_Training):
     """Encoder and classifier trained together (the paper's sec. IV-B on transfer; CMD)."""
 
-    lr: float = 0.01
+    lr: Rate = 0.01
     """Learning rate of encoder and classifier."""
-    weight_decay: float = 0.0
+    weight_decay: Share = 0.0
     """Weight decay."""
     nesterov: bool = False
     """Nesterov's momentum."""
-    warmup_epochs: int = 0
+    warmup_epochs: CountOrNone = 0
     """Epochs over which the learning rate rises linearly from 0."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.lr > 0, f"lr must be > 0, got {self.lr}")
-        require(self.weight_decay >= 0, f"weight-decay must be >= 0, got {self.weight_decay}")
-        require(self.warmup_epochs >= 0, f"warmup-epochs must be >= 0, got {self.warmup_epochs}")
         require(not (self.nesterov and self.momentum == 0), "nesterov needs momentum > 0")
 
 
@@ -99,9 +101,9 @@ class FinetuneConfig(_Training):
 class SemiConfig(FinetuneConfig):
     """Fine-tuning on a share of the labels, several times (CMD; stratified as AimCLR)."""
 
-    fractions: tuple[float, ...] = (0.01, 0.05, 0.1, 0.2)
+    fractions: tuple[Annotated[float, Range("(0, 1]")], ...] = (0.01, 0.05, 0.1, 0.2)
     """Shares of the training clips."""
-    seeds: int = 5
+    seeds: Count = 5
     """Subsets per share, from `seed` on; each trains once."""
     unstratified: bool = False
     """Take the first int(N share) clips of a shuffle, as CMD does, instead of a share of every class."""
@@ -109,11 +111,6 @@ class SemiConfig(FinetuneConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(len(self.fractions) > 0, "fractions must name at least one share")
-        require(
-            all(0 < share <= 1 for share in self.fractions),
-            f"fractions must be in (0, 1], got {self.fractions}",
-        )
-        require(self.seeds >= 1, f"seeds must be >= 1, got {self.seeds}")
 
 
 # the command line's, each with the run it is asked of
@@ -154,11 +151,11 @@ class Knn(Evaluation):
     """k nearest neighbours by cosine similarity, which is retrieval (the paper's Table III)."""
 
     encodes: ClassVar[bool] = True
-    k: int = 1
+    k: Count = 1
     """Neighbours that vote."""
     neighbours: str = ""
     """List the nearest training clips of every test clip in this .json or .csv file."""
-    top: int = 5
+    top: Count = 5
     """How many to list."""
 
     def __post_init__(self) -> None:
@@ -166,7 +163,7 @@ class Knn(Evaluation):
             not self.neighbours or Path(self.neighbours).suffix in (".json", ".csv"),
             f"neighbours must be a .json or .csv file, got {self.neighbours}",
         )
-        require(self.k >= 1 and self.top >= 1, f"k and top must be >= 1, got {self.k} and {self.top}")
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +206,7 @@ class Ensemble:
     """Folders of the runs, or files of scores."""
     protocol: Literal["linear", "finetune", "transfer"] = "linear"
     """Whose scores to read from the folders."""
-    weights: tuple[float, ...] = ()
+    weights: tuple[Annotated[float, Range("[-1e6, 1e6]")], ...] = ()
     """One weight per run; by default that of its stream: joint 0.6, motion 0.4, bone 0.6 (AimCLR)."""
     equal: bool = False
     """Weigh all runs alike (CMD)."""
@@ -217,6 +214,9 @@ class Ensemble:
     """What is summed: raw scores, or class probabilities."""
     out: str = ""
     """JSON file to write; empty = ensemble.json in the first run's folder."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,11 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from a2mc_fast.errors import exit_on_error, require
+from a2mc_fast.config.ranges import CountOrNone, Range, check_ranges
+from a2mc_fast.errors import exit_on_error
 from a2mc_fast.plots.output import write_picture
 
 if TYPE_CHECKING:
@@ -35,10 +36,13 @@ class Confusion:
 
     results: tyro.conf.Positional[tuple[Path, ...]]
     """One to four JSON files of a2mc_fast.evaluate."""
-    classes: tuple[int, ...] = ()
+    classes: tuple[CountOrNone, ...] = ()
     """Show these classes only; none = all."""
     out: Path = Path("confusion.png")
     """Picture to write; the suffix is .png, .pdf or .svg."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +58,15 @@ class OfRun:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = the GPU if there is one."""
 
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tsne(OfRun):
     """t-SNE of the features of test clips (Fig. 4)."""
 
-    classes: tuple[int, ...] = ()
+    classes: tuple[CountOrNone, ...] = ()
     """Classes to show; none = the first ten."""
     untrained: bool = False
     """Also show the encoder as it was before training."""
@@ -71,12 +78,11 @@ class Tsne(OfRun):
 class Attack(OfRun):
     """A clip before and after the attack, its views, and their class distributions (Fig. 3)."""
 
-    most_frames: ClassVar[int] = 12
     clip: str = ""
     """Name or number of the clip; empty = the first test clip."""
-    frames: int = 6
+    frames: Annotated[int, Range("[1, 12]")] = 6
     """Frames to show, evenly spread."""
-    seed: int = 0
+    seed: Annotated[int, Range("[0, 2147483647]")] = 0
     """Seed of the two views."""
     out: Path = Path("attack.png")
     """Picture to write; the suffix is .png, .pdf or .svg."""
@@ -86,14 +92,13 @@ class Attack(OfRun):
 class Neighbours(OfRun):
     """Query clips and their nearest neighbours as skeleton strips (Fig. 11)."""
 
-    most_frames: ClassVar[int] = 6
-    queries: int = 5
+    queries: Annotated[int, Range("[1, 12]")] = 5
     """Test clips to ask with, of different classes."""
-    k: int = 4
+    k: Annotated[int, Range("[1, 6]")] = 4
     """Neighbours to show, from the training clips."""
-    frames: int = 3
+    frames: Annotated[int, Range("[1, 6]")] = 3
     """Frames of every clip, evenly spread."""
-    seed: int = 0
+    seed: Annotated[int, Range("[0, 2147483647]")] = 0
     """Seed of the choice of queries."""
     out: Path = Path("neighbours.png")
     """Picture to write; the suffix is .png, .pdf or .svg."""
@@ -104,10 +109,6 @@ Picture = Curves | Tsne | Confusion | Attack | Neighbours
 
 def draw(picture: Picture) -> Figure:
     """Drawn by the function of the picture's name, in the module of that name, which takes its options."""
-    if isinstance(picture, Attack | Neighbours):  # before the run is read
-        require(0 <= picture.seed < 2**31, f"--seed must be in 0 .. 2^31 - 1, got {picture.seed}")
-        most = picture.most_frames
-        require(1 <= picture.frames <= most, f"--frames must be 1 to {most}, got {picture.frames}")
     name = type(picture).__name__.lower()
     # no other picture's module: torch and scikit-learn take seconds each
     function = getattr(import_module(f"a2mc_fast.plots.{name}"), name)

@@ -19,7 +19,6 @@ from a2mc_fast.plots.skeletons import Array, Room, draw_strip, even_frames, exte
 from a2mc_fast.plots.style import BLUE, VERMILION, WIDTH, class_label, figure
 from a2mc_fast.run.opened import Opened
 
-_MOST_QUERIES, _MOST_NEIGHBOURS = 12, 6
 _TITLE = 0.42  # inches above a strip
 _FLAT = 0.3  # height by width below which a strip shows one frame less
 _BORDERS: dict[bool, dict[str, Any]] = {
@@ -53,8 +52,6 @@ def neighbours(run: Opened, *, queries: int = 5, k: int = 4, frames: int = 3, se
     A neighbour of the query's class has a solid blue frame and a tick, any other a dashed red one and a
     cross.
     """
-    require(1 <= queries <= _MOST_QUERIES, f"--queries must be 1 to {_MOST_QUERIES}, got {queries}")
-    require(1 <= k <= _MOST_NEIGHBOURS, f"--k must be 1 to {_MOST_NEIGHBOURS}, got {k}")
     found = nearest(run, queries, k, seed)
     rows = [_row(run, match, frames) for match in found]
     # every row is as high as its strips need at the width of a column
