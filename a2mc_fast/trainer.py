@@ -23,12 +23,13 @@ from a2mc_fast import rng
 from a2mc_fast.augment import Draws, Views
 from a2mc_fast.config import Config
 from a2mc_fast.data import Clips
+from a2mc_fast.data.identity import differing
 from a2mc_fast.encoders.bigru import BiGRU
 from a2mc_fast.encoders.branch import set_arithmetic
 from a2mc_fast.encoders.common import weights_held
 from a2mc_fast.encoders.joint_norm import batch_norms
 from a2mc_fast.encoders.recurrence import Recurrence, choose_recurrence
-from a2mc_fast.errors import InputError, require
+from a2mc_fast.errors import require
 from a2mc_fast.evaluation.protocols import knn_accuracy
 from a2mc_fast.losses import Losses
 from a2mc_fast.model import A2MC
@@ -164,11 +165,11 @@ class Trainer:
         """Have all ranks train the same model on the same data. `InputError` if they were told otherwise."""
         if self.world.alone:
             return
-        told = repr(replace(self.config, run=replace(self.config.run, out=""))).encode()
-        flags = int.from_bytes(hashlib.blake2b(told, digest_size=7).digest(), "big")
-        data = checksum([self.clips.frames, self.clips.lengths, self.clips.labels, self.train_index])
+        config = replace(self.config, data="", run=replace(self.config.run, out=""))
+        told = repr((config, self.clips.identity))
+        number = int.from_bytes(hashlib.blake2b(told.encode(), digest_size=7).digest(), "big")
         self.world.require_equal(
-            torch.cat((data, data.new_tensor([flags]))),
+            torch.tensor([number]),
             "{ranks} got other flags or other data than rank 0: start all with the same command and files",
         )
         parts = [t for name, t in self.model.state_dict().items() if not name.startswith("banks.")]
@@ -328,11 +329,8 @@ class Trainer:
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
         """Continue from a checkpoint. `InputError` if it was trained on other data."""
-        if saved.data != checkpoint.data_identity(self.clips):
-            raise InputError(
-                f"{saved.path} was trained on other data: {saved.data['clips']} clips with "
-                f"{saved.data['frames']} frames, now {len(self.clips)} with {len(self.clips.frames)}"
-            )
+        changed = " and ".join(differing(saved.data, self.clips.identity))
+        require(not changed, f"{saved.path} was trained on other data: the {changed} are not those of now")
         saved.restore(self.model)
         saved.restore_optimizer(self.model, self.optimizer)
         self.scaler.load_state_dict(saved.scaler)

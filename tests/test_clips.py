@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from a2mc_fast.data import Clips
+from a2mc_fast.data.identity import PARTS, differing
+from a2mc_fast.errors import InputError
 from a2mc_fast.skeleton import NTU25, Skeleton, bone_stream, motion_stream
 from tests.conftest import SMALL
 
@@ -96,7 +99,7 @@ def test_how_clips_are_normalised_is_kept(tmp_path: Path, make_clips: Callable[.
     assert Clips.load(path).skeleton == clips.skeleton
     with safe_open(path, "pt") as file:
         header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    old = {name: text for name, text in header.items() if name not in ("rotation", "max_frames")}
+    old = {name: text for name, text in header.items() if name not in ("rotation", "max_frames", "identity")}
     save_file(tensors, path, old)  # as written before files said so
     assert Clips.load(path).skeleton == replace(clips.skeleton, rotation="first frame", max_frames=300)
     for wrong, words in (
@@ -106,6 +109,36 @@ def test_how_clips_are_normalised_is_kept(tmp_path: Path, make_clips: Callable[.
         save_file(tensors, path, header | wrong)
         with pytest.raises(ValueError, match=words):
             Clips.load(path)
+
+
+def test_identity_is_the_content(tmp_path: Path, make_clips: Callable[..., Clips]) -> None:
+    """Each part has its own checksum; names, file and device have none, and a changed file is damaged."""
+    path = tmp_path / "x.safetensors"
+
+    def made(**changes: Any) -> Clips:
+        return replace(make_clips([10, 20, 9]), **changes)
+
+    clips = made()
+    clips.save(path)
+    assert Clips.load(path).identity == clips.identity == made(names=("a", "b", "c"), source="x").identity
+    other = clips.frames.clone()
+    other[20, 1, 2, 0] = torch.nextafter(other[20, 1, 2, 0], torch.tensor(9.0))
+    parts = {
+        "frames": {"frames": other},
+        "lengths": {"lengths": torch.tensor([20, 10, 9])},
+        "labels": {"labels": torch.tensor([0, 0, 1])},
+        "splits": {"splits": {"xsub": torch.tensor([True, True, False])}},
+        "skeleton": {"skeleton": replace(NTU25, center=20)},
+    }
+    for name, change in parts.items():
+        assert differing(clips.identity, made(**change).identity) == [name]
+    assert differing(clips.identity, "x") == differing("", clips.identity) == list(PARTS)
+    with safe_open(path, "pt") as file:
+        header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors["labels"], tensors["joints"] = torch.tensor([0, 0, 1]), tensors["joints"].flip(0)
+    save_file(tensors, path, header)
+    with pytest.raises(InputError, match="damaged: its frames and labels are not those that were packed"):
+        Clips.load(path)
 
 
 def test_unknown_protocol_lists_those_there_are(make_clips: Callable[..., Clips]) -> None:

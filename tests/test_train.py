@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from a2mc_fast.config import BankConfig, Config, OptimConfig, RunConfig, _ablations, demo, to_dict
 from a2mc_fast.data import Clips
+from a2mc_fast.errors import InputError
 from a2mc_fast.evaluate import main as evaluate_main
 from a2mc_fast.run import checkpoint
 from a2mc_fast.run.log import concerns
@@ -282,6 +283,26 @@ def test_data_of_another_skeleton_is_refused(
     make_clips([10] * 8, persons=1).save(tmp_path / "one.safetensors")
     error = refused(evaluate_main, ["knn", str(trained), "--data", str(tmp_path / "one.safetensors")], capsys)
     assert "trained on 25 joints and 2 persons" in error and "has 25 joints and 1 persons" in error
+
+
+def test_other_data_under_the_same_name_is_noticed(
+    trained: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other labels and coordinates in as many clips and frames: a resume is refused, evaluation says so."""
+    clips = Clips.load(data)
+    evaluate_main(["knn", str(trained)])
+    assert "notice" not in capsys.readouterr().err
+    clips.labels = clips.labels.flip(0)
+    clips.frames = clips.frames * 1.01
+    clips.save(data)
+    with pytest.raises(InputError, match="trained on other data: the frames and labels are not those of now"):
+        pretrain(tiny(data, trained), resume=True)
+    evaluate_main(["knn", str(trained)])
+    assert "its frames and labels differ" in capsys.readouterr().err
+    clips.lengths, clips.frames = clips.lengths.flip(0), clips.frames.flip(0)
+    clips.save(trained.parent / "other.safetensors")
+    evaluate_main(["knn", str(trained), "--data", str(trained.parent / "other.safetensors")])
+    assert "notice" not in capsys.readouterr().err  # another set, asked for by name
 
 
 def test_a_second_run_gets_its_own_folder(

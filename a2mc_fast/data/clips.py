@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from a2mc_fast.data import rules
+from a2mc_fast.data.identity import differing, identity
 from a2mc_fast.errors import InputError, require
 from a2mc_fast.files import atomic_path, parse_json
 from a2mc_fast.skeleton import MAX_FRAMES, Rotation, Skeleton
@@ -149,7 +151,7 @@ class Clips:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             skeleton = _skeleton(path, tensors, header)
             splits = {n.removeprefix("split_"): t for n, t in tensors.items() if n.startswith("split_")}
-            return cls.pack(
+            clips = cls.pack(
                 tensors["joints"],
                 tensors["lengths"],
                 tensors["labels"],
@@ -166,15 +168,24 @@ class Clips:
                 device=device,
                 where=str(path),
             )
+            clips.identity = identity(
+                tensors["joints"], clips.lengths, clips.labels, clips.splits, skeleton
+            )  # while the frames are on the host
         except SafetensorError as error:
             raise InputError(
                 f"{path} is damaged or not a safetensors file ({error}); prepare it again"
             ) from None
         except KeyError as error:
             raise InputError(f"{path} holds no {error}; it is not a complete packed clips file") from None
+        changed = " and ".join(differing(clips.identity, header.get("identity", clips.identity)))
+        require(
+            not changed, f"{path} is damaged: its {changed} are not those that were packed; prepare it again"
+        )
+        return clips
 
     def save(self, path: str | Path) -> None:
         """Write the packed file, whole or not at all."""
+        vars(self).pop("identity", None)  # what is written is what counts
         tensors = {
             "joints": np.ascontiguousarray(self.frames.permute(0, 3, 2, 1).cpu().numpy()),
             "lengths": self.lengths.cpu().numpy(),
@@ -196,6 +207,7 @@ class Clips:
             "max_frames": str(self.skeleton.max_frames),
             "source": self.source,
             "command": self.command,
+            "identity": self.identity,
         }
         with atomic_path(Path(path)) as temporary:
             save_file(tensors, temporary, metadata=header)
@@ -206,7 +218,15 @@ class Clips:
             return self
         splits = {name: mask.to(device) for name, mask in self.splits.items()}
         moved = {name: getattr(self, name).to(device) for name in ("frames", "lengths", "labels")}
-        return replace(self, splits=splits, **moved)
+        clips = replace(self, splits=splits, **moved)
+        clips.identity = self.identity
+        return clips
+
+    @cached_property
+    def identity(self) -> str:
+        """Which set this is, as `data.identity` tells it."""
+        joints = self.frames.permute(0, 3, 2, 1)
+        return identity(joints, self.lengths, self.labels, self.splits, self.skeleton)
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -30,7 +30,7 @@ from a2mc_fast.files import atomic_path
 from a2mc_fast.model import A2MC
 from a2mc_fast.skeleton import Skeleton
 
-FORMAT = "a2mc-checkpoint/3"
+FORMAT = "a2mc-checkpoint/4"
 FILE = "checkpoint.safetensors"
 # a model may need this many elements beside those in its checkpoint: small tables that it makes anew
 _SPARE_ELEMENTS = 1 << 18
@@ -67,7 +67,7 @@ def state(
         "skeleton": dataclasses.asdict(clips.skeleton),
         "persons": clips.num_persons,
         "classes": classes,
-        "data": data_identity(clips),
+        "data": clips.identity,
         "progress": dict(progress),
         "scaler": scaler.state_dict(),
     }
@@ -83,11 +83,6 @@ def numbered_steps(folder: Path) -> list[int]:
     """Steps of the older checkpoints in a folder."""
     names = (path.stem.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*.safetensors"))
     return [int(name) for name in names if name.isdecimal() and len(name) >= 9]
-
-
-def data_identity(clips: Clips) -> dict[str, int]:
-    """What tells one data set from another at a glance."""
-    return {"clips": len(clips), "frames": len(clips.frames)}
 
 
 # writing
@@ -149,8 +144,8 @@ class Checkpoint:
     skeleton: Skeleton
     persons: int
     classes: int
-    data: dict[str, int]
-    """Clips and frames of the set it was trained on."""
+    data: str
+    """Which set it was trained on, as `Clips.identity` tells."""
     progress: dict[str, float]
     """Numbers that the run carries along: seconds so far, the latest loss and accuracies."""
     scaler: dict[str, Any]
@@ -292,6 +287,7 @@ def _parse(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> Ch
         )
         return dict(values)
 
+    require(isinstance(header["data"], str), f"{path}: data must be a text")
     # JSON has lists where the skeleton has tuples
     fields: dict[str, Any] = {
         k: tuple(v) if isinstance(v, list) else v for k, v in header["skeleton"].items()
@@ -303,7 +299,7 @@ def _parse(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> Ch
         skeleton=Skeleton(**fields),
         persons=count(header["persons"], "persons"),
         classes=count(header["classes"], "classes"),
-        data={name: count(header["data"][name], f"data.{name}") for name in ("clips", "frames")},
+        data=header["data"],
         progress=numbers("progress"),
         scaler=numbers("scaler"),
         tensors=tensors,

@@ -12,9 +12,10 @@ from torch import Tensor
 from a2mc_fast.augment import Views
 from a2mc_fast.config import Config
 from a2mc_fast.data import Clips
+from a2mc_fast.data.identity import differing
 from a2mc_fast.data.synthetic import synthetic_clips
 from a2mc_fast.encoders.branch import Branch
-from a2mc_fast.errors import require
+from a2mc_fast.errors import require, tell
 from a2mc_fast.evaluation.protocols import labelled
 from a2mc_fast.ranks import World
 from a2mc_fast.run import checkpoint
@@ -73,9 +74,19 @@ def read_run(
 
 
 def with_clips(saved: Checkpoint, config: Config, world: World) -> Opened:
-    """The second half of `open_run`. `InputError` if the clips have another skeleton."""
-    clips = load_clips(config, world.device)
-    _check_skeleton(saved, clips, config.data or "the built-in set")
+    """The second half of `open_run`. `InputError` if the clips have another skeleton.
+
+    If they look like those of the run and are not, standard error says so.
+    """
+    clips, where = load_clips(config, world.device), config.data or "the built-in set"
+    _check_skeleton(saved, clips, where)
+    changed = differing(saved.data, clips.identity)
+    # another set may be asked for by name
+    if changed and world.main and (config.data == saved.config.data or "lengths" not in changed):
+        tell(
+            f"notice: {where} is not what {saved.path} was trained on, its {' and '.join(changed)} differ",
+            error=True,
+        )
     views = Views(clips, config.views, config.seed, world)
     return Opened(saved=saved, config=config, clips=clips, views=views)
 
