@@ -13,8 +13,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from a2mc_fast.augment import present
-
 _ADAM_BETAS, _ADAM_EPS = (0.9, 0.999), 1e-8
 _ONE_PERSON_IN_A_FRAME = (2, 3)  # dimensions of [N, T, C, V, M] that one norm spans
 
@@ -53,3 +51,8 @@ def _unit(gradient: Tensor) -> Tensor:
     scaled = gradient / largest.clamp_min(torch.finfo(gradient.dtype).tiny)
     norm = torch.linalg.vector_norm(scaled, dim=_ONE_PERSON_IN_A_FRAME, keepdim=True)
     return scaled / norm.clamp_min(1e-30)
+
+
+def present(x: Tensor) -> Tensor:
+    """Whether a person has any coordinate that is not zero. x [N, T, C, V, M] -> bool [N, T, 1, 1, M]"""
+    return (x != 0).any(3, keepdim=True).any(2, keepdim=True)

@@ -53,7 +53,7 @@ class Draws:
 # places in `Draws.values`
 _RATIO, _START, _POSE_OR_JITTER, _JITTER_KIND = 0, 1, 2, 3
 _MATRIX = slice(4, 13)
-_FLIP, _ROTATE, _AXIS, _NOISE, _FILTER, _SIGMA, _MASK, _MASK_AXIS = 13, 14, 15, 19, 20, 21, 22, 23
+_FLIP, _AXIS, _NOISE, _FILTER, _SIGMA, _MASK, _MASK_AXIS = 13, 15, 19, 20, 21, 22, 23
 _ANGLES = slice(16, 19)
 
 
@@ -68,10 +68,10 @@ def draw(
 def crop_positions(draws: Draws, lengths: Tensor, config: ViewConfig) -> Tensor:
     """Where a random temporal crop-resize reads: frames of the clip, fractional. lengths [N] -> [N, T].
 
-    The crop spans max(floor(n s), min_frames) frames, at most n, with s uniform in (min_ratio, 1). (ISC)
+    The crop spans max(floor(n s), T) frames, at most n, with s uniform in (min_ratio, 1). (ISC)
     """
     ratio = config.min_ratio + (1 - config.min_ratio) * draws[_RATIO]
-    span = torch.floor(lengths * ratio).long().clamp_min(config.min_frames).minimum(lengths)
+    span = torch.floor(lengths * ratio).long().clamp_min(config.frames).minimum(lengths)
     start = torch.floor(draws[_START] * (lengths - span + 1)).long()
     return resize_positions(start, span, config.frames)
 
@@ -125,14 +125,14 @@ def pose_or_jitter(x: Tensor, draws: Draws, config: ViewConfig) -> Tensor:
     return torch.addcmul(x, change, hit)
 
 
-def rotation_matrices(draws: Draws, config: ViewConfig) -> Tensor:
+def rotation_matrices(draws: Draws) -> Tensor:
     """Rotation about x, y, z in this order: one main axis up to 30 degrees, the others up to 1. -> [N, 3, 3]
 
     The angles are non-negative only. (AimCLR)
     """
     main = torch.floor(3 * draws[_AXIS]).long()
     limit = torch.full_like(draws[_ANGLES], math.radians(1)).scatter_(1, main.unsqueeze(1), math.radians(30))
-    angle = draws[_ANGLES] * limit * (draws[_ROTATE] < config.rotate_p).unsqueeze(1)
+    angle = draws[_ANGLES] * limit
     cos, sin = angle.cos(), angle.sin()
     zero, one = torch.zeros_like(cos[:, 0]), torch.ones_like(cos[:, 0])
     (cx, cy, cz), (sx, sy, sz) = cos.unbind(1), sin.unbind(1)
@@ -154,10 +154,7 @@ def _filter_matrices(draws: Draws, frames: int, config: ViewConfig) -> Tensor:
     time = torch.arange(frames, device=sigma.device)
     distance = (time.unsqueeze(1) - time).abs()
     band = torch.exp(-(distance**2) / (2 * sigma**2).view(-1, 1, 1)) * (distance <= _FILTER_REACH)
-    if config.filter_normalize:
-        tap = torch.arange(-_FILTER_REACH, _FILTER_REACH + 1, device=sigma.device)
-        band = band / torch.exp(-(tap**2) / (2 * sigma**2).unsqueeze(1)).sum(1).view(-1, 1, 1)
-    on = (draws[_FILTER] < config.filter_p).view(-1, 1, 1)
+    on = (draws[_FILTER] < config.strong_p).view(-1, 1, 1)
     return torch.where(on, band, torch.eye(frames, device=sigma.device))
 
 
@@ -176,25 +173,15 @@ def spatial(
     if kind == "weak":
         return y
     assert noise is not None
-    flip = (draws[_FLIP] < config.flip_p).view(-1, 1, 1, 1, 1)
+    flip = (draws[_FLIP] < config.strong_p).view(-1, 1, 1, 1, 1)
     y = torch.where(flip, y[:, :, :, mirror], y)
-    if config.flip_mirror_x:
-        is_x = torch.arange(3, device=x.device).view(3, 1, 1) == 0
-        y = torch.where(flip & is_x, -y, y)
-    y = mix_axes(y, rotation_matrices(draws, config))
-    scale = config.noise_std * (draws[_NOISE] < config.noise_p).view(-1, 1, 1, 1, 1)
-    if not config.noise_absent:
-        scale = scale * present(x)
+    y = mix_axes(y, rotation_matrices(draws))
+    scale = config.noise_std * (draws[_NOISE] < config.strong_p).view(-1, 1, 1, 1, 1)
     y = y + scale * noise
     y = (_filter_matrices(draws, y.shape[1], config) @ y.flatten(2)).view(y.shape)
     masked = torch.floor(3 * draws[_MASK_AXIS]).long().unsqueeze(1) == torch.arange(3, device=x.device)
-    masked = masked & (draws[_MASK] < config.mask_p).unsqueeze(1)
+    masked = masked & (draws[_MASK] < config.strong_p).unsqueeze(1)
     return y * (~masked).view(-1, 1, 3, 1, 1)
-
-
-def present(x: Tensor) -> Tensor:
-    """Whether a person has any coordinate that is not zero. x [N, T, C, V, M] -> bool [N, T, 1, 1, M]"""
-    return (x != 0).any(3, keepdim=True).any(2, keepdim=True)
 
 
 class Views:

@@ -46,8 +46,7 @@ class A2MC(nn.Module):
         torch.manual_seed(config.seed)
         self.query = Branch(config, skeleton, persons)
         self.key = copy.deepcopy(self.query).requires_grad_(False)
-        if config.encoder.batch_norm == "joint":
-            join_batch_norms(self, world)
+        join_batch_norms(self, world)
         encoder, bank, dim = self.query.encoder, config.bank, config.encoder.projection
         self.pairs = encoder.pairs
         # how many of them meet at each bank

@@ -27,7 +27,6 @@ from a2mc_fast.data.identity import differing
 from a2mc_fast.encoders.bigru import BiGRU
 from a2mc_fast.encoders.branch import set_arithmetic
 from a2mc_fast.encoders.common import weights_held
-from a2mc_fast.encoders.joint_norm import batch_norms
 from a2mc_fast.encoders.recurrence import Recurrence, choose_recurrence
 from a2mc_fast.errors import require
 from a2mc_fast.evaluation.protocols import knn_accuracy
@@ -58,7 +57,7 @@ class Trainer:
         self.total_steps = config.warmup_steps + config.optim.epochs * self.steps_per_epoch
         self.classes = config.attack.classes or clips.num_classes
         require(
-            self.classes >= 2 or not config.attack.enabled,
+            self.classes >= 2 or not config.attack.radius,
             f"the data has {self.classes} labelled classes and the attack needs at least 2: "
             "give --attack.classes",
         )
@@ -66,14 +65,6 @@ class Trainer:
         self.model.to(self.device)
         set_arithmetic(config)
         self._join()
-        local = config.encoder.batch_norm == "local" and not world.alone
-        # running statistics of one's own clips, which the step averages with the gradients
-        self._statistics = [
-            t
-            for norm in batch_norms(self.model)
-            for t in (norm.running_mean, norm.running_var)
-            if local and t is not None
-        ]
         self.views = Views(clips, config.views, config.seed, world)
         cuda = self.device.type == "cuda"
         # what the step reads: a captured step cannot take arguments
@@ -227,7 +218,7 @@ class Trainer:
         with record_function("views"):
             x0, x3 = self._make_view(index.repeat(2), "weak", draw0 + draw3, time).chunk(2)
         x1 = x2 = rho = None
-        if config.attack.enabled:
+        if config.attack.radius:
             with record_function("attack"):
                 rho = model.attack(self.views.whole(index))
         with record_function("views"):
@@ -260,7 +251,7 @@ class Trainer:
         gradients = [p.grad for p in self.model.query.parameters() if p.grad is not None]
         joint = torch.stack([part.detach() for part in losses])
         with record_function("ranks"):
-            self.world.average_([*gradients, joint, *self._statistics])
+            self.world.average_([*gradients, joint])
         losses = Losses(*joint)
         with record_function("optimizer"):
             finite = losses.total.isfinite()
@@ -311,7 +302,7 @@ class Trainer:
         """
         optim = self.config.optim
         lr = optim.lr * min(1.0, (step + 1) / (optim.ramp_steps + 1))
-        if optim.schedule == "cosine":
+        if not optim.milestones:
             return lr * (1 + math.cos(math.pi * step / self.total_steps)) / 2
         if step < self.config.warmup_steps:
             return lr

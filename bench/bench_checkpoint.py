@@ -29,7 +29,7 @@ from bench.records import Record, Recorder
 def setting(out: Path) -> Config:
     """The paper's run on a GPU, the demo on a CPU; both on the built-in set."""
     base = replace(preset("ntu60-xsub"), data="", synthetic=demo().synthetic) if CUDA else demo()
-    return replace(base, run=RunConfig(out=str(out), threads=1, progress=False))
+    return replace(base, run=RunConfig(out=str(out), threads=1))
 
 
 @pytest.fixture

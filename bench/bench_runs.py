@@ -25,14 +25,14 @@ from bench.harness import TOY, sized
 from bench.records import Record, Recorder
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--optim.batch-size", "16", "--views.frames", "16", "--views.min-frames", "16"] if TOY else []
+SMALL = ["--optim.batch-size", "16", "--views.frames", "16"] if TOY else []
 SHORT = ["--synthetic.clips", "200", "--bank.warmup-steps", "4", "--optim.epochs", "1", *SMALL]
 LIMIT = 300  # seconds; whoever started this process has a shorter one
 
 
 def start(folder: Path, *flags: str) -> subprocess.Popen[str]:
     """A training run that writes to `folder`; its output goes to `folder`.txt."""
-    command = [sys.executable, "-m", "a2mc_fast.train", *flags, "--run.out", str(folder), "--run.no-progress"]
+    command = [sys.executable, "-m", "a2mc_fast.train", *flags, "--run.out", str(folder)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     with folder.with_suffix(".txt").open("a") as output:
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, text=True)

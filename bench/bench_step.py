@@ -71,7 +71,7 @@ def setting(case: str) -> Config:
 def _narrow(config: Config, encoder: EncoderConfig, frames: int, batch: int) -> Config:
     return replace(
         config,
-        views=replace(config.views, frames=frames, min_frames=frames),
+        views=replace(config.views, frames=frames),
         encoder=encoder,
         bank=replace(config.bank, size=1024),
         optim=replace(config.optim, batch_size=batch),

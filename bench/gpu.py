@@ -73,7 +73,7 @@ def gpu_tests(rehearse: bool) -> list[Part]:
 
 def all_parts(rehearse: bool = False, data: bool = False) -> list[Part]:
     """In the order in which they run, those that compile beforehand aside."""
-    short = ["--bank.warmup-steps", "8", "--optim.epochs", "1", "--run.no-progress"]
+    short = ["--bank.warmup-steps", "8", "--optim.epochs", "1"]
     short += ["--synthetic.clips", "200"] if rehearse else []  # on a GPU sizes must be those of the main job
     parts = [
         Part(

@@ -52,10 +52,10 @@ class Soak:
 def flags(folder: Path, steps: int) -> list[str]:
     """A tiny run on the built-in set: 10 steps an epoch, evaluated, saved and logged often."""
     text = (
-        f"--run.out {folder} --synthetic.clips 240 --views.frames 8 --views.min-frames 8 --encoder.hidden 8 "
+        f"--run.out {folder} --synthetic.clips 240 --views.frames 8 --encoder.hidden 8 "
         f"--encoder.projection 16 --bank.size 64 --bank.warmup-steps 20 --optim.epochs {steps // 10} "
         "--optim.batch-size 16 --optim.lr 0.02 --run.log-every 3 "
-        "--run.eval-every 20 --run.keep-last 3 --run.keep-every 50 --run.no-progress"
+        "--run.eval-every 20 --run.keep-last 3 "
     )
     return ["demo", *text.split()]
 

@@ -56,8 +56,8 @@ def refusing(name: str, backward: bool) -> Callable[..., Any]:
 
 
 FLAGS = """--encoder.name stgcn --encoder.channels 16 --encoder.projection 16 --bank.size 16
---bank.warmup-steps 1 --optim.batch-size 8 --optim.epochs 1 --views.frames 8 --views.min-frames 8
---run.log-every 1 --run.threads 1 --run.no-progress --run.device cpu --attack.classes 2 --data"""
+--bank.warmup-steps 1 --optim.batch-size 8 --optim.epochs 1 --views.frames 8
+--run.log-every 1 --run.threads 1 --run.device cpu --attack.classes 2 --data"""
 
 
 @pytest.fixture(scope="module")

@@ -58,22 +58,22 @@ def test_the_default_is_the_paper() -> None:
 
 def test_ablations() -> None:
     b1, b2, b3, b4 = (preset(f"ntu60-xsub-b{i}") for i in (1, 2, 3, 4))
-    assert (b1.bank.kind, b1.attack.enabled, b1.loss) == (
+    assert (b1.bank.kind, b1.attack.radius, b1.loss) == (
         "fifo",
-        False,
+        0,
         LossConfig(mix=(), weak="off", strong="off"),
     )
-    assert (b2.bank.kind, b2.attack.enabled, b2.loss) == (
+    assert (b2.bank.kind, b2.attack.radius, b2.loss) == (
         "gradient",
-        False,
+        0,
         LossConfig(weak="off", strong="off"),
     )
-    assert (b3.bank.kind, b3.attack.enabled, b3.loss) == ("fifo", True, LossConfig(mix=(), strong="contrast"))
-    assert (b4.bank.kind, b4.attack.enabled, b4.loss) == ("fifo", True, LossConfig(mix=()))
+    assert (b3.bank.kind, b3.attack.radius, b3.loss) == ("fifo", 0.5, LossConfig(mix=(), strong="contrast"))
+    assert (b4.bank.kind, b4.attack.radius, b4.loss) == ("fifo", 0.5, LossConfig(mix=()))
     a1, a2, a3 = (preset(f"ntu60-xsub-a{i}") for i in (1, 2, 3))
     assert replace(a1, preset="") == replace(b1, preset="")
-    assert not a2.attack.enabled and a2.loss == LossConfig()
-    assert a3.attack.enabled and (a3.views.weak, a3.views.strong) == ("none", "none")
+    assert not a2.attack.radius and a2.loss == LossConfig()
+    assert a3.attack.radius and (a3.views.weak, a3.views.strong) == ("none", "none")
 
 
 def test_every_preset_survives_json() -> None:

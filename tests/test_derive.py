@@ -56,9 +56,10 @@ def test_what_is_derived_is_what_is_listed() -> None:
 
 
 def test_flags_are_recognised_as_they_are_written() -> None:
-    assert given_flags(["--bank.size", "96", "--optim.batch-size=8", "--run.no-progress", "own"]) == {
-        "bank.size", "optim.batch_size", "run.no_progress"
-    }  # fmt: skip
+    assert given_flags(["--bank.size", "96", "--optim.batch-size=8", "own"]) == {
+        "bank.size",
+        "optim.batch_size",
+    }
 
 
 def test_a_run_says_and_stores_what_was_derived(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,14 +75,14 @@ def test_a_run_says_and_stores_what_was_derived(tmp_path: Path, capsys: pytest.C
         "--optim.epochs",
         "1",
     ]
-    main(["own", *args, *small, "--run.no-progress"])
+    main(["own", *args, *small])
     printed = capsys.readouterr().out
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
     for name in DERIVED:
         part, field = name.split(".")
         assert f"--{name.replace('_', '-')} {stored[part][field]}" in printed
-    assert (stored["views"]["min_frames"], stored["bank"]["warmup_steps"]) == (8, 2)
-    main(["own", *args, *small, "--run.no-progress", "--resume"])
+    assert (stored["views"]["frames"], stored["bank"]["warmup_steps"]) == (8, 2)
+    main(["own", *args, *small, "--resume"])
     assert "nothing to resume" in capsys.readouterr().out
 
 

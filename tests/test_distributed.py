@@ -30,7 +30,6 @@ from a2mc_fast.data import Clips
 from a2mc_fast.encoders import build_encoder
 from a2mc_fast.encoders.joint_norm import join_batch_norms
 from a2mc_fast.errors import InputError
-from a2mc_fast.evaluation.protocols import encode
 from a2mc_fast.ranks import ALONE, World, join
 from a2mc_fast.run.checkpoint import FILE
 from a2mc_fast.trainer import Trainer
@@ -120,7 +119,7 @@ def small(name: str = "demo", **changes: Any) -> Config:
     config = replace(preset(name), **changes)
     return replace(
         config,
-        views=replace(config.views, frames=8, min_frames=8),
+        views=replace(config.views, frames=8),
         encoder=replace(config.encoder, hidden=8, layers=1, projection=16),
         # temperatures at which rounding grows little
         loss=replace(config.loss, temperature=0.3),
@@ -196,98 +195,11 @@ def test_pairs_of_levels_keep_the_order_of_the_joint_batch(three: Ranks) -> None
     assert_close(three(levels_trained, small())[0], alone)
 
 
-def local_statistics(world: World) -> list[Any]:
-    """What BatchNorm makes of one's own clips, and the running statistics after a step."""
-    config = small()
-    config = replace(config, encoder=replace(config.encoder, batch_norm="local"))
-    trainer = Trainer(config, some_clips(), world)
-    seen: list[torch.Tensor] = []
-    norm = trainer.model.query.encoder.input_norm
-    assert isinstance(norm, torch.nn.BatchNorm1d)
-    norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
-    trainer.step(0)
-    assert norm.running_mean is not None and norm.running_var is not None
-    return [seen[0].numpy(), norm.running_mean.numpy(), norm.running_var.numpy()]
-
-
-def test_local_batch_norm_averages_the_running_statistics(three: Ranks) -> None:
-    seen, means, variances = zip(*three(local_statistics))
-    expected = (
-        0.1 * np.mean([x.mean(0) for x in seen], 0),
-        0.9 + 0.1 * np.mean([x.var(0, ddof=1) for x in seen], 0),
-    )
-    for mean, variance in zip(means, variances):
-        np.testing.assert_allclose(mean, expected[0], atol=1e-6)
-        np.testing.assert_allclose(variance, expected[1], rtol=1e-6)
-    alone = local_statistics(ALONE)
-    np.testing.assert_array_equal(np.concatenate(seen), alone[0])
-    np.testing.assert_allclose(means[0], alone[1], atol=1e-6)
-
-
-def normalised(world: World, kind: str, x: torch.Tensor, up: torch.Tensor) -> list[Any]:
-    """BatchNorm of this rank's part: output, gradients, running statistics."""
-    norm = getattr(torch.nn, kind)(x.shape[1]).double()
-    with torch.no_grad():
-        norm.weight.copy_(torch.linspace(0.5, 2, x.shape[1]))
-    outer = torch.nn.Sequential(norm)
-    join_batch_norms(outer, world)
-    part = world.part(len(x))
-    own = x[part].clone().requires_grad_()
-    y = outer(own)
-    (y * up[part]).sum().backward()
-    gradients = [p.grad for p in outer.parameters() if p.grad is not None]
-    assert isinstance(own.grad, torch.Tensor)
-    outer.eval()
-    results = [
-        y,
-        own.grad,
-        outer(own),
-        *(world.gather(g.unsqueeze(0)).sum(0) for g in gradients),
-        *outer.state_dict().values(),
-    ]
-    return [r.detach().numpy() for r in results]
-
-
-@pytest.mark.parametrize(
-    "kind, shape", [("BatchNorm1d", (6, 4)), ("BatchNorm1d", (6, 4, 5)), ("BatchNorm2d", (6, 4, 5, 3))]
-)
-def test_joint_batch_norm_equals_one_over_the_joint_batch(
-    kind: str, shape: tuple[int, ...], three: Ranks
-) -> None:
-    # a mean that dwarfs the spread, which the mean of squares would not survive
-    x = (
-        torch.randn(shape, dtype=torch.float64)
-        * torch.tensor([1e-3, 1, 10, 100]).view(1, 4, *[1] * (len(shape) - 2))
-        + 1e4
-    )
-    up = torch.randn(shape, dtype=torch.float64)
-    alone = normalised(ALONE, kind, x, up)
-    ranks = three(normalised, kind, x, up)
-    for number, expected in enumerate(alone):
-        got = np.concatenate([r[number] for r in ranks]) if number < 3 else ranks[1][number]
-        np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-8, err_msg=str(number))
-
-
-def features(world: World, count: int, cropped: bool) -> Any:
-    """What every rank gets of clips that the ranks encode together."""
-    trainer = Trainer(small(), some_clips(), world)
-    draws = trainer.views.draw(3, count, views=1)[0] if cropped else None
-    return encode(trainer.model.query, trainer.views, torch.arange(count).flip(0), draws).detach().numpy()
-
-
-@pytest.mark.parametrize("count, cropped", [(35, False), (35, True), (1, False)])
-def test_ranks_encode_together(count: int, cropped: bool, two: Ranks, three: Ranks) -> None:
-    alone = features(ALONE, count, cropped)
-    for ranks in (two, three):
-        for got in ranks(features, count, cropped):
-            np.testing.assert_allclose(got, alone, atol=1e-6)
-
-
 ENCODERS: dict[str, dict[str, Any]] = {
     "bigru": {"hidden": 6, "layers": 1},
     "stgcn": {"channels": 2},
     "dsta": {"size": "small"},
-    "scd": {"width": 16, "heads": 2},
+    "scd": {"width": 16},
 }
 
 
@@ -400,7 +312,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # 15 steps, an epoch of three
 SETTINGS = {
     "views.frames": "8",
-    "views.min-frames": "8",
     "encoder.hidden": "8",
     "encoder.projection": "16",
     "optim.batch-size": "12",
@@ -414,7 +325,7 @@ SETTINGS = {
     "bank.temperature": "0.3",
     "run.log-every": "2",
 }
-FLAGS = [part for name, value in SETTINGS.items() for part in (f"--{name}", value)] + ["--run.no-progress"]
+FLAGS = [part for name, value in SETTINGS.items() for part in (f"--{name}", value)]
 
 
 def flags(data: Path, folder: Path, *more: str) -> list[str]:

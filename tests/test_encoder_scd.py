@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from a2mc_fast.config.settings import SCD_HEADS, EncoderConfig
 from a2mc_fast.encoders import build_encoder
 from a2mc_fast.encoders.common import frozen, projection_head
 from a2mc_fast.encoders.count import parameters_and_macs
@@ -26,7 +27,7 @@ CHAIN20 = Skeleton(
 
 
 def small(skeleton: Skeleton = SMALL, **options: Any) -> SCDNet:
-    return SCDNet(skeleton, **({"frames": FRAMES, "width": 16, "heads": 2} | options))
+    return SCDNet(skeleton, **({"frames": FRAMES, "width": 16} | options))
 
 
 def scrambled(encoder: SCDNet) -> SCDNet:
@@ -156,9 +157,9 @@ def transformer(part: TokenTransformer, tokens: Tensor) -> Tensor:
     width = x.shape[-1]
     projected = linear(part.query_key_value, x)
     query, key, value = projected[..., :width], projected[..., width : 2 * width], projected[..., 2 * width :]
-    size = width // part.heads
+    size = width // SCD_HEADS
     heads = []
-    for h in range(part.heads):
+    for h in range(SCD_HEADS):
         at = slice(h * size, (h + 1) * size)
         scores = torch.einsum("nqd,nkd->nqk", query[..., at], key[..., at]) / math.sqrt(size)
         shares = scores.exp() / scores.exp().sum(-1, keepdim=True)
@@ -281,8 +282,8 @@ def test_other_clips_are_named(shape: tuple[int, ...]) -> None:
 
 
 def test_heads_must_divide_the_width() -> None:
-    with pytest.raises(InputError, match=r"width 16 must be a multiple of encoder[.]heads 3"):
-        small(heads=3)
+    with pytest.raises(InputError, match=r"width 12 must be a multiple of SCD-Net's 8 attention heads"):
+        EncoderConfig(width=12)
 
 
 def test_dropout_is_off_while_frozen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from a2mc_fast.encoders import build_encoder
 from a2mc_fast.encoders.common import Encoder, frozen, projection_head
 from a2mc_fast.encoders.count import parameters_and_macs
-from a2mc_fast.encoders.dsta import DSTANet, TemporalAttention
+from a2mc_fast.encoders.dsta import DSTANet
 from a2mc_fast.encoders.graph import directed_partitions, spatial_partitions
 from a2mc_fast.encoders.stgcn import STGCN
 from a2mc_fast.errors import InputError
@@ -33,9 +33,7 @@ KINECT20 = Skeleton(
 )
 SMALLEST: list[tuple[str, dict[str, Any]]] = [
     ("stgcn", {"channels": 2}),
-    ("stgcn", {"channels": 4, "partition": "tree"}),
     ("dsta", {"size": "small"}),
-    ("dsta", {"size": "small", "temporal_attention": True}),
 ]
 each_encoder = pytest.mark.parametrize(("name", "options"), SMALLEST)
 
@@ -66,7 +64,7 @@ def scrambled(encoder: Encoder) -> Encoder:
 # the definitions, one entry at a time
 
 
-def slow_partitions(skeleton: Skeleton, kind: str) -> Tensor:
+def slow_partitions(skeleton: Skeleton) -> Tensor:
     """Entry [j, i] belongs to the neighbours further than i from the root, or as far, or closer."""
     v = skeleton.num_joints
     root = next(j for j in range(v) if skeleton.parents[j] == j)
@@ -75,9 +73,7 @@ def slow_partitions(skeleton: Skeleton, kind: str) -> Tensor:
         linked[j, p] = linked[p, j] = True
 
     def distance(joint: int) -> float:
-        if kind == "hop_clipped":
-            return 0 if joint == root else 1 if linked[joint, root] else math.inf
-        return 0 if joint == root else 1 + distance(skeleton.parents[joint])
+        return 0 if joint == root else 1 if linked[joint, root] else math.inf
 
     partitions = torch.zeros(3, v, v)
     for j in range(v):
@@ -135,7 +131,7 @@ def slow_stgcn(encoder: Encoder, x: Tensor, skeleton: Skeleton, options: dict[st
             flat[:, joint * c + axis] = by_person(x)[:, axis, :, joint]
     flat = slow_norm(encoder.input_norm, flat)
     h = torch.stack([flat[:, axis::c].mT for axis in range(c)], 1)
-    partitions = slow_partitions(skeleton, options.get("partition", "hop_clipped"))
+    partitions = slow_partitions(skeleton)
     strides = [1, 1, 1, 1, 2, 1, 1, 2, 1, 1]
     for number, (block, stride) in enumerate(zip(encoder.blocks, strides, strict=True)):
         spread: Any = slow_conv(block.spread, h)  # type: ignore[arg-type]
@@ -172,31 +168,27 @@ def slow_code(width: int, count: int) -> Tensor:
     return code
 
 
-def slow_attention(layer: Any, x: Tensor, stride: int, changes: bool) -> Tensor:
-    """Attention over the last axis of x [B, C, T, V], or over T if the layer is temporal."""
-    temporal = isinstance(layer, TemporalAttention)
-    tokens = x.mT if temporal else x  # [B, C, other, tokens]
-    _, width, other, count = tokens.shape
-    coded = slow_conv(layer.query_key, (tokens + slow_code(width, count)[None, :, None]))
+def slow_attention(layer: Any, x: Tensor, changes: bool) -> Tensor:
+    """Attention over the joints of x [B, C, T, V]."""
+    _, width, frames, count = x.shape
+    coded = slow_conv(layer.query_key, (x + slow_code(width, count)[None, :, None]))
     heads = 3
     inter = coded.shape[1] // (2 * heads)
     values = []
     for head in range(heads):
         query = coded[:, head * inter : (head + 1) * inter]
         key = coded[:, (heads + head) * inter : (heads + head + 1) * inter]
-        mixed = torch.zeros_like(tokens)
+        mixed = torch.zeros_like(x)
         for u in range(count):
             for v in range(count):
-                score = (query[:, :, :, u] * key[:, :, :, v]).sum((1, 2)) / (inter * other)
-                attention = score.tanh() * layer.scale[head, 0, 0]
-                if not temporal:
-                    attention = attention + layer.joint_map[head, u, v]
-                mixed[:, :, :, v] += attention[:, None, None] * tokens[:, :, :, u]
-        values.append(mixed.mT if temporal else mixed)
+                score = (query[:, :, :, u] * key[:, :, :, v]).sum((1, 2)) / (inter * frames)
+                attention = score.tanh() * layer.scale[head, 0, 0] + layer.joint_map[head, u, v]
+                mixed[:, :, :, v] += attention[:, None, None] * x[:, :, :, u]
+        values.append(mixed)
     y = slow_conv_norm(layer.project, torch.cat(values, 1))
     y = leaky((slow_conv_norm(layer.project_shortcut, x) if changes else x) + y)
-    y = slow_conv_norm(layer.feed_forward, y, stride=stride)
-    return leaky((slow_conv_norm(layer.feed_forward_shortcut, x, stride=stride) if changes else x) + y)
+    y = slow_conv_norm(layer.feed_forward, y)
+    return leaky((slow_conv_norm(layer.feed_forward_shortcut, x) if changes else x) + y)
 
 
 def slow_dsta(encoder: Encoder, x: Tensor, skeleton: Skeleton, options: dict[str, Any]) -> Tensor:
@@ -209,12 +201,9 @@ def slow_dsta(encoder: Encoder, x: Tensor, skeleton: Skeleton, options: dict[str
     for number, (out, stride) in enumerate(configuration):
         spatial, temporal = layers[2 * number : 2 * number + 2]
         changes = h.shape[1] != out
-        h = slow_attention(spatial, h, 1, changes)
-        if options.get("temporal_attention"):
-            h = slow_attention(temporal, h, stride, changes)
-        else:
-            shortcut = slow_conv_norm(temporal.shortcut, h, stride=stride) if changes else h
-            h = leaky(shortcut + slow_conv_norm(temporal.convolution, h, 7, stride))
+        h = slow_attention(spatial, h, changes)
+        shortcut = slow_conv_norm(temporal.shortcut, h, stride=stride) if changes else h
+        h = leaky(shortcut + slow_conv_norm(temporal.convolution, h, 7, stride))
     return torch.stack([h[i * m : (i + 1) * m].mean((0, 2, 3)) for i in range(n)])
 
 
@@ -239,13 +228,12 @@ def test_forward_is_the_definition(name: str, options: dict[str, Any], training:
 
 
 def test_partitions_of_the_kinect_skeleton() -> None:
-    clipped, tree = spatial_partitions(NTU25), spatial_partitions(NTU25, "tree")
+    clipped = spatial_partitions(NTU25)
     assert (clipped != 0).sum((1, 2)).tolist() == [25, 40, 8]
     torch.testing.assert_close(clipped.sum((1, 2)), torch.tensor([8.95, 13.3, 2.75]))
     assert {(row + 1, column + 1) for row, column in clipped[2].nonzero().tolist()} == {
         (2, 1), (3, 4), (5, 6), (9, 10), (21, 2), (21, 3), (21, 5), (21, 9)
     }  # fmt: skip
-    assert (tree != 0).sum((1, 2)).tolist() == [25, 24, 24]
     directed = directed_partitions(NTU25)
     assert (directed != 0).sum((1, 2)).tolist() == [25, 24, 24]
     torch.testing.assert_close(directed.sum((1, 2)), torch.tensor([25.0, 24, 20]))
@@ -253,11 +241,10 @@ def test_partitions_of_the_kinect_skeleton() -> None:
     assert torch.equal(directed[2] != 0, (directed[1] != 0).T)
 
 
-@pytest.mark.parametrize("kind", ["hop_clipped", "tree"])
 @pytest.mark.parametrize("skeleton", [NTU25, KINECT20, SMALL], ids=["ntu", "kinect", "small"])
-def test_partitions_are_the_definition(skeleton: Skeleton, kind: Any) -> None:
-    partitions = spatial_partitions(skeleton, kind)
-    torch.testing.assert_close(partitions, slow_partitions(skeleton, kind))
+def test_partitions_are_the_definition(skeleton: Skeleton) -> None:
+    partitions = spatial_partitions(skeleton)
+    torch.testing.assert_close(partitions, slow_partitions(skeleton))
     torch.testing.assert_close(partitions.sum((0, 1)), torch.ones(skeleton.num_joints))
 
 
@@ -280,18 +267,14 @@ def test_counts_of_stgcn(channels: int, parameters: int, macs: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "temporal_attention", "parameters", "macs"),
+    ("size", "parameters", "macs"),
     [
-        ("full", False, (3_817_388, 3_801_968), (3.265, 4.081, 8.162)),
-        ("full", True, (3_452_164, 3_436_744), (3.498, 4.467, 9.548)),
-        ("small", False, (1_561_900, 1_546_480), (1.232, 1.533, 3.066)),
-        ("small", True, (1_419_460, 1_404_040), (1.317, 1.685, 3.707)),
+        ("full", (3_817_388, 3_801_968), (3.265, 4.081, 8.162)),
+        ("small", (1_561_900, 1_546_480), (1.232, 1.533, 3.066)),
     ],
 )
-def test_counts_of_dsta(
-    size: str, temporal_attention: bool, parameters: tuple[int, int], macs: tuple[float, ...]
-) -> None:
-    encoder = build_encoder("dsta", NTU25, size=size, temporal_attention=temporal_attention)
+def test_counts_of_dsta(size: str, parameters: tuple[int, int], macs: tuple[float, ...]) -> None:
+    encoder = build_encoder("dsta", NTU25, size=size)
     classifier = nn.Sequential(encoder, nn.Linear(256, 60))
     assert parameters_and_macs(classifier)[0] == parameters[0]
     assert parameters_and_macs(encoder)[0] == parameters[1]
@@ -415,7 +398,7 @@ def test_initialisation_of_stgcn() -> None:
 
 
 def test_initialisation_of_dsta() -> None:
-    for key, value in DSTANet(KINECT20, size="small", temporal_attention=True).named_parameters():
+    for key, value in DSTANet(KINECT20, size="small").named_parameters():
         if value.ndim == 4 and value.numel() > 4000:
             expected = math.sqrt(2 / (value.shape[0] * value.shape[2]))
             assert abs(value.std().item() / expected - 1) < 0.05, key
@@ -428,8 +411,6 @@ def test_initialisation_of_dsta() -> None:
 def test_unknown_options_are_named() -> None:
     with pytest.raises(InputError, match="encoder stgcn has no option hidden; it takes persons, frames"):
         build_encoder("stgcn", NTU25, hidden=64)
-    with pytest.raises(InputError, match="unknown partition 'hop'; choose one of hop_clipped, tree"):
-        build_encoder("stgcn", NTU25, partition="hop")
     with pytest.raises(InputError, match="unknown size 'tiny'; choose one of full, small"):
         build_encoder("dsta", NTU25, size="tiny")
 

@@ -33,7 +33,7 @@ def trainer(make_clips: MakeClips, encoder: str = "bigru", precision: str = "fp3
     config = replace(
         config,
         precision=precision,  # type: ignore[arg-type]
-        views=replace(config.views, frames=16, min_frames=16),
+        views=replace(config.views, frames=16),
         encoder=ENCODERS[encoder],
         bank=replace(config.bank, size=512, warmup_steps=WARMUP),
         optim=replace(config.optim, batch_size=16, lr=0.05),

@@ -46,11 +46,11 @@ def _train(clips: Clips, folder: Path) -> Path:
     config = replace(
         base,
         data=str(folder / "clips.safetensors"),
-        views=replace(base.views, frames=8, min_frames=8),
+        views=replace(base.views, frames=8),
         encoder=replace(base.encoder, hidden=8, projection=16),
         bank=BankConfig(size=40, warmup_steps=6),
         optim=OptimConfig(epochs=3, batch_size=8, milestones=(2,), lr=0.05, gamma=0.1),
-        run=RunConfig(out=str(folder / "run"), log_every=1, progress=False, eval_every=1, threads=1),
+        run=RunConfig(out=str(folder / "run"), log_every=1, eval_every=1, threads=1),
     )
     return pretrain(config)
 

@@ -65,7 +65,7 @@ def small_branch(seed: int = 0) -> Branch:
 
 @pytest.fixture
 def views() -> Views:
-    return Views(class_clips(), ViewConfig(frames=8, min_frames=4), 0)
+    return Views(class_clips(), ViewConfig(frames=8), 0)
 
 
 def state(branch: nn.Module) -> dict[str, Tensor]:
@@ -126,7 +126,7 @@ def test_random_crops_are_those_of_the_draws(views: Views, monkeypatch: pytest.M
         one = branch.feature(crops.cropped(index[clip : clip + 1], Draws(draws.values[clip : clip + 1])))
         torch.testing.assert_close(got[clip : clip + 1], one)
     assert not torch.allclose(got, encode(branch, crops, index))
-    assert (crops.config.min_ratio, crops.config.min_frames) == (0.5, 4)
+    assert (crops.config.min_ratio, crops.config.frames) == (0.5, 8)
 
 
 # linear evaluation

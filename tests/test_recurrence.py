@@ -36,7 +36,7 @@ def small(**options: Any) -> Config:
     config = preset("demo")
     return replace(
         config,
-        views=replace(config.views, frames=4, min_frames=4),
+        views=replace(config.views, frames=4),
         encoder=EncoderConfig(hidden=8, layers=1, projection=16, **options),
         bank=replace(config.bank, size=24, warmup_steps=1),
         optim=replace(config.optim, batch_size=4),

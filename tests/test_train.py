@@ -32,11 +32,11 @@ def tiny(data: Path, out: Path, epochs: int = 3, **changes: object) -> Config:
     return replace(
         base,
         data=str(data),
-        views=replace(base.views, frames=8, min_frames=8),
+        views=replace(base.views, frames=8),
         encoder=replace(base.encoder, hidden=8, projection=16),
         bank=BankConfig(size=40, warmup_steps=3),
         optim=OptimConfig(epochs=epochs, batch_size=8, milestones=(2,), lr=0.05),
-        run=RunConfig(out=str(out), log_every=2, progress=False, eval_every=1),
+        run=RunConfig(out=str(out), log_every=2, eval_every=1),
         **changes,  # type: ignore[arg-type]
     )
 

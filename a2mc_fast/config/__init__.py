@@ -100,10 +100,10 @@ def own_data() -> Config:
     return Config(
         preset="own",
         data="clips.safetensors",
-        views=ViewConfig(frames=32, min_frames=32),
+        views=ViewConfig(frames=32),
         encoder=EncoderConfig(hidden=64, layers=1, pool="mean"),
         bank=BankConfig(size=296, lr=12.0, temperature=0.07, warmup_steps=450, refresh=30),
-        optim=OptimConfig(lr=0.3, epochs=170, schedule="cosine", ramp_steps=60, ema=0.99),
+        optim=OptimConfig(lr=0.3, epochs=170, milestones=(), ramp_steps=60, ema=0.99),
         run=RunConfig(eval_every=14, checkpoint_every=7),
     )
 
@@ -118,7 +118,7 @@ def demo() -> Config:
     return Config(
         preset="demo",
         precision="fp32",
-        views=ViewConfig(frames=32, min_frames=32),
+        views=ViewConfig(frames=32),
         encoder=EncoderConfig(hidden=64, layers=1),
         bank=BankConfig(size=512, lr=12.0, warmup_steps=1500),
         optim=OptimConfig(lr=0.3, epochs=25, milestones=(0, 18), gamma=0.3, ema=0.99),
@@ -130,7 +130,7 @@ def _ablations(config: Config) -> dict[str, Config]:
     """The paper's ablation rows (Tables V and VI) of one run, as complete configurations."""
     plain = replace(config.loss, mix=())
     fifo = replace(config.bank, kind="fifo")
-    no_attack = replace(config.attack, enabled=False)
+    no_attack = replace(config.attack, radius=0.0)
     basic_only = replace(plain, weak="off", strong="off")
     infonce = replace(plain, strong="contrast")
     no_views = replace(config.views, weak="none", strong="none")

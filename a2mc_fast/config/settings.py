@@ -14,12 +14,14 @@ from a2mc_fast.config.ranges import (
     Momentum,
     Range,
     Rate,
-    Seed,
     Share,
     Temperature,
     check_ranges,
 )
 from a2mc_fast.errors import require
+
+SCD_HEADS = 8
+"""Attention heads of SCD-Net's transformers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,9 +31,7 @@ class ViewConfig:
     frames: Annotated[int, Range("[2, 10000]")] = 64
     """Frames T that every view is resized to."""
     min_ratio: Annotated[float, Range("(0, 1]")] = 0.1
-    """Shortest temporal crop, as a share of the clip, in (0, 1]."""
-    min_frames: Count = 64
-    """No crop is shorter than this many frames (or than the clip)."""
+    """Shortest temporal crop, as a share of the clip, in (0, 1]; never below `frames` frames."""
     shear: Annotated[float, Range("[0, 10]")] = 1.0
     """Off-diagonal entries of the pose (shear) matrix are uniform in ±this."""
     jitter_share: Share = 0.6
@@ -40,24 +40,11 @@ class ViewConfig:
     """View of the attacked clip that gives f1; none = the whole clip, only resized."""
     strong: Literal["strong", "weak", "none"] = "strong"
     """View of the attacked clip that gives f2."""
-    flip_p: Share = 0.5
-    """Strong view: chance of swapping left and right joints."""
-    flip_mirror_x: bool = False
-    """Also negate x when flipping; public code does not."""
-    rotate_p: Share = 1.0
-    """Strong view: chance of a rotation (main axis up to 30 degrees, the others up to 1)."""
-    noise_p: Share = 0.5
-    """Strong view: chance of additive Gaussian noise."""
     noise_std: Annotated[float, Range("[0, 10]")] = 0.01
     """Standard deviation of the noise, metres."""
-    noise_absent: bool = True
-    """Add the noise to an absent (all-zero) person too, as public code does."""
-    filter_p: Share = 0.5
-    """Strong view: chance of a Gaussian filter over time, length 15, sigma uniform in (0.1, 2)."""
-    filter_normalize: bool = False
-    """Let the filter's weights sum to one; public code does not, so it amplifies up to five times."""
-    mask_p: Share = 0.5
-    """Strong view: chance of setting one axis to zero."""
+    strong_p: Share = 0.5
+    """Strong view: chance of each of swapping left and right joints, Gaussian noise, a Gaussian filter over
+    time (length 15, sigma uniform in (0.1, 2)) and setting one axis to zero. It is always rotated."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "views.")
@@ -71,9 +58,6 @@ class EncoderConfig:
     """Backbone: BiGRU, ST-GCN, DSTA-Net (Transformer), or SCD-Net's GCN & Transformer."""
     projection: Count = 128
     """Width D of the contrasted features."""
-    batch_norm: Literal["joint", "local"] = "joint"
-    """Several ranks: BatchNorm over the joint batch, which equals one process, or over each rank's own clips,
-    which saves messages; running statistics are averaged then."""
     hidden: Count = 1024
     """BiGRU: hidden units per direction."""
     layers: Annotated[int, Range("[1, 100]")] = 3
@@ -90,22 +74,16 @@ class EncoderConfig:
     in one launch where the GPU can hold the weights; no GPU has run it yet, so auto leaves it out."""
     channels: Count = 16
     """ST-GCN: channels of its first blocks."""
-    partition: Literal["hop_clipped", "tree"] = "hop_clipped"
-    """ST-GCN: neighbours by distance to the centre as public code clips it, or by true tree distance."""
     size: Literal["full", "small"] = "full"
     """DSTA-Net: the public NTU configuration, or HiCLR's small one."""
-    temporal_attention: bool = False
-    """DSTA-Net: attention over time instead of the temporal convolution."""
     width: Count = 2048
     """SCD-Net: token width of its transformers."""
-    heads: Count = 8
-    """SCD-Net: attention heads."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "encoder.")
         require(
-            self.width % self.heads == 0,
-            f"encoder.width {self.width} must be a multiple of encoder.heads {self.heads}",
+            self.width % SCD_HEADS == 0,
+            f"encoder.width {self.width} must be a multiple of SCD-Net's {SCD_HEADS} attention heads",
         )
         require(
             self.recurrence == "auto" or self.name == "bigru",
@@ -120,9 +98,9 @@ class EncoderConfig:
 
 _ENCODER_OPTIONS = {
     "bigru": ("hidden", "layers", "time_mode", "pool", "input_norm"),
-    "stgcn": ("channels", "partition"),
-    "dsta": ("size", "temporal_attention"),
-    "scd": ("width", "heads"),
+    "stgcn": ("channels",),
+    "dsta": ("size",),
+    "scd": ("width",),
 }
 
 
@@ -130,12 +108,10 @@ _ENCODER_OPTIONS = {
 class AttackConfig:
     """The targeted semantic attack (Eq. 5-6)."""
 
-    enabled: bool = True
-    """Attack the clip before the weak and strong views."""
     lr: Rate = 0.1
     """Step size epsilon of Adam, metres."""
-    radius: Rate = 0.5
-    """Largest norm eta of the perturbation of one person in one frame, metres."""
+    radius: Annotated[float, Range("[0, 1000]")] = 0.5
+    """Largest norm eta of the perturbation of one person in one frame, metres; 0 = no attack."""
     classes: CountOrNone = 0
     """Outputs C of the frozen class layer; 0 = the number of classes of the data."""
 
@@ -199,12 +175,11 @@ class OptimConfig:
     """Passes over the training clips after the warm-up."""
     lr: Rate = 0.01
     """Learning rate."""
-    schedule: Literal["milestones", "cosine"] = "milestones"
-    """How the learning rate falls: at the milestones, or as half a cosine from the first step to the last."""
     ramp_steps: Annotated[int, Range("[0, 1e9]")] = 0
     """Steps over which the learning rate rises linearly to `lr` first."""
     milestones: tuple[CountOrNone, ...] = (350,)
-    """Epochs after which the learning rate drops; those beyond `epochs` are never reached."""
+    """Epochs after which the learning rate drops; those beyond `epochs` are never reached. None = it falls as
+    half a cosine from the first step to the last."""
     gamma: Share = 0.1
     """Factor of each drop."""
     momentum: Momentum = 0.9
@@ -251,12 +226,8 @@ class RunConfig:
     """Epochs between checkpoints; the last step always saves."""
     keep_last: Count = 2
     """Newest checkpoints to keep; the one before the newest is what a damaged newest falls back to."""
-    keep_every: CountOrNone = 0
-    """Also keep, and make, a checkpoint every so many epochs; 0 = none."""
     tensorboard: bool = False
     """Also write TensorBoard events (extra `tensorboard`)."""
-    progress: bool = True
-    """Show the progress bar."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "run.")
@@ -270,8 +241,6 @@ class SyntheticConfig:
     """Clips generated, training and test together."""
     classes: Annotated[int, Range("[2, 26]")] = 20
     """Actions."""
-    seed: Seed = 0
-    """Seed of the generator."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "synthetic.")

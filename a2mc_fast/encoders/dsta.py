@@ -60,7 +60,6 @@ class DSTANet(Encoder):
         persons: int = 2,
         frames: int = 64,
         size: Literal["full", "small"] = "full",
-        temporal_attention: bool = False,
     ) -> None:
         super().__init__()
         if size not in _SIZES:
@@ -71,10 +70,7 @@ class DSTANet(Encoder):
         for width, out, inter, stride in _SIZES[size]:
             plain = (width, stride) == (out, 1)
             blocks.append(SpatialAttention(skeleton.num_joints, width, out, inter, plain))
-            if temporal_attention:
-                blocks.append(TemporalAttention(out, inter, stride, plain))
-            else:
-                blocks.append(TemporalConvolution(out, stride, plain))
+            blocks.append(TemporalConvolution(out, stride, plain))
         self.blocks = nn.Sequential(*blocks)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -86,69 +82,39 @@ class DSTANet(Encoder):
         return self.blocks(x).unflatten(0, (n, persons)).mean((1, 3, 4))
 
 
-class AttentionLayer(nn.Module):
-    """x [B, C, T, V] -> [B, out, T', V]: attend and project, feed forward, each beside a shortcut.
+class SpatialAttention(nn.Module):
+    """x [B, C, T, V] -> [B, out, T, V]: attend and project, feed forward, each beside a shortcut.
 
-    Queries and keys read x plus a fixed code of its joint or frame, values read x alone.
+    Every joint attends to every joint, pooled over time. Queries and keys read x plus a fixed code of its
+    joint, values read x alone.
     """
-
-    def __init__(self, width: int, out: int, inter: int, stride: int, plain: bool) -> None:
-        super().__init__()
-        self.query_key = nn.Conv2d(width, 2 * _HEADS * inter, 1)
-        self.scale = nn.Parameter(torch.ones(_HEADS, 1, 1))
-        self.project = _conv_norm(_HEADS * width, out)
-        self.feed_forward = _conv_norm(out, out, stride)
-        self.project_shortcut = nn.Identity() if plain else _conv_norm(width, out)
-        self.feed_forward_shortcut = nn.Identity() if plain else _conv_norm(width, out, stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.leaky_relu(self.project_shortcut(x) + self.project(self.attend(x)), _SLOPE)
-        return F.leaky_relu(self.feed_forward_shortcut(x) + self.feed_forward(y), _SLOPE)
-
-    def attend(self, x: Tensor) -> Tensor:
-        """The values mixed by each head. x [B, C, T, V] -> [B, S C, T, V]"""
-        raise NotImplementedError
-
-    def queries_and_keys(self, x: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, C, T, V], code [C, T or 1, V or 1] -> two of [B, S, inter, T, V]"""
-        query, key = self.query_key(x + code.to(x.dtype)).unflatten(1, (2, _HEADS, -1)).unbind(1)
-        return query, key
-
-
-class SpatialAttention(AttentionLayer):
-    """Attention of every joint to every joint, pooled over time."""
 
     code: Tensor  # [C, 1, V]
 
     def __init__(self, joints: int, width: int, out: int, inter: int, plain: bool) -> None:
-        super().__init__(width, out, inter, 1, plain)
+        super().__init__()
+        self.query_key = nn.Conv2d(width, 2 * _HEADS * inter, 1)
+        self.scale = nn.Parameter(torch.ones(_HEADS, 1, 1))
+        self.project = _conv_norm(_HEADS * width, out)
+        self.feed_forward = _conv_norm(out, out)
+        self.project_shortcut = nn.Identity() if plain else _conv_norm(width, out)
+        self.feed_forward_shortcut = nn.Identity() if plain else _conv_norm(width, out)
         self.joint_map = nn.Parameter(torch.full((_HEADS, joints, joints), 1 / joints))
         self.register_buffer("code", position_code(joints, width)[:, None], persistent=False)
 
-    def attend(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.leaky_relu(self.project_shortcut(x) + self.project(self._attend(x)), _SLOPE)
+        return F.leaky_relu(self.feed_forward_shortcut(x) + self.feed_forward(y), _SLOPE)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        """The values mixed by each head. x [B, C, T, V] -> [B, S C, T, V]"""
         b, _, t, v = x.shape
-        query, key = self.queries_and_keys(x, self.code)
+        query, key = self.query_key(x + self.code.to(x.dtype)).unflatten(1, (2, _HEADS, -1)).unbind(1)
         scores = torch.einsum("bsctu,bsctv->bsuv", query, key) / (query.shape[2] * t)
         attention = scores.tanh() * self.scale + self.joint_map
         # per frame [V S, V] @ [V, C]: heads come out beside the channels, as the projection reads them
         mixing = attention.permute(0, 3, 1, 2).reshape(b, 1, v * _HEADS, v)
         return (mixing @ x.permute(0, 2, 3, 1)).reshape(b, t, v, -1).permute(0, 3, 1, 2)
-
-
-class TemporalAttention(AttentionLayer):
-    """Attention of every frame to every frame, pooled over joints."""
-
-    def __init__(self, width: int, inter: int, stride: int, plain: bool) -> None:
-        super().__init__(width, width, inter, stride, plain)
-
-    def attend(self, x: Tensor) -> Tensor:
-        b, width, t, v = x.shape
-        query, key = self.queries_and_keys(x, position_code(t, width, x.device)[:, :, None])
-        scores = torch.einsum("bsctv,bscqv->bstq", query, key) / (query.shape[2] * v)
-        attention = scores.tanh() * self.scale
-        mixing = attention.permute(0, 3, 1, 2).reshape(b, t * _HEADS, t)
-        mixed = (mixing @ x.permute(0, 2, 3, 1).reshape(b, t, -1)).view(b, t, _HEADS, v, width)
-        return mixed.transpose(2, 3).reshape(b, t, v, -1).permute(0, 3, 1, 2)
 
 
 class TemporalConvolution(nn.Module):
@@ -171,8 +137,8 @@ def _conv_norm(width: int, out: int, stride: int = 1, kernel: int = 1) -> nn.Seq
     return nn.Sequential(convolution, nn.BatchNorm2d(out))
 
 
-def position_code(count: int, width: int, device: torch.device | None = None) -> Tensor:
+def position_code(count: int, width: int) -> Tensor:
     """Sines and cosines of each position, in turn, wavelengths from 2 pi to 20,000 pi. -> [width, count]"""
-    frequency = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10000) / width))
-    angle = frequency[:, None] * torch.arange(count, device=device)
+    frequency = torch.exp(torch.arange(0, width, 2) * (-math.log(10000) / width))
+    angle = frequency[:, None] * torch.arange(count)
     return torch.stack((angle.sin(), angle.cos()), 1).flatten(0, 1)

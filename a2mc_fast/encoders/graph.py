@@ -6,34 +6,25 @@ direction and [joint, parent] in the other. Every column is divided by its degre
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from a2mc_fast.errors import InputError
 from a2mc_fast.skeleton import Skeleton
 
-Partition = Literal["hop_clipped", "tree"]
 
-
-def spatial_partitions(skeleton: Skeleton, kind: Partition = "hop_clipped") -> Tensor:
+def spatial_partitions(skeleton: Skeleton) -> Tensor:
     """Self-loops, neighbours away from the root, neighbours towards it. -> [3, V, V] float32
 
-    The columns of the sum add to one. `tree` compares true distances to the root. `hop_clipped` is what
-    public ST-GCN code computes: it measures distance for the root's own neighbours alone, all others are
-    equally far, so a bone between two of those lies in the second partition in both directions.
+    The columns of the sum add to one. Public ST-GCN code, and so this, measures distance for the root's own
+    neighbours alone: all others are equally far, and a bone between two of those lies in the second partition
+    in both directions.
     """
-    if kind not in ("hop_clipped", "tree"):
-        raise InputError(f"unknown partition {kind!r}; choose one of hop_clipped, tree")
     away, towards = _outward(skeleton), _inward(skeleton)
-    if kind == "hop_clipped":
-        parents = torch.tensor(skeleton.parents)
-        grandparents = parents[parents]
-        # whose parent is the root or its neighbour; the root is its own parent
-        near = parents[grandparents] == grandparents
-        away, towards = away + towards * ~near, towards * near
-    partitions = torch.stack((torch.eye(skeleton.num_joints), away, towards))
+    parents = torch.tensor(skeleton.parents)
+    grandparents = parents[parents]
+    # whose parent is the root or its neighbour; the root is its own parent
+    near = parents[grandparents] == grandparents
+    partitions = torch.stack((torch.eye(skeleton.num_joints), away + towards * ~near, towards * near))
     return partitions / partitions.sum((0, 1))
 
 

@@ -93,7 +93,7 @@ def step_passes(
         encoder.weights_changed()
         with torch.no_grad():
             encoder.recur(single, low)
-        if config.attack.enabled:
+        if config.attack.radius:
             with frozen(encoder):
                 attacked = single.detach().requires_grad_()
                 torch.autograd.grad(encoder.recur(attacked, wide).float().sum(), attacked)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from a2mc_fast.config.settings import SCD_HEADS
 from a2mc_fast.encoders.common import Encoder, norm_per_view
 from a2mc_fast.encoders.graph import directed_partitions
 from a2mc_fast.errors import require
@@ -29,19 +30,16 @@ class SCDNet(Encoder):
 
     pairs = (("t", "i"), ("s", "i"), ("i", "t"), ("i", "s"))
 
-    def __init__(
-        self, skeleton: Skeleton, *, persons: int = 2, frames: int = 64, width: int = 2048, heads: int = 8
-    ) -> None:
+    def __init__(self, skeleton: Skeleton, *, persons: int = 2, frames: int = 64, width: int = 2048) -> None:
         super().__init__()
-        require(width % heads == 0, f"encoder.width {width} must be a multiple of encoder.heads {heads}")
         self.clip_shape = (frames, _CHANNELS[0], skeleton.num_joints, persons)
         self.feature_dim = 2 * width
         self.levels = {"t": slice(0, width), "s": slice(width, 2 * width), "i": slice(None)}
         self.head_hidden = width
         self.temporal_graph = GraphStack(skeleton, persons)
         self.spatial_graph = GraphStack(skeleton, persons)
-        self.temporal = TokenTransformer(persons * skeleton.num_joints * _CHANNELS[-1], width, heads)
-        self.spatial = TokenTransformer(frames * _CHANNELS[-1], width, heads)
+        self.temporal = TokenTransformer(persons * skeleton.num_joints * _CHANNELS[-1], width)
+        self.spatial = TokenTransformer(frames * _CHANNELS[-1], width)
 
     def forward(self, x: Tensor, views: int = 1) -> Tensor:
         """x [N, T, C, V, M], or several views one after another, each normalised by its own statistics."""
@@ -151,9 +149,8 @@ class TokenTransformer(nn.Module):
     No positions are added: a token's place shows in nothing but its content.
     """
 
-    def __init__(self, inputs: int, width: int, heads: int) -> None:
+    def __init__(self, inputs: int, width: int) -> None:
         super().__init__()
-        self.heads = heads
         self.embed = nn.Sequential(
             nn.Linear(inputs, width), nn.LayerNorm(width), nn.ReLU(), nn.Linear(width, width)
         )
@@ -180,8 +177,7 @@ class TokenTransformer(nn.Module):
     def _attend(self, x: Tensor) -> Tensor:
         """Multi-head self-attention. [N, L, width] -> same shape"""
         query, key, value = (
-            part.unflatten(2, (self.heads, -1)).transpose(1, 2)
-            for part in self.query_key_value(x).chunk(3, 2)
+            part.unflatten(2, (SCD_HEADS, -1)).transpose(1, 2) for part in self.query_key_value(x).chunk(3, 2)
         )
         dropout = self.dropout.p if self.training else 0.0
         mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)  # [N, heads, L, .]

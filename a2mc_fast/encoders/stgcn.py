@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from a2mc_fast.encoders.common import Encoder, EveryFrame, persons_apart
-from a2mc_fast.encoders.graph import Partition, spatial_partitions
+from a2mc_fast.encoders.graph import spatial_partitions
 from a2mc_fast.skeleton import Skeleton
 
 _TEMPORAL_KERNEL = 9
@@ -31,10 +31,9 @@ class STGCN(Encoder):
         persons: int = 2,
         frames: int = 64,
         channels: int = 16,
-        partition: Partition = "hop_clipped",
     ) -> None:
         super().__init__()
-        partitions = spatial_partitions(skeleton, partition)
+        partitions = spatial_partitions(skeleton)
         self.input_norm = nn.BatchNorm1d(3 * skeleton.num_joints)
         # time is halved wherever the base width doubles
         widths = [channels] * 4 + [2 * channels] * 3 + [4 * channels] * 2 + [self.feature_dim]

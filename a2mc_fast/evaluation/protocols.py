@@ -50,10 +50,8 @@ def encode(branch: Branch, views: Views, index: Tensor, draws: Draws | None = No
 
 def training_crops(views: Views, seed: int) -> Views:
     """The views that classifiers train on: crops of 50 to 100 % and nothing else. (CMD, ISC)"""
-    frames, shortest = views.config.frames, views.config.min_frames
-    return Views(
-        views.clips, ViewConfig(frames=frames, min_frames=shortest, min_ratio=0.5), seed, views.world
-    )
+    config = ViewConfig(frames=views.config.frames, min_ratio=0.5)
+    return Views(views.clips, config, seed, views.world)
 
 
 def labelled_split(views: Views, split: str) -> tuple[Tensor, Tensor]:

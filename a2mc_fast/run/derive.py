@@ -28,7 +28,6 @@ _RATE = 0.3  # of the BiGRU; the other encoders take a tenth of it
 
 DERIVED = (
     "views.frames",
-    "views.min_frames",
     "encoder.hidden",
     "bank.size",
     "bank.warmup_steps",
@@ -76,7 +75,7 @@ def derive(config: Config, known: Facts, given: Collection[str] = ()) -> Config:
     epochs = chosen("optim.epochs", max(1, round((total - warmup) / max(clips // batch, 1))))
     return replace(
         config,
-        views=replace(config.views, frames=frames, min_frames=chosen("views.min_frames", frames)),
+        views=replace(config.views, frames=frames),
         encoder=replace(config.encoder, hidden=chosen("encoder.hidden", _width(clips))),
         bank=replace(
             config.bank,

@@ -63,7 +63,7 @@ class RunLog:
             unit="step",
             dynamic_ncols=True,
             bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
-            disable=None if config.run.progress else True,  # None: off where there is no terminal
+            disable=None,  # off where there is no terminal
         )
         self._started = self._last_console = time.perf_counter()
 

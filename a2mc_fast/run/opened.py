@@ -96,7 +96,7 @@ def load_clips(config: Config, device: torch.device) -> Clips:
     if config.data:
         return Clips.load(config.data, device)
     s = config.synthetic
-    return synthetic_clips(clips=s.clips, classes=s.classes, seed=s.seed, device=device)
+    return synthetic_clips(clips=s.clips, classes=s.classes, device=device)
 
 
 def _check_skeleton(saved: Checkpoint, clips: Clips, where: str) -> None:

@@ -21,7 +21,7 @@ from a2mc_fast.run.checkpoint import FILE, Checkpoint, State, numbered, numbered
 
 
 class Saver:
-    """Keeps a run's newest checkpoint, the `keep_last` - 1 before it, and one every `keep_every` steps.
+    """Keeps a run's newest checkpoint and the `keep_last` - 1 before it.
 
     A save costs the training the copy to host memory; checksum, disk and sync run in the background, one save
     at a time. A save that the disk refuses is said by `warn`, and the last good checkpoint stays.
@@ -33,12 +33,11 @@ class Saver:
         resumed: Checkpoint | None = None,
         *,
         keep_last: int = 2,
-        keep_every: int = 0,
         before: Callable[[], None] = lambda: None,
         warn: Callable[[str], None] = print,
     ) -> None:
         """`before` runs ahead of each write, in the same thread: what must be on the disk first."""
-        self.folder, self.keep_last, self.keep_every = folder, keep_last, keep_every
+        self.folder, self.keep_last = folder, keep_last
         self._before, self._warn = before, warn
         self._good = resumed.step if resumed else None
         # a newest file that the run did not resume from is damaged: it is replaced, not kept
@@ -129,7 +128,6 @@ class Saver:
         steps = sorted(numbered_steps(self.folder), reverse=True)
         last = [step for step in steps if step < newest][: self.keep_last - 1]
         for step in steps:
-            forever = step < newest and self.keep_every > 0 and step % self.keep_every == 0
-            if step not in last and not forever:
+            if step not in last:
                 with suppress(OSError):
                     numbered(self.folder, step).unlink()

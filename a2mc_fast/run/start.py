@@ -45,7 +45,6 @@ def _pretrain(config: Config, clips: Clips | None, resume: bool, world: World) -
     clips = load_clips(config, world.device) if clips is None else clips.to(world.device)
     trainer = Trainer(config, clips, world)
     total, per_epoch, run = trainer.total_steps, trainer.steps_per_epoch, config.run
-    kept = run.keep_every * per_epoch
     if resumed:
         trainer.restore(resumed)
         if world.share(resumed.step >= total and (folder / "result.json").exists()):
@@ -56,9 +55,7 @@ def _pretrain(config: Config, clips: Clips | None, resume: bool, world: World) -
     with (
         stop_on_signal(say=world.main) as stop,
         (RunLog if world.main else QuietLog)(folder, config, total, resumed) as log,
-        Saver(
-            folder, resumed, keep_last=run.keep_last, keep_every=kept, before=log.sync, warn=log.say
-        ) as saver,
+        Saver(folder, resumed, keep_last=run.keep_last, before=log.sync, warn=log.say) as saver,
     ):
         trainer.say = log.say
         with log.paused():
@@ -85,7 +82,7 @@ def _pretrain(config: Config, clips: Clips | None, resume: bool, world: World) -
             # read once: a signal may come at any line; several ranks agree where they wait for the device
             asked = world.largest(sum(stop[:1])) if logged or world.alone else 0
             last = bool(asked) or log.step == total
-            if last or log.due(run.checkpoint_every, per_epoch) or log.due(run.keep_every, per_epoch):
+            if last or log.due(run.checkpoint_every, per_epoch):
                 with log.paused():
                     log.check(trainer, values)
                     progress["seconds"] = log.seconds
