@@ -4,6 +4,7 @@ COMMANDS = {
     "prepare": "recordings or a converted data set into one packed file",
     "train": "pretrain an encoder",
     "evaluate": "kNN, linear, fine-tuning, ensembles, tables",
+    "predict": "classes of clips and recordings",
     "embed": "features of a data set, or the encoder as a program",
     "ablate": "the paper's ablations on own data",
     "plots": "pictures of runs and results",

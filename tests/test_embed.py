@@ -62,7 +62,7 @@ def test_features_of_every_clip(folder: Path, tmp_path: Path, untrained: bool) -
     main([str(folder / "run"), str(data), str(out), *(["--untrained"] if untrained else [])])
     tensors, clips = load_file(out), Clips.load(data)
     loaded = checkpoint.load(folder / "run")
-    branch = (loaded.build_untrained() if untrained else loaded.build()).query
+    branch = loaded.branch(untrained=untrained)
     expected = encode(branch, Views(clips, loaded.config.views, 0), torch.arange(40))
     assert torch.equal(tensors["features"], expected) and tensors["features"].dtype == torch.float32
     assert torch.equal(tensors["labels"], clips.labels)

@@ -193,6 +193,26 @@ def test_neighbours_are_listed(folder: Path, tmp_path: Path) -> None:
     assert [row["neighbour_name"] for row in rows[:3]] == [n["name"] for n in listed[0]["neighbours"]]
 
 
+def test_neighbours_of_clips_without_a_label(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clips = Clips.load(folder / "data.safetensors")
+    _, test = clips.split("xsub")
+    listed = {}
+    for name, unknown in (("some", test[:6]), ("all", torch.arange(len(clips)))):
+        clips.labels[unknown] = -1
+        clips.save(tmp_path / "data.safetensors")
+        args = ["knn", str(folder / "joint"), "--data", str(tmp_path / "data.safetensors"), "--top", "2"]
+        main([*args, "--neighbours", str(tmp_path / "n.json"), "--out", str(tmp_path / f"{name}.json")])
+        listed[name] = json.loads((tmp_path / "n.json").read_text())
+    near = [[n["name"] for n in query["neighbours"]] for query in listed["some"]]
+    assert len(near) == 12 and near == [[n["name"] for n in q["neighbours"]] for q in listed["all"]]
+    assert [query["class"] == "" for query in listed["some"]] == [True] * 6 + [False] * 6
+    assert sum(map(sum, result_of(tmp_path / "some.json")["confusion"])) == 6
+    assert "top1" not in result_of(tmp_path / "all.json")
+    assert "no labelled" in refused(main, args, capsys)
+
+
 def test_compare_makes_one_table(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for stream in ("joint", "motion"):
         main(["knn", str(folder / stream), *(["--untrained"] if stream == "joint" else [])])

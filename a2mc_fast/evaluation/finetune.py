@@ -74,7 +74,7 @@ def finetune(
         if (epoch + 1) % config.validate_every == 0 or epoch + 1 == config.epochs:
             with torch.no_grad():
                 validation.add(epoch + 1, classifier(encode(branch, crops, test)))
-    return validation.outcome()
+    return validation.outcome(classifier.weight.detach(), classifier.bias.detach())
 
 
 def semi_supervised(

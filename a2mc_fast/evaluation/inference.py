@@ -1,15 +1,19 @@
-"""A trained encoder in three lines: load it, embed one recording or a whole data set, export it.
+"""A trained encoder, and a classifier behind it, in three lines: load it, use it on a recording, export it.
 
 import a2mc_fast
 encoder = a2mc_fast.load_encoder("runs/demo")           # clips [N, C, T, V, M] -> features [N, F]
 feature = a2mc_fast.embed_recording(encoder, joints)    # joints [T, M, V, 3] metres -> [F]
+classifier = a2mc_fast.load_classifier("runs/demo")     # after a2mc_fast.evaluate linear runs/demo
+classes = a2mc_fast.classify_recording(classifier, joints)  # the most probable five, [(name, probability)]
 """
 
 from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,7 +23,7 @@ from a2mc_fast.augment import Views
 from a2mc_fast.data import Clips
 from a2mc_fast.data.normalize import choose_bodies, usable
 from a2mc_fast.encoders.branch import Branch
-from a2mc_fast.errors import require
+from a2mc_fast.errors import InputError, require
 from a2mc_fast.evaluation.protocols import encode
 from a2mc_fast.files import atomic_path
 from a2mc_fast.run import checkpoint
@@ -38,8 +42,7 @@ class ClipEncoder(nn.Module):
         for name in [name for name, _ in branch.named_children() if name != "encoder"]:
             delattr(branch, name)  # downstream tasks do not use the projection heads
         self.branch = branch
-        self.source_path = source.path
-        self.config = source.config
+        self.source_path, self.config = source.path, source.config
         self.skeleton, self.persons = source.skeleton, source.persons
         self.frames = source.config.views.frames
         self.feature_dim = branch.encoder.feature_dim
@@ -54,8 +57,46 @@ def load_encoder(
 ) -> ClipEncoder:
     """The query encoder of a run folder or checkpoint in eval mode, or as it was before training."""
     loaded = checkpoint.load(Path(run))
-    model = loaded.build_untrained(device) if untrained else loaded.build(device)
-    return ClipEncoder(model.query, loaded).requires_grad_(False).eval()
+    return ClipEncoder(loaded.branch(device, untrained=untrained), loaded).requires_grad_(False).eval()
+
+
+class ClipClassifier(nn.Module):
+    """An encoder and a classifier behind it: clips [N, C, T, V, M] -> logits [N, classes]."""
+
+    def __init__(
+        self, encoder: ClipEncoder, class_names: Sequence[str], weight: Tensor, bias: Tensor
+    ) -> None:
+        super().__init__()
+        self.encoder, self.class_names = encoder, tuple(class_names)
+        self.linear = nn.Linear(encoder.feature_dim, len(self.class_names), device=weight.device)
+        self.linear.load_state_dict({"weight": weight, "bias": bias})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.encoder(x))
+
+
+def load_classifier(
+    run: str | Path,
+    protocol: Literal["linear", "finetune", "transfer"] = "linear",
+    *,
+    device: torch.device | str = "cpu",
+) -> ClipClassifier:
+    """The classifier that a protocol trained on a run, or that of a file, and its encoder, in eval mode."""
+    path = Path(run)
+    if path.is_dir():
+        path = path / f"{protocol}.classifier.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} not found; make it with: python -m a2mc_fast.evaluate {protocol} {path.parent}"
+        )
+    loaded = checkpoint.load(path)
+    weight, bias = (loaded.tensors.get(f"downstream.{name}") for name in ("weight", "bias"))
+    encoder = ClipEncoder(loaded.branch(device), loaded)
+    shape = [len(loaded.class_names), encoder.feature_dim]
+    if weight is None or bias is None or list(weight.shape) != shape or list(bias.shape) != shape[:1]:
+        raise InputError(f"{path} holds no classifier of {shape[0]} classes on {shape[1]} features")
+    classifier = ClipClassifier(encoder, loaded.class_names, weight.to(device), bias.to(device))
+    return classifier.requires_grad_(False).eval()
 
 
 def embed_clips(encoder: ClipEncoder, clips: Clips) -> Tensor:
@@ -72,7 +113,28 @@ def embed_recording(encoder: ClipEncoder, joints: np.ndarray | Tensor, *, normal
     file. `InputError` for another shape, for coordinates that are not finite, and for a recording without
     anybody.
     """
-    joints = np.asarray(joints, np.float32)
+    return embed_clips(encoder, packed(encoder, [prepared(encoder, joints, normalize=normalize)]))[0]
+
+
+def classify_recording(
+    classifier: ClipClassifier, joints: np.ndarray | Tensor, *, top: int = 5, normalize: bool = True
+) -> list[tuple[str, float]]:
+    """The most probable classes of one recording with their probabilities; joints as in `embed_recording`."""
+    clips = packed(classifier.encoder, [prepared(classifier.encoder, joints, normalize=normalize)])
+    return most_probable(classifier, clips, top)[0]
+
+
+def most_probable(classifier: ClipClassifier, clips: Clips, top: int) -> list[list[tuple[str, float]]]:
+    """The most probable classes of each clip, at most `top`, with their probabilities."""
+    probability = classifier.linear(embed_clips(classifier.encoder, clips)).softmax(1)
+    values, classes = probability.topk(min(top, probability.shape[1]), 1)
+    names = classifier.class_names
+    return [[(names[c], p) for c, p in zip(*row)] for row in zip(classes.tolist(), values.tolist())]
+
+
+def prepared(encoder: ClipEncoder, recording: np.ndarray | Tensor, *, normalize: bool = True) -> np.ndarray:
+    """A recording [T, M, V, 3], as `embed_recording` takes it, cut, normalised, of the encoder's persons."""
+    joints = np.asarray(recording, np.float32)
     require(
         joints.ndim == 4 and joints.shape[2:] == (encoder.skeleton.num_joints, 3),
         f"a recording is joints [T, M, {encoder.skeleton.num_joints}, 3], got {list(joints.shape)}",
@@ -80,18 +142,19 @@ def embed_recording(encoder: ClipEncoder, joints: np.ndarray | Tensor, *, normal
     require(joints.shape[0] > 0 and joints.shape[1] > 0, f"the recording is empty: {list(joints.shape)}")
     if joints.shape[1] != encoder.persons:
         joints = choose_bodies(joints, encoder.persons)
-    joints = usable(joints, encoder.skeleton, encoder.persons, normalize=normalize).joints
-    device = next(encoder.parameters()).device
-    clips = Clips.pack(
-        joints,
-        [len(joints)],
-        [-1],
+    return usable(joints, encoder.skeleton, encoder.persons, normalize=normalize).joints
+
+
+def packed(encoder: ClipEncoder, recordings: Sequence[np.ndarray]) -> Clips:
+    """Recordings that are `prepared`, as clips without labels on the encoder's device."""
+    return Clips.pack(
+        np.concatenate(recordings),
+        [len(joints) for joints in recordings],
+        [-1] * len(recordings),
         encoder.skeleton,
-        names=["the recording"],
         where="recording",
-        device=device,
+        device=next(encoder.parameters()).device,
     )
-    return embed_clips(encoder, clips)[0]
 
 
 def export(encoder: ClipEncoder, path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from a2mc_fast.data import Clips
 from a2mc_fast.encoders.branch import Branch
+from a2mc_fast.errors import require
 from a2mc_fast.evaluation.finetune import finetune, semi_supervised
 from a2mc_fast.evaluation.protocols import (
     check_classes,
@@ -31,10 +32,10 @@ from a2mc_fast.run.opened import Opened
 
 
 class Measured(NamedTuple):
-    """What a protocol found: the result's own entries, and the test clips' scores if it has any."""
+    """What a protocol found: the result's own entries, and its classifier's outcome if it has just one."""
 
     entries: dict[str, Any]
-    scores: Tensor | None = None
+    outcome: Outcome | None = None
 
 
 def measure(options: AnyEvaluation, branch: Branch, run: Opened) -> Measured:
@@ -67,14 +68,20 @@ def _tell(options: Linear | Finetune | Semi) -> Callable[[int, float], None]:
 
 def _knn(options: Knn, branch: Branch, run: Opened) -> Measured:
     clips, views = run.clips, run.views
-    train, test = labelled_split(views, run.config.split)
+    split = run.config.split
+    train, test = clips.split(split) if options.neighbours else labelled_split(views, split)
+    require(len(train) > 0 and len(test) > 0, f"a side of protocol {split!r} has no clips")
     gallery, queries = encode(branch, views, train), encode(branch, views, test)
-    _, rows = nearest(gallery, queries, options.k)
-    predicted, truth = vote(clips.labels[train][rows]), clips.labels[test]
     if options.neighbours and views.world.main:
-        listed = min(options.top, len(train))
-        similarity, rows = nearest(gallery, queries, listed)
+        similarity, rows = nearest(gallery, queries, min(options.top, len(train)))
         _write_neighbours(Path(options.neighbours), clips, test, train[rows], similarity)
+    # clips without a label are listed, but neither vote nor count
+    known, asked = clips.labels[train] >= 0, clips.labels[test] >= 0
+    if not (known.any() and asked.any()):
+        return Measured({})
+    train, test = train[known], test[asked]
+    _, rows = nearest(gallery[known], queries[asked], options.k)
+    predicted, truth = vote(clips.labels[train][rows]), clips.labels[test]
     confusion = confusion_matrix(predicted, truth, clips.num_classes)
     return Measured({"top1": accuracy(predicted, truth), **details(confusion)})
 
@@ -101,7 +108,7 @@ def _semi(options: Semi, branch: Branch, run: Opened) -> Measured:
 def _classified(outcome: Outcome, run: Opened) -> Measured:
     """The result of one trained classifier; confusion and classes are those of the last epoch."""
     entries = {"top1_best": outcome.best, "top1_last": outcome.last}
-    return Measured({**entries, **details(_confusion(outcome, run))}, outcome.scores)
+    return Measured({**entries, **details(_confusion(outcome, run))}, outcome)
 
 
 def _confusion(outcome: Outcome, run: Opened) -> Tensor:
@@ -111,7 +118,7 @@ def _confusion(outcome: Outcome, run: Opened) -> Tensor:
 
 def _write_neighbours(path: Path, clips: Clips, queries: Tensor, found: Tensor, similarity: Tensor) -> None:
     """Every test clip with its nearest training clips. queries [Q] and found [Q, k] clip numbers."""
-    names, labels = clips.names, class_names(clips)
+    names, labels = clips.names, [*class_names(clips), ""]  # of label -1
     truth = clips.labels.tolist()
 
     def describe(clip: int) -> dict[str, Any]:

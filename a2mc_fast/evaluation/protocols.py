@@ -199,4 +199,4 @@ def linear_evaluation(
         )
         if (epoch + 1) % config.validate_every == 0 or epoch + 1 == config.epochs:
             validation.add(epoch + 1, classifier.scores(test_features))
-    return validation.outcome()
+    return validation.outcome(classifier.weight[:, :-1], classifier.weight[:, -1])

@@ -19,6 +19,7 @@ from a2mc_fast.evaluation.settings import AnyEvaluation, Ensemble, Knn
 from a2mc_fast.evaluation.tables import FORMAT, accuracies, table
 from a2mc_fast.files import sha256, write_json
 from a2mc_fast.ranks import join
+from a2mc_fast.run import checkpoint
 from a2mc_fast.run.machine import machine, pick_device
 from a2mc_fast.run.opened import Opened, read_run, with_clips
 
@@ -52,7 +53,8 @@ def _evaluate(options: AnyEvaluation, run: Opened) -> dict[str, Any]:
         "class_names": class_names(run.clips),
     }
     start = time.perf_counter()
-    entries, scores = measure(options, run.trained(), run)
+    branch = run.trained()
+    entries, outcome = measure(options, branch, run)
     result: dict[str, Any] = {
         "format": FORMAT,
         **about,
@@ -74,11 +76,19 @@ def _evaluate(options: AnyEvaluation, run: Opened) -> dict[str, Any]:
     if not run.views.world.main:
         return result
     path = Path(options.out) if options.out else saved.path.parent / f"{options.protocol}.json"
-    if scores is not None:
+    if outcome is not None:
         test = run.labelled("test")
-        kept = Scores(scores=scores, labels=run.clips.labels[test], clips=test, about=about)
+        kept = Scores(scores=outcome.scores, labels=run.clips.labels[test], clips=test, about=about)
         kept.save(path.with_suffix(".scores.safetensors"))
-        result["scores"] = path.with_suffix(".scores.safetensors").name
+        # with its encoder, which fine-tuning has changed, so that the file is all that predict needs
+        checkpoint.write(
+            path.with_suffix(".classifier.safetensors"),
+            checkpoint.with_classifier(
+                saved, branch.encoder, outcome.weight, outcome.bias, about["class_names"]
+            ),
+        )
+        for name in ("scores", "classifier"):
+            result[name] = path.with_suffix(f".{name}.safetensors").name
     write_json(path, result)
     print(f"{table([result])}\nwrote {path}")
     return result

@@ -33,6 +33,10 @@ class Outcome:
     """After the last epoch."""
     scores: Tensor
     """Logits of the test clips after the last epoch, [n, classes] float32."""
+    weight: Tensor
+    """Of the classifier after the last epoch, [classes, F]."""
+    bias: Tensor
+    """[classes]"""
 
     @property
     def predicted(self) -> Tensor:
@@ -59,8 +63,8 @@ class Validation:
         self.best = max(self.best, self.last)
         self.progress(epoch, self.last)
 
-    def outcome(self) -> Outcome:
-        return Outcome(best=self.best, last=self.last, scores=self.scores)
+    def outcome(self, weight: Tensor, bias: Tensor) -> Outcome:
+        return Outcome(best=self.best, last=self.last, scores=self.scores, weight=weight, bias=bias)
 
 
 def accuracy(predicted: Tensor, labels: Tensor) -> float:

@@ -154,7 +154,7 @@ class Knn(Evaluation):
     k: Count = 1
     """Neighbours that vote."""
     neighbours: str = ""
-    """List the nearest training clips of every test clip in this .json or .csv file."""
+    """List the nearest training clips of every test clip, labelled or not, in this .json or .csv file."""
     top: Count = 5
     """How many to list."""
 

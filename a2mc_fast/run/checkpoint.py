@@ -13,9 +13,10 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from a2mc_fast.config import Config, from_dict, to_dict
 from a2mc_fast.data.clips import Clips
+from a2mc_fast.encoders.branch import Branch
 from a2mc_fast.errors import InputError, require
 from a2mc_fast.files import atomic_path
 from a2mc_fast.model import A2MC
@@ -34,6 +36,7 @@ FORMAT = "a2mc-checkpoint/4"
 FILE = "checkpoint.safetensors"
 # a model may need this many elements beside those in its checkpoint: small tables that it makes anew
 _SPARE_ELEMENTS = 1 << 18
+Model = TypeVar("Model", A2MC, Branch)
 
 
 class State(NamedTuple):
@@ -72,6 +75,26 @@ def state(
         "scaler": scaler.state_dict(),
     }
     return State(header, tensors)
+
+
+def with_classifier(
+    saved: Checkpoint, encoder: nn.Module, weight: Tensor, bias: Tensor, class_names: Sequence[str]
+) -> State:
+    """An encoder and the classifier behind it, trained after `saved`. weight [classes, feature_dim]"""
+    header = {
+        "format": FORMAT,
+        "step": saved.step,
+        "config": to_dict(saved.config),
+        "skeleton": dataclasses.asdict(saved.skeleton),
+        "persons": saved.persons,
+        "classes": len(class_names),
+        "data": saved.data,
+        "progress": {},
+        "scaler": {},
+        "class_names": list(class_names),
+    }
+    tensors = {f"model.query.encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
+    return State(header, {**tensors, "downstream.weight": weight, "downstream.bias": bias})
 
 
 def numbered(folder: Path, step: int) -> Path:
@@ -151,35 +174,58 @@ class Checkpoint:
     scaler: dict[str, Any]
     """State of the fp16 loss scaler; empty in other precisions."""
     tensors: dict[str, Tensor]
+    class_names: tuple[str, ...] = ()
+    """The classes of the classifier behind the encoder, where the file holds one."""
 
     def build(self, device: torch.device | str = "cpu") -> A2MC:
-        """The model with its trained tensors."""
-        model = self.build_untrained(device)
-        self.restore(model)
-        return model
-
-    def build_untrained(self, device: torch.device | str = "cpu") -> A2MC:
-        """The model as it was before training. `InputError` if it would not fit the tensors of the file."""
-        held = sum(tensor.numel() for tensor in self.tensors.values())
-        sizes = [n for n in self.config.encoder.options.values() if type(n) is int]
-        largest = max(
-            *sizes, self.config.encoder.projection, self.config.bank.size, self.persons, self.classes
+        """The model with its trained tensors. `InputError` if it would not fit the tensors of the file."""
+        model = self._fitting(
+            lambda: A2MC(self.config, self.skeleton, self.persons, self.classes),
+            self.config.bank.size,
+            self.classes,
         )
+        self.restore(model)
+        return model.to(device)
+
+    def branch(self, device: torch.device | str = "cpu", *, untrained: bool = False) -> Branch:
+        """The query encoder and its heads, as trained or as before; heads that are not in the file are new.
+
+        `InputError` if they would not fit the tensors of the file.
+        """
+
+        def new() -> Branch:
+            torch.manual_seed(self.config.seed)  # as A2MC does before it makes them
+            return Branch(self.config, self.skeleton, self.persons)
+
+        branch = self._fitting(new)
+        if not untrained:
+            heads = {n: t for n, t in branch.state_dict().items() if n.startswith("heads.")}
+            self._copy(branch, "model.query.", heads)
+        return branch.to(device)
+
+    def _fitting(self, build: Callable[[], Model], *sizes: int) -> Model:
+        """What `build` makes of the header, which may claim any size, among them `sizes`."""
+        held = sum(tensor.numel() for tensor in self.tensors.values())
+        options = [n for n in self.config.encoder.options.values() if type(n) is int]
+        largest = max(*options, *sizes, self.config.encoder.projection, self.persons)
         try:
             # a layer, a row or a class has at least one element
             if largest > held:
                 raise MemoryError(f"it asks for {largest} of something and holds {held} numbers in all")
             with _Allowance(2 * held + _SPARE_ELEMENTS):
-                model = A2MC(self.config, self.skeleton, self.persons, self.classes)
+                return build()
         except (RuntimeError, MemoryError, OverflowError) as error:
             raise InputError(f"{self.path} does not hold the model that it describes: {error}") from None
-        return model.to(device)
 
     def restore(self, model: nn.Module) -> None:
         """Copy the model's tensors."""
-        state = {n.removeprefix("model."): t for n, t in self.tensors.items() if n.startswith("model.")}
+        self._copy(model, "model.", {})
+
+    def _copy(self, module: nn.Module, prefix: str, others: Mapping[str, Tensor]) -> None:
+        """Copy the tensors of this prefix into `module`; those that the file lacks may be among `others`."""
+        held = {n.removeprefix(prefix): t for n, t in self.tensors.items() if n.startswith(prefix)}
         try:
-            model.load_state_dict(state)
+            module.load_state_dict({**others, **held})
         except RuntimeError as error:
             reason = str(error).splitlines()[-1].strip()
             raise InputError(f"{self.path} does not hold this model: {reason}") from None
@@ -303,7 +349,14 @@ def _parse(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> Ch
         progress=numbers("progress"),
         scaler=numbers("scaler"),
         tensors=tensors,
+        class_names=_texts(header.get("class_names", [])),
     )
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    if not (isinstance(value, list) and all(isinstance(text, str) for text in value)):
+        raise TypeError("class_names must be a list of strings")
+    return tuple(value)
 
 
 def _json(text: str) -> Any:

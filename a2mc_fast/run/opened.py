@@ -21,6 +21,7 @@ from a2mc_fast.ranks import World
 from a2mc_fast.run import checkpoint
 from a2mc_fast.run.checkpoint import Checkpoint
 from a2mc_fast.run.machine import pick_device
+from a2mc_fast.skeleton import Skeleton
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +41,11 @@ class Opened:
 
     def trained(self) -> Branch:
         """The query encoder and its heads, anew at each call."""
-        return self.saved.build(self.clips.device).query
+        return self.saved.branch(self.clips.device)
 
     def untrained(self) -> Branch:
         """The same as they were before training."""
-        return self.saved.build_untrained(self.clips.device).query
+        return self.saved.branch(self.clips.device, untrained=True)
 
     def labelled(self, side: Literal["training", "test"]) -> Tensor:
         """Clip numbers of one side of the protocol that have a label. `InputError` if there are none."""
@@ -79,7 +80,7 @@ def with_clips(saved: Checkpoint, config: Config, world: World) -> Opened:
     If they look like those of the run and are not, standard error says so.
     """
     clips, where = load_clips(config, world.device), config.data or "the built-in set"
-    _check_skeleton(saved, clips, where)
+    check_skeleton(saved.path, saved.skeleton, saved.persons, clips, where)
     changed = differing(saved.data, clips.identity)
     # another set may be asked for by name
     if changed and world.main and (config.data == saved.config.data or "lengths" not in changed):
@@ -99,22 +100,22 @@ def load_clips(config: Config, device: torch.device) -> Clips:
     return synthetic_clips(clips=s.clips, classes=s.classes, device=device)
 
 
-def _check_skeleton(saved: Checkpoint, clips: Clips, where: str) -> None:
+def check_skeleton(source: Path, skeleton: Skeleton, persons: int, clips: Clips, where: str) -> None:
     """The data must have the persons and the skeleton that the encoder was trained on, normalised alike."""
-    expected = (saved.skeleton.num_joints, saved.persons)
-    joints, persons = clips.skeleton.num_joints, clips.num_persons
+    expected = (skeleton.num_joints, persons)
+    joints, there = clips.skeleton.num_joints, clips.num_persons
     require(
-        (joints, persons) == expected,
-        f"{saved.path} was trained on {expected[0]} joints and {expected[1]} persons, "
-        f"{where} has {joints} joints and {persons} persons",
+        (joints, there) == expected,
+        f"{source} was trained on {expected[0]} joints and {expected[1]} persons, "
+        f"{where} has {joints} joints and {there} persons",
     )
     differing = [
-        f"{name} {getattr(clips.skeleton, name)} instead of {getattr(saved.skeleton, name)}"
+        f"{name} {getattr(clips.skeleton, name)} instead of {getattr(skeleton, name)}"
         for name in ("parents", "center", "axis_z", "axis_x", "rotation")
-        if getattr(clips.skeleton, name) != getattr(saved.skeleton, name)
+        if getattr(clips.skeleton, name) != getattr(skeleton, name)
     ]
     require(
         not differing,
-        f"{saved.path} was trained on another skeleton: {where} has {'; '.join(differing)}; prepare it with "
+        f"{source} was trained on another skeleton: {where} has {'; '.join(differing)}; prepare it with "
         "the skeleton of the training clips",
     )

@@ -1,0 +1,209 @@
+"""Classes of clips and recordings by a trained classifier, in a file: what `a2mc_fast.predict` does.
+
+One row per clip, or per window of it: its name, the frames [start, stop) that were looked at, its class where
+the data tell it, and the most probable classes with their probabilities, highest first.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from a2mc_fast.data import Clips
+from a2mc_fast.data.npy import Archive, map_npy
+from a2mc_fast.data.rules import MAX_LABEL
+from a2mc_fast.errors import InputError, require, tell
+from a2mc_fast.evaluation.inference import (
+    ClipClassifier,
+    load_classifier,
+    most_probable,
+    packed,
+    prepared,
+)
+from a2mc_fast.evaluation.protocols import class_names
+from a2mc_fast.files import atomic_path, write_json
+from a2mc_fast.run.machine import pick_device
+from a2mc_fast.run.opened import check_skeleton
+
+_TOGETHER = 256  # clips classified at a time
+Piece = tuple[dict[str, Any], np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Raw:
+    """A recording as it was read, or a clip of a packed file."""
+
+    name: str
+    joints: np.ndarray
+    """[T, M, V, 3] metres."""
+    label: str = ""
+    """Its class, where the data tell it."""
+    normalized: bool = False
+
+
+def predict(
+    run: Path,
+    data: Path,
+    out: Path,
+    *,
+    protocol: Literal["linear", "finetune", "transfer"],
+    window: int,
+    stride: int,
+    top: int,
+    device: Literal["auto", "cpu", "cuda"],
+) -> None:
+    """Write the classes of all clips of `data`, and say how many are those of their labels."""
+    classifier = load_classifier(run, protocol)
+    encoder = classifier.encoder
+    config = replace(encoder.config, run=replace(encoder.config.run, device=device))
+    classifier.to(pick_device(config))
+    most = encoder.skeleton.max_frames
+    require(window <= most, f"--window {window}: the clips it was trained on were cut to {most} frames")
+    rows: list[dict[str, Any]] = []
+    refused: list[str] = []
+    for some in _groups(_pieces(classifier, data, window, stride, refused)):
+        found = most_probable(classifier, packed(encoder, [joints for _, joints in some]), top)
+        rows += [{**about, "classes": classes} for (about, _), classes in zip(some, found)]
+    for reason in refused:
+        tell(f"skipped {reason}", error=True)
+    require(bool(rows), f"nothing in {data} can be used: {', '.join(refused[:1])}")
+    _write(out, rows)
+    known = [row for row in rows if row["label"]]
+    right = sum(row["label"] == row["classes"][0][0] for row in known)
+    share = f", top-1 {100 * right / len(known):.2f} % of {len(known)} with a label" if known else ""
+    tell(f"wrote {out}: {len(rows)} {'windows' if window else 'clips'}, {len(refused)} skipped{share}")
+
+
+def _pieces(
+    classifier: ClipClassifier, data: Path, window: int, stride: int, refused: list[str]
+) -> Iterator[Piece]:
+    """What a row says of each clip or window, and its joints ready for the encoder; adds to `refused`."""
+    most = classifier.encoder.skeleton.max_frames
+    for raw in recordings(classifier, data, refused):
+        frames = len(raw.joints)
+        if frames > most and not window:
+            tell(f"{raw.name}: {most} of {frames} frames are looked at; --window {most} looks at all")
+        for start, stop in windows(frames, window, stride) if window else [(0, min(frames, most))]:
+            joints = raw.joints[start:stop]
+            try:
+                # a window is turned by its own first frame, as clips that were trained on are
+                normalize = not raw.normalized or bool(window)
+                yield (
+                    {"name": raw.name, "start": start, "stop": stop, "label": raw.label},
+                    prepared(classifier.encoder, joints, normalize=normalize),
+                )
+            except InputError as error:
+                refused.append(f"{raw.name}, frames {start} to {stop}: {error}")
+
+
+def windows(frames: int, window: int, stride: int = 0) -> list[tuple[int, int]]:
+    """(first frame, one after the last) of windows that cover a recording; stride 0 is half a window.
+
+    The last one ends with the recording, and a recording that is shorter than a window is one.
+    """
+    last = max(frames - window, 0)
+    starts = [*range(0, last, stride or max(1, window // 2)), last]
+    return [(start, min(start + window, frames)) for start in starts]
+
+
+def recordings(classifier: ClipClassifier, data: Path, refused: list[str]) -> Iterator[Raw]:
+    """The clips of a packed file, or the recordings of a .npz or .npy file, or of all such in a folder.
+
+    Files of a folder that cannot be read are added to `refused`.
+    """
+    if data.suffix == ".safetensors":
+        yield from _packed_clips(classifier, data)
+    elif data.is_dir():
+        files = sorted(file for file in data.iterdir() if file.suffix in (".npz", ".npy"))
+        require(bool(files), f"{data} holds no .npz or .npy file")
+        for file in files:
+            try:
+                found = list(_of_file(file))
+            except InputError as error:
+                refused.append(str(error))
+                continue
+            yield from found
+    else:
+        yield from _of_file(data)
+
+
+def _packed_clips(classifier: ClipClassifier, path: Path) -> Iterator[Raw]:
+    clips = Clips.load(path)
+    encoder = classifier.encoder
+    check_skeleton(encoder.source_path, encoder.skeleton, encoder.persons, clips, str(path))
+    names = [*class_names(clips), ""]  # of label -1
+    labels = clips.labels.tolist()
+    parts = clips.frames.permute(0, 3, 2, 1).split(clips.lengths.tolist())
+    for name, label, joints in zip(clips.names, labels, parts):
+        yield Raw(name=name, joints=joints.numpy(), label=names[label], normalized=True)
+
+
+def _of_file(path: Path) -> Iterator[Raw]:
+    """The recording of a .npy file, or of a .npz file without `lengths`; or the clips of an archive."""
+    if path.suffix == ".npy":
+        yield Raw(name=path.stem, joints=_by_person(map_npy(path)))
+        return
+    require(
+        path.suffix == ".npz",
+        f"{path}: give packed clips (.safetensors), a recording (.npz or .npy with joints [T, M, V, 3]) or a "
+        "folder of them",
+    )
+    archive = Archive(path)
+    with archive.rows("joints") as rows:
+        joints = _by_person(rows.all())
+    if "lengths" not in archive:
+        yield Raw(name=path.stem, joints=joints)
+        return
+    lengths = archive.array("lengths", "iu", ndim=1).tolist()
+    require(
+        min(lengths, default=0) >= 0 and sum(lengths) == len(joints),
+        f"{path}: lengths sum to {sum(lengths):,}, joints holds {len(joints):,} frames",
+    )
+    count = len(lengths)
+    names = [f"{path.stem} {number}" for number in range(count)]
+    if "names" in archive:
+        names = archive.texts("names", count)
+    labels = archive.array("labels", "iu", ndim=1).tolist() if "labels" in archive else [-1] * count
+    require(
+        len(names) == len(labels) == count,
+        f"{path}: {count} lengths, {len(names)} names, {len(labels)} labels",
+    )
+    known = archive.texts("class_names", MAX_LABEL + 1) if "class_names" in archive else []
+    first = 0
+    for name, label, length in zip(names, labels, lengths):
+        text = known[label] if 0 <= label < len(known) else f"class {label}" if label >= 0 else ""
+        yield Raw(name=name, joints=joints[first : first + length], label=text)
+        first += length
+
+
+def _by_person(joints: np.ndarray) -> np.ndarray:
+    """Joints [T, M, V, 3], also where one person's came as [T, V, 3]."""
+    return joints[:, None] if joints.ndim == 3 else joints
+
+
+def _groups(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """So many at a time as are classified together."""
+    rest = iter(pieces)
+    while some := list(islice(rest, _TOGETHER)):
+        yield some
+
+
+def _write(out: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """The rows as the suffix says, .json or .csv, whole or not at all."""
+    if out.suffix == ".json":
+        write_json(out, [{**row, "classes": dict(row["classes"])} for row in rows])
+        return
+    ranks = range(1, len(rows[0]["classes"]) + 1)
+    with atomic_path(out) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        best = [f"{what}_{rank}" for rank in ranks for what in ("class", "probability")]
+        table.writerow(("name", "start", "stop", "label", *best))
+        for row in rows:
+            listed = [v for c, p in row["classes"] for v in (c, f"{p:.4f}")]
+            table.writerow((row["name"], row["start"], row["stop"], row["label"], *listed))
