@@ -6,6 +6,7 @@ what the operating system refuses, into one line on standard error and exit code
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -34,9 +35,13 @@ def one_line(text: str, longest: int = _LONGEST) -> str:
     for _ in range(2):  # escaping makes it longer again
         if len(text) > longest:
             text = f"{text[: longest - longest // 4 - 5]} ... {text[-(longest // 4) :]}"
-        if not text.isprintable():
-            text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        text = _printable(text)
     return text
+
+
+def _printable(text: str) -> str:
+    """`text` with unprintable characters escaped as in Python's literals."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def require(condition: bool, message: str) -> None:
@@ -66,9 +71,16 @@ def os_reason(error: OSError) -> str:
     return f"{reason}: {error.filename}" if error.filename is not None else reason
 
 
+def launched(name: str, alone: int) -> int:
+    """A number that torchrun puts into the environment, or what it is for a process on its own."""
+    text = os.environ.get(name, str(alone))
+    require(text.isdecimal(), f"{name}={text}: expected a number, as torchrun sets it; unset {name}")
+    return int(text)
+
+
 def rank() -> int:
     """This process's number among those that torchrun started; 0 for a process on its own."""
-    return int(os.environ.get("RANK", 0))
+    return launched("RANK", 0)
 
 
 @contextmanager
@@ -85,7 +97,11 @@ def one_speaks() -> Iterator[None]:
 
 
 def tell(line: str, *, error: bool = False) -> None:
-    """A line to standard output, or standard error. If nobody or a full disk takes it, it alone is lost."""
+    """Lines to standard output, or standard error. If nobody or a full disk takes them, they alone are lost.
+
+    Names that are printed may come from files, so that control characters are escaped.
+    """
+    line = "\n".join(_printable(part) for part in line.split("\n"))
     stream = sys.stderr if error else sys.stdout
     try:
         print(line, file=stream, flush=True)
@@ -95,7 +111,11 @@ def tell(line: str, *, error: bool = False) -> None:
 
 
 def open_standard_streams() -> None:
-    """Streams that were closed at the start (`>&-`) lead to nowhere: else a file would get their number."""
+    """Streams that take whatever is printed.
+
+    Those that were closed at the start (`>&-`) lead to nowhere: else a file would get their number. What a
+    terminal's encoding lacks, and names that are no text, are escaped.
+    """
     for number in range(3):
         try:
             os.fstat(number)
@@ -103,6 +123,8 @@ def open_standard_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @contextmanager
@@ -117,7 +139,7 @@ def exit_on_error() -> Iterator[None]:
             sys.exit(0)
         # our own FileNotFoundError carries its sentence alone; the system's carries errno and file name
         message = os_reason(error) if isinstance(error, OSError) and error.errno is not None else str(error)
-        tell(f"error: {message}", error=True)
+        tell(f"error: {one_line(message)}", error=True)
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         tell("interrupted", error=True)

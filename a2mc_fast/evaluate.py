@@ -12,7 +12,7 @@ from typing import Annotated
 import tyro
 from tyro.conf import subcommand
 
-from a2mc_fast.errors import exit_on_error, one_speaks, require
+from a2mc_fast.errors import exit_on_error, one_speaks, require, tell
 from a2mc_fast.evaluation.settings import Compare, Ensemble, Finetune, Knn, Linear, Semi, Transfer
 from a2mc_fast.evaluation.tables import read_results, table
 
@@ -22,7 +22,7 @@ def compare(options: Compare) -> None:
     require(
         len(options.results) >= 1, "compare needs at least one result: a JSON file or the folder of a run"
     )
-    print(table([result for path in options.results for result in read_results(path)]))
+    tell(table([result for path in options.results for result in read_results(path)]))
 
 
 def main(args: list[str] | None = None) -> None:

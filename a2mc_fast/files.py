@@ -10,11 +10,14 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
-from a2mc_fast.errors import InputError
+from a2mc_fast.errors import InputError, require
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextmanager
@@ -90,6 +93,35 @@ def parse_json(text: str | bytes, where: str) -> Any:
         return json.loads(text if isinstance(text, str) else text.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a number of 5,000 digits, too deep
         raise InputError(f"{where} is not JSON: {error}") from None
+
+
+def read_tensors(path: Path, form: str, what: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Header and tensors of a safetensors file of the format `form`, such as "a2mc-clips/1".
+
+    `InputError` if it is damaged, if it is not `what` it should be, or of another version.
+    """
+    try:
+        with path.open("rb") as file:
+            # the library opens names that are UTF-8 and no others
+            is_text = str(path).encode("utf-8", "ignore").decode() == str(path)
+            place = str(path) if is_text else f"/dev/fd/{file.fileno()}"
+            with safe_open(place, framework="pt", device="cpu") as opened:
+                header: dict[str, str] = opened.metadata() or {}
+                _check_format(path, header.get("format", "").strip('"'), form, what)
+                return header, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise InputError(f"{path} is damaged or not a safetensors file ({error})") from None
+
+
+def _check_format(path: Path, written: str, form: str, what: str) -> None:
+    """`InputError` unless a file says that it is of the format that this version reads."""
+    name, version = form.split("/")
+    require(written.startswith(f"{name}/"), f"{path} is not {what} ({form})")
+    require(
+        written == form,
+        f"{path} has the format {written}, and this version of a2mc_fast reads {name}/{version} alone: make "
+        "it again, or use the version that wrote it",
+    )
 
 
 def sha256(path: Path) -> str:

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from a2mc_fast.config import Config
-from a2mc_fast.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError, one_speaks, rank, require
+from a2mc_fast.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError, launched, one_speaks, rank, require
 
 _MAIN_FIRST = 0.5  # seconds that the others leave rank 0 to say what has gone wrong for all
 _LINGER = 3.0  # seconds before a rank that has lost another one ends: the launcher shall see who went first
@@ -173,7 +173,7 @@ def join(config: Config, device: Callable[[], torch.device]) -> Iterator[World]:
     rank that it began on, with its number; ranks that fail because another one did end in silence.
     `InputError` for a setup that cannot work.
     """
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    size = launched("WORLD_SIZE", 1)
     with one_speaks():
         _take_gpu(config)
         here = device()
@@ -196,13 +196,13 @@ def _take_gpu(config: Config) -> None:
     """Make the GPU of this rank's number on its machine the current one."""
     if config.run.device == "cpu" or not torch.cuda.is_available() or "LOCAL_RANK" not in os.environ:
         return
-    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    here, gpus = launched("LOCAL_WORLD_SIZE", 1), torch.cuda.device_count()
     require(
         here <= gpus,
         f"{here} ranks on a machine with {gpus} GPU{'s' * (gpus > 1)}: use at most torchrun --nproc-per-node "
         f"{gpus}, or --run.device cpu",
     )
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(launched("LOCAL_RANK", 0))
 
 
 def _meet(size: int, device: torch.device, timeout: float) -> dist.Store:

@@ -610,12 +610,42 @@ def test_paths_that_are_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[st
     command = Clips.load(out).command
     assert command.isprintable() and "in\\udcff\\x1b/own.npz" in command
     assert json.loads(out.with_suffix(".report.json").read_text())["clips"] == 3
+    command = ["prepare", "npz", f"{folder}/own.npz", f"{folder}/out.safetensors"]
+    told = ascii_terminal(*command)
+    assert b"in\\udcff\\x1b/out.safetensors" in told
+    assert len(Clips.load(f"{folder}/out.safetensors")) == 3
+
+
+def ascii_terminal(*command: str, code: int = 0, **environment: str) -> bytes:
+    """What a command prints where nothing but ASCII can be shown."""
     done = subprocess.run(
-        [sys.executable, "-m", "a2mc_fast.prepare", "npz", f"{folder}/own.npz", f"{folder}/out.safetensors"],
+        [sys.executable, "-m", f"a2mc_fast.{command[0]}", *command[1:]],
         capture_output=True,
         timeout=120,
+        env={**os.environ, "PYTHONIOENCODING": "ascii", **environment},
     )
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and b"\x1b" not in done.stderr
+    assert done.returncode == code, done.stderr
+    assert b"\x1b" not in done.stdout + done.stderr and (done.stdout + done.stderr).isascii()
+    return done.stdout if code == 0 else done.stderr
+
+
+def test_names_that_a_terminal_lacks(tmp_path: Path) -> None:
+    result = {
+        "format": "a2mc-evaluation/1",
+        "run": "r\xfcn\x1b[2J\x07",
+        "data": "\udcff",
+        "fractions": [{"fraction": 0.5, "top1_last": 50.0, "top1_last_std": 1.0}],
+        **dict.fromkeys(("protocol", "split", "stream", "encoder"), "x"),
+    }
+    (tmp_path / "r.json").write_text(json.dumps(result))
+    told = ascii_terminal("evaluate", "compare", str(tmp_path / "r.json"))
+    assert b"r\\xfcn\\x1b[2J\\x07" in told and b"50.00 \\xb1 1.00" in told and b"\\udcff" in told
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK"])
+def test_an_environment_that_torchrun_would_not_make(name: str) -> None:
+    told = ascii_terminal("evaluate", "knn", "none", code=2, **{name: "x"})
+    assert told.startswith(b"error: ") and told.count(b"\n") == 1 and f"{name}=x".encode() in told
 
 
 # -- properties

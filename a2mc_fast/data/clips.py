@@ -20,14 +20,13 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
 from a2mc_fast.data import rules
 from a2mc_fast.data.identity import differing, identity
 from a2mc_fast.errors import InputError, require
-from a2mc_fast.files import atomic_path, parse_json
+from a2mc_fast.files import atomic_path, parse_json, read_tensors
 from a2mc_fast.skeleton import MAX_FRAMES, Rotation, Skeleton
 
 FORMAT = "a2mc-clips/1"
@@ -145,10 +144,7 @@ class Clips:
                 "(SOURCE is ntu60, ntu120, pku1, pku2, agcn, ctrgcn, pyskl or npz)"
             )
         try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                header = file.metadata() or {}
-                require(header.get("format") == FORMAT, f"{path} is not a packed clips file ({FORMAT})")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            header, tensors = read_tensors(path, FORMAT, "a packed clips file")
             skeleton = _skeleton(path, tensors, header)
             splits = {n.removeprefix("split_"): t for n, t in tensors.items() if n.startswith("split_")}
             clips = cls.pack(
@@ -171,10 +167,6 @@ class Clips:
             clips.identity = identity(
                 tensors["joints"], clips.lengths, clips.labels, clips.splits, skeleton
             )  # while the frames are on the host
-        except SafetensorError as error:
-            raise InputError(
-                f"{path} is damaged or not a safetensors file ({error}); prepare it again"
-            ) from None
         except KeyError as error:
             raise InputError(f"{path} holds no {error}; it is not a complete packed clips file") from None
         changed = " and ".join(differing(clips.identity, header.get("identity", clips.identity)))

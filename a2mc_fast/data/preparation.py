@@ -44,7 +44,6 @@ class Packed:
 
 def check_output(path: Path, *, overwrite: bool) -> None:
     """Raise `InputError` unless a packed file may be written there."""
-    require(_is_text(path), f"{path} is not UTF-8, and a packed file's name must be; name another file")
     require(not path.is_dir(), f"{path} is a folder; name the file to write")
     require(path.suffix == ".safetensors", f"{path}: a packed file's name must end in .safetensors")
     require(overwrite or not path.exists(), f"{path} exists; replace it with --overwrite")
@@ -171,15 +170,6 @@ def _differences(source: Source, clips: Clips) -> list[str]:
         for what, count in source.expected.items()
         if found.get(what, 0) != count
     ]
-
-
-def _is_text(path: Path) -> bool:
-    """Whether the path's bytes are UTF-8, which safetensors needs to read it again."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _cores() -> int:

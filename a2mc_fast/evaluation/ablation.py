@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from a2mc_fast.config import Config, differences, to_dict
-from a2mc_fast.errors import require
+from a2mc_fast.errors import require, tell
 from a2mc_fast.evaluation.results import evaluate
 from a2mc_fast.evaluation.rows import row_configs, tables
 from a2mc_fast.evaluation.settings import AnyEvaluation, Knn, Linear, LinearConfig
@@ -52,7 +52,7 @@ def ablate(config: Config, rows: Sequence[str], seeds: int, linear: LinearConfig
         **machine(),
     }
     write_json(base / "ablation.json", result)
-    print(f"{tables(result)}\n\nwrote {base / 'ablation.json'}")
+    tell(f"{tables(result)}\n\nwrote {base / 'ablation.json'}")
     return result
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from a2mc_fast.data import Clips
+from a2mc_fast.errors import tell
 from a2mc_fast.evaluation.inference import ClipEncoder, embed_clips, export, load_encoder
 from a2mc_fast.files import atomic_path, sha256
 from a2mc_fast.run.opened import open_run
@@ -40,7 +41,7 @@ def embed(
         "checkpoint_sha256": sha256(run.saved.path),
     }
     save_features(out, features, run.clips, about)
-    print(f"wrote {out}: {len(features)} clips, {features.shape[1]} features each")
+    tell(f"wrote {out}: {len(features)} clips, {features.shape[1]} features each")
 
 
 def save_features(path: Path, features: Tensor, clips: Clips, about: dict[str, Any]) -> None:
@@ -58,7 +59,7 @@ def export_encoder(source: Path, out: Path, *, untrained: bool) -> None:
     encoder = load_encoder(source, untrained=untrained)
     export(encoder, out)
     joints = encoder.skeleton.num_joints
-    print(
+    tell(
         f"wrote {out}: clips [N, 3, {encoder.frames}, {joints}, {encoder.persons}] -> "
         f"features [N, {encoder.feature_dim}]"
     )

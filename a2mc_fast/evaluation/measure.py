@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,7 +60,7 @@ def _tell(options: Linear | Finetune | Semi) -> Callable[[int, float], None]:
 
     def tell(epoch: int, accuracy: float) -> None:
         if not isinstance(options, Semi) or epoch == options.epochs:
-            print(f"{options.protocol}: epoch {epoch}  top-1 {accuracy:.2f} %", file=sys.stderr)
+            tell(f"{options.protocol}: epoch {epoch}  top-1 {accuracy:.2f} %", error=True)
 
     return tell
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from a2mc_fast.config import to_dict
-from a2mc_fast.errors import one_speaks, require
+from a2mc_fast.errors import one_speaks, require, tell
 from a2mc_fast.evaluation.measure import measure
 from a2mc_fast.evaluation.protocols import class_names
 from a2mc_fast.evaluation.scores import Scores, accuracy, confusion_matrix, details, weighted_sum
@@ -90,7 +90,7 @@ def _evaluate(options: AnyEvaluation, run: Opened) -> dict[str, Any]:
         for name in ("scores", "classifier"):
             result[name] = path.with_suffix(f".{name}.safetensors").name
     write_json(path, result)
-    print(f"{table([result])}\nwrote {path}")
+    tell(f"{table([result])}\nwrote {path}")
     return result
 
 
@@ -121,7 +121,7 @@ def ensemble(options: Ensemble) -> dict[str, Any]:
     folder = options.runs[0] if options.runs[0].is_dir() else options.runs[0].parent
     path = Path(options.out) if options.out else folder / "ensemble.json"
     write_json(path, result)
-    print(f"{table([*result['members'], result])}\nwrote {path}")
+    tell(f"{table([*result['members'], result])}\nwrote {path}")
     return result
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from a2mc_fast.errors import InputError, require
+from a2mc_fast.errors import InputError, require, tell
 from a2mc_fast.files import atomic_path
 
 if TYPE_CHECKING:
@@ -38,4 +38,4 @@ def write_picture(out: Path, draw: Callable[[], Figure]) -> None:
         picture.savefig(
             temporary, format=suffix[1:], metadata=undated.get(suffix), bbox_inches="tight", pad_inches=0.05
         )
-    print(f"wrote {out}")
+    tell(f"wrote {out}")

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -28,7 +27,7 @@ from a2mc_fast.config import Config, from_dict, to_dict
 from a2mc_fast.data.clips import Clips
 from a2mc_fast.encoders.branch import Branch
 from a2mc_fast.errors import InputError, require
-from a2mc_fast.files import atomic_path
+from a2mc_fast.files import atomic_path, read_tensors
 from a2mc_fast.model import A2MC
 from a2mc_fast.skeleton import Skeleton
 
@@ -269,10 +268,7 @@ def load(path: Path) -> Checkpoint:
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found: is this the folder of a run of a2mc_fast.train?")
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            text: dict[str, str] = file.metadata() or {}
-            _check_format(path, text.get("format", ""))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        text, tensors = read_tensors(path, FORMAT, "a checkpoint")
         require(
             text.get("checksum") == _checksum(text, tensors),
             f"{path} is damaged: its checksum is wrong; use an older one beside it, if there is one",
@@ -282,21 +278,8 @@ def load(path: Path) -> Checkpoint:
         return _parse(path, {k: _json(v) for k, v in text.items() if k != "checksum"}, tensors)
     except InputError:
         raise
-    except SafetensorError as error:
-        raise InputError(f"{path} is damaged or not a safetensors file ({error})") from None
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RuntimeError) as error:
         raise InputError(f"{path} is not a complete checkpoint ({error!r})") from None
-
-
-def _check_format(path: Path, written: str) -> None:
-    """`InputError` unless a file says that it is a checkpoint of this version's."""
-    name, version = FORMAT.split("/")
-    require(written.startswith(f'"{name}/'), f"{path} is not a checkpoint ({FORMAT})")
-    require(
-        written == json.dumps(FORMAT),
-        f"{path} has the format {written}, and this version of a2mc_fast reads {name}/{version} alone: train "
-        "again, or use the version that wrote it",
-    )
 
 
 def load_last_good(folder: Path) -> tuple[Checkpoint | None, str]:
