@@ -10,14 +10,11 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from a2mc_fast.errors import InputError, require
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @contextmanager
@@ -95,7 +92,7 @@ def parse_json(text: str | bytes, where: str) -> Any:
         raise InputError(f"{where} is not JSON: {error}") from None
 
 
-def read_tensors(path: Path, form: str, what: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+def read_tensors(path: Path, form: str, what: str) -> tuple[dict[str, str], dict[str, Any]]:
     """Header and tensors of a safetensors file of the format `form`, such as "a2mc-clips/1".
 
     `InputError` if it is damaged, if it is not `what` it should be, or of another version.

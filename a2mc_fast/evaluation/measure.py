@@ -12,7 +12,7 @@ from torch import Tensor
 
 from a2mc_fast.data import Clips
 from a2mc_fast.encoders.branch import Branch
-from a2mc_fast.errors import require
+from a2mc_fast.errors import require, tell
 from a2mc_fast.evaluation.finetune import finetune, semi_supervised
 from a2mc_fast.evaluation.protocols import (
     check_classes,
@@ -58,11 +58,11 @@ def measure(options: AnyEvaluation, branch: Branch, run: Opened) -> Measured:
 def _tell(options: Linear | Finetune | Semi) -> Callable[[int, float], None]:
     """Tells the user on standard error how a training goes; of many trainings, only how each one ended."""
 
-    def tell(epoch: int, accuracy: float) -> None:
+    def report(epoch: int, accuracy: float) -> None:
         if not isinstance(options, Semi) or epoch == options.epochs:
             tell(f"{options.protocol}: epoch {epoch}  top-1 {accuracy:.2f} %", error=True)
 
-    return tell
+    return report
 
 
 def _knn(options: Knn, branch: Branch, run: Opened) -> Measured:
