@@ -1,4 +1,4 @@
-"""Pretraining: `python -m a2mc_fast.train [PRESET] [--FLAG VALUE ...] [--resume]`.
+"""Pretraining: `python -m a2mc_fast.train [PRESET] [--FLAG VALUE ...] [--resume [FOLDER]]`.
 
 Here is what is asked; `run.start.pretrain` is the run, `trainer.Trainer.step` the algorithm. torch is
 imported when a run begins, so that `--help` and wrong flags answer at once.
@@ -9,11 +9,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import tyro
 
 from a2mc_fast.config import BASE_PRESETS, Config, preset
-from a2mc_fast.errors import InputError, exit_on_error, one_speaks, require
+from a2mc_fast.errors import InputError, exit_on_error, one_speaks, rank, require, tell
 
 
 @contextmanager
@@ -33,30 +35,62 @@ def out_of_memory_is_bad_input() -> Iterator[None]:
 
 
 def main(args: list[str] | None = None) -> None:
-    """The command line: a preset by name (default demo), then any field as a flag, and --resume."""
+    """The command line: a preset by name (default demo), then any field as a flag, and --resume [FOLDER]."""
     args = list(sys.argv[1:] if args is None else args)
     with exit_on_error(), out_of_memory_is_bad_input():
         with one_speaks():
-            name = args.pop(0) if args and not args[0].startswith("-") else "demo"
-            resume = "--resume" in args
+            name = args.pop(0) if args and not args[0].startswith("-") else ""
             require(
                 not any(arg.split("=")[0] == "--preset" for arg in args),
                 "a preset's name comes first, without a flag: python -m a2mc_fast.train own",
             )
+            folder = _take(args, "--resume")
+            default = preset(name or "demo") if folder is None else _resumed(name, folder, args)
             config = tyro.cli(
                 Config,
-                default=preset(name),
-                args=[arg for arg in args if arg != "--resume"],
+                default=default,
+                args=args,
                 prog="python -m a2mc_fast.train",
                 description="Pretrain a skeleton encoder: python -m a2mc_fast.train [PRESET] [options]. "
                 f"Presets: {', '.join(BASE_PRESETS)}; append -b1 .. -b4 or -a1 .. -a3 for an ablation. "
-                "--resume continues the run in its folder.",
+                "--resume FOLDER continues a run with its settings, --resume the preset's last.",
             )
         from a2mc_fast.run import derive, start
 
-        with one_speaks():
-            config = derive.fitted(config, args)
-        start.pretrain(config, resume=resume)
+        if folder is None:
+            with one_speaks():
+                config = derive.fitted(config, args)
+        start.pretrain(config, resume=folder is not None)
+
+
+def _take(args: list[str], flag: str) -> str | None:
+    """Take a flag out of a command line, with its value if it has one. None if it is not there."""
+    for number, arg in enumerate(args):
+        name, _, value = arg.partition("=")
+        if name == flag:
+            if not value and args[number + 1 : number + 2] and not args[number + 1].startswith("-"):
+                value = args.pop(number + 1)
+            del args[number]
+            return value
+    return None
+
+
+def _resumed(name: str, folder: str, args: list[str]) -> Config:
+    """The settings of the run to resume: `folder`, --run.out, or the preset's last unfinished one."""
+    from a2mc_fast.run.folder import stored, unfinished
+
+    out = _take(args, "--run.out")
+    require(not (folder and out), "--resume FOLDER names the run: leave --run.out away")
+    found = Path(folder or out or unfinished(name or "demo"))
+    # what another rank does not see here, it is told of once all have met
+    config = stored(found) if rank() == 0 or found.is_dir() else preset(name or "demo")
+    require(
+        name in ("", config.preset),
+        f"{found} holds a run of {config.preset}, not of {name}: python -m a2mc_fast.train --resume {found}",
+    )
+    if not (folder or out):
+        tell(f"resuming {found}")
+    return replace(config, run=replace(config.run, out=str(found)))
 
 
 if __name__ == "__main__":

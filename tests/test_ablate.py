@@ -8,6 +8,8 @@ import statistics
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from a2mc_fast.ablate import main
 from a2mc_fast.config import differences, preset
@@ -77,7 +79,9 @@ def test_rows_are_trained_once_and_averaged(
     # again, with a row more: what is finished is neither trained nor evaluated again
     trained = []
     real = ablation.pretrain
-    monkeypatch.setattr(ablation, "pretrain", lambda c, **k: (trained.append(c.preset), real(c, **k))[1])
+    monkeypatch.setattr(
+        ablation, "pretrain", lambda c, *a, **k: (trained.append(c.preset), real(c, *a, **k))[1]
+    )
     before = (tmp_path / "ablation" / "full-seed0" / "linear.json").stat().st_mtime_ns
     main([*args, "--rows", "l4", "l1", "full", "b1"])
     assert trained == ["own-l1"]
@@ -97,15 +101,21 @@ def test_rows_are_trained_once_and_averaged(
     assert linear["options"]["epochs"] == 3
 
 
-def test_an_interrupted_row_is_continued(args: list[str], tmp_path: Path) -> None:
+def test_an_interrupted_row_is_continued(
+    args: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([*args, "--rows", "b1"])
     folder = tmp_path / "ablation" / "b1-seed0"
-    folder.mkdir(parents=True)
-    (folder / "metrics.jsonl").write_text("{}\n")  # stopped before its first checkpoint
-    main([*args, "--rows", "b1"])
-    whole = (folder / "checkpoint.safetensors").read_bytes()
-    (folder / "result.json").unlink()  # stopped after its last checkpoint
-    main([*args, "--rows", "b1"])
-    assert (folder / "checkpoint.safetensors").read_bytes() == whole
+    whole = load_file(folder / "checkpoint.safetensors")
+    for left in ({"config.json"}, {"config.json", "checkpoint.safetensors"}, set[str]()):
+        for path in list(folder.iterdir()):
+            if path.name not in left:  # killed when there was no more
+                path.unlink()
+        main([*args, "--rows", "b1"])
+        again = load_file(folder / "checkpoint.safetensors")
+        assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+    class_clips(44).save(args[0])
+    assert "was trained on other data" in refused(main, [*args, "--rows", "b1"], capsys)
 
 
 def test_tables_have_the_papers_layout() -> None:

@@ -182,7 +182,7 @@ def test_bad_input_is_one_sentence(folder: Path, tmp_path: Path, capsys: pytest.
     class_clips().save(tmp_path / "one.safetensors")
     for args, words in (
         ([run, str(tmp_path / "one.safetensors"), out], "has 5 joints and 1 persons"),
-        ([run, str(tmp_path / "none.safetensors"), out], "not found; make it with"),
+        ([run, str(tmp_path / "none.safetensors"), out], "or make it with"),
         ([str(tmp_path), str(folder / "data.safetensors"), out], "is this the folder of a run"),
     ):
         error = refused(main, args, capsys)

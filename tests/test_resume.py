@@ -24,6 +24,7 @@ from a2mc_fast.files import remove_leftovers
 from a2mc_fast.run import checkpoint, machine, saver
 from a2mc_fast.run import log as runlog
 from a2mc_fast.run.checkpoint import FILE, load, numbered
+from a2mc_fast.run.folder import open_folder
 from a2mc_fast.run.log import RunLog
 from a2mc_fast.run.saver import Saver
 from a2mc_fast.run.start import pretrain
@@ -148,7 +149,10 @@ def test_a_stopped_run_saves_where_it_is(
         process.join(30)
         said = (tmp_path / "said").read_text()
         assert process.exitcode == code, said
-        assert f"{number.name}: finishing this step and saving" in said and "continue with --resume" in said
+        assert (
+            f"{number.name}: finishing this step and saving" in said
+            and f"a2mc_fast.train --resume {folder}\n" in said
+        )
         step = load(folder).step
         assert f"stopped after step {step} of {STEPS}" in said and 2 <= step < STEPS
     code, said = run(flags(data, folder, "--resume"), tmp_path / "said")
@@ -179,9 +183,11 @@ def test_a_finished_run_stays_as_it_is(
 def test_one_process_at_a_time(data: Path, tmp_path: Path) -> None:
     config = tiny(data, tmp_path / "run")
     busy = pytest.raises(InputError, match=r"another process is at work in .*run: wait for it, or end it")
-    with RunLog(tmp_path / "run", config, 9, None), busy:
-        RunLog(tmp_path / "run", config, 9, None)
-    RunLog(tmp_path / "run", config, 9, None).__exit__()
+    with open_folder(config, False), busy, open_folder(config, False):
+        pass
+    with open_folder(config, False):
+        pass
+    assert not (tmp_path / "run").exists()  # nothing came of it
 
 
 # kept and damaged
@@ -398,6 +404,7 @@ def test_a_read_only_folder_is_one_sentence(data: Path, tmp_path: Path) -> None:
 
 def test_metrics_wait_for_room(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """/dev/full is a disk without room; the lines come later, in order, and none twice."""
+    (tmp_path / "run").mkdir()
     with RunLog(tmp_path / "run", tiny(data, tmp_path / "run"), 9, None) as log:
         room = log._file
         log.accuracy(1.0)

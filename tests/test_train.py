@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from a2mc_fast.data import Clips
 from a2mc_fast.errors import InputError
 from a2mc_fast.evaluate import main as evaluate_main
 from a2mc_fast.run import checkpoint
+from a2mc_fast.run.folder import stored
 from a2mc_fast.run.log import concerns
 from a2mc_fast.run.start import pretrain
 from a2mc_fast.train import main as train_main
@@ -233,17 +236,22 @@ def test_bad_input_is_one_sentence(trained: Path, data: Path, capsys: pytest.Cap
     clips.save(folder / "no-split.safetensors")
     cases = [
         (["nothing"], "unknown preset 'nothing'"),
-        (["ntu60-xsub"], "ntu60.safetensors not found; make it with: python -m a2mc_fast.prepare"),
+        (
+            ["ntu60-xsub"],
+            "ntu60.safetensors not found; name another with --data, or make it with: python",
+        ),
         ([*run, "--data", str(trained / "config.json")], "is damaged or not a safetensors file"),
         ([*run, "--data", str(trained / "checkpoint.safetensors")], "is not a packed clips file"),
         ([*run, "--data", str(data), "--split", "xview"], "no protocol 'xview' (it has: xsub)"),
         ([*run, "--data", str(data), "--optim.batch-size", "33"], "32 training clips, fewer than one batch"),
         ([*run, "--data", str(data), "--run.out", str(trained)], "already holds a run"),
-        ([*run, "--data", str(data), "--run.out", str(trained), "--resume"], "another configuration"),
-        (
-            [*run, "--data", str(data), "--run.out", str(folder / "none"), "--resume"],
-            "holds no run to resume",
-        ),
+        (["--resume", str(trained), "--bank.lr", "2"], "another configuration (bank.lr: 3.0 -> 2.0)"),
+        (["--resume", str(trained), "--optim.epochs", "2"], "another configuration (optim.epochs: 3 -> 2)"),
+        (["--resume", str(folder / "none")], "none holds no run to resume"),
+        (["own", "--resume", str(trained)], "holds a run of demo, not of own"),
+        (["--resume", str(trained), "--run.out", "x"], "leave --run.out away"),
+        (["--resume", str(trained), "--data", str(folder / "no")], "name another with --data"),
+        (["own", "--resume"], "runs/ holds no unfinished run of own: name the folder of a run"),
         ([*run, "--run.device", "cuda"], "torch sees no GPU"),
         ([*run, "--run.threads", "100000"], "--run.threads 100000 is more than this machine can use"),
         ([*run, "--preset", "own"], "a preset's name comes first"),
@@ -251,7 +259,7 @@ def test_bad_input_is_one_sentence(trained: Path, data: Path, capsys: pytest.Cap
     ]
     before = {path: path.read_bytes() for path in trained.iterdir()}
     for args, words in cases:
-        if "--run.out" not in args:
+        if "--run.out" not in args and "--resume" not in args:
             args = [*args, "--run.out", str(folder / "unused")]
         error = refused(train_main, args, capsys)
         assert words in error and error.startswith("error: ") and error.count("\n") == 1, error
@@ -306,14 +314,72 @@ def test_other_data_under_the_same_name_is_noticed(
 
 
 def test_a_second_run_gets_its_own_folder(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config = tiny(data, Path())
     config = replace(config, run=replace(config.run, out=""))
     assert [pretrain(config), pretrain(config)] == [Path("runs/demo"), Path("runs/demo-2")]
-    pretrain(config, resume=True)
-    assert "runs/demo-2 is finished after 15 steps" in capsys.readouterr().out
+
+
+def test_resume_takes_the_last_unfinished_run_and_its_settings(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By what is in runs/, not by its names; wherever folder and data have gone since."""
+    monkeypatch.chdir(tmp_path)
+    pretrain(tiny(Path("clips.safetensors"), Path("runs/demo-2"), epochs=1))
+    for name in ("mine", "demo-3", "other"):
+        shutil.copytree("runs/demo-2", f"runs/{name}")
+    settings = json.loads(Path("runs/other/config.json").read_text())
+    Path("runs/other/config.json").write_text(json.dumps(settings | {"preset": "demo-b1"}))
+    for name in ("demo-2", "mine", "other"):
+        Path(f"runs/{name}/result.json").unlink()
+    Path("runs/demo-2/config.json").touch()
+    Path("runs/broken").mkdir()
+    Path("runs/broken/config.json").write_text("{")
+    capsys.readouterr()
+    train_main(["demo", "--resume"])
+    said = capsys.readouterr().out
+    assert said.startswith("resuming runs/demo-2\n") and "resumed after step 7" in said
+    train_main(["--resume"])
+    assert capsys.readouterr().out.startswith("resuming runs/mine\n")
+    assert json.loads(Path("runs/mine/result.json").read_text())["steps"] == 7
+
+    # a finished one, moved with its data
+    Path("runs/demo-3").rename(tmp_path / "moved")
+    data.rename(tmp_path / "elsewhere.safetensors")
+    monkeypatch.chdir(tmp_path / "runs")
+    longer = ["--resume", "../moved", "--optim.epochs", "2", "--run.log-every", "1"]
+    assert f"{data} not found; name another with --data" in refused(train_main, longer, capsys)
+    train_main([*longer, "--data", "../elsewhere.safetensors"])
+    config, data = stored(Path("../moved")), tmp_path / "elsewhere.safetensors"
+    assert (config.optim.lr, config.run.log_every, config.data) == (0.05, 1, str(data))
+    whole = pretrain(tiny(data, tmp_path / "whole", epochs=2))
+    a, b = (load_file(folder / "checkpoint.safetensors") for folder in (whole, tmp_path / "moved"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_of_two_starts_the_later_one_looks_again(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second stands still between looking and locking, while the first trains to its end."""
+    real, began = fcntl.flock, False
+
+    def late(descriptor: int, how: int) -> None:
+        nonlocal began
+        if not began:
+            began = True
+            pretrain(tiny(data, tmp_path / "runs/demo", epochs=1))
+        real(descriptor, how)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(InputError, match="already holds a run"):
+        pretrain(tiny(data, tmp_path / "runs/demo", seed=1))
+    assert checkpoint.load(tmp_path / "runs/demo").config.seed == 0
+    shutil.rmtree("runs")
+    began, config = False, tiny(data, tmp_path, epochs=1)
+    assert pretrain(replace(config, run=replace(config.run, out=""))) == Path("runs/demo-2")
 
 
 def test_what_goes_wrong_is_said_in_words() -> None:

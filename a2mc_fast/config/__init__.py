@@ -8,6 +8,7 @@ A full run is a `Config`; presets are functions that return one, and every field
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import typing
 from dataclasses import dataclass, field, replace
@@ -174,6 +175,11 @@ def preset(name: str) -> Config:
     return PRESETS[name]
 
 
+def located(config: Config) -> Config:
+    """The same run, with a path of its data that holds in any folder."""
+    return replace(config, data=os.path.abspath(config.data)) if config.data else config
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """JSON form of a configuration."""
     return dataclasses.asdict(config)
@@ -213,13 +219,16 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """Fields in which two runs differ, as "name: old -> new"; `run` and the preset's name do not count."""
+    """Fields in which two runs differ, as "name: old -> new".
+
+    The preset's name, `run`, and where the data lies do not count: what they are, `Clips.identity` tells.
+    """
 
     def flat(config: Config) -> dict[str, Any]:
         content = to_dict(config)
         result: dict[str, Any] = {}
         for name, value in content.items():
-            if name in ("run", "preset"):
+            if name in ("run", "preset", "data"):
                 continue
             if isinstance(value, dict):
                 result |= {f"{name}.{inner}": v for inner, v in value.items()}

@@ -10,7 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from a2mc_fast.config import Config, differences, to_dict
+import torch
+
+from a2mc_fast.config import Config, differences, located, to_dict
+from a2mc_fast.data import Clips
+from a2mc_fast.data.identity import differing
 from a2mc_fast.errors import require, tell
 from a2mc_fast.evaluation.results import evaluate
 from a2mc_fast.evaluation.rows import row_configs, tables
@@ -18,7 +22,9 @@ from a2mc_fast.evaluation.settings import AnyEvaluation, Knn, Linear, LinearConf
 from a2mc_fast.evaluation.tables import mean_and_std
 from a2mc_fast.files import read_json, sha256, write_json
 from a2mc_fast.run import checkpoint
+from a2mc_fast.run.folder import RUNS, holds_run, stored
 from a2mc_fast.run.machine import machine
+from a2mc_fast.run.opened import load_clips
 from a2mc_fast.run.start import pretrain
 
 FORMAT = "a2mc-ablation/1"
@@ -29,7 +35,9 @@ def ablate(config: Config, rows: Sequence[str], seeds: int, linear: LinearConfig
 
     Writes ablation.json in the folder above the runs and returns its content.
     """
-    base = Path(config.run.out or f"runs/{config.preset}-ablation")
+    config = located(config)
+    clips = load_clips(config, torch.device("cpu"))
+    base = Path(config.run.out or RUNS / f"{config.preset}-ablation")
     made: dict[str, Any] = {}
     for name in dict.fromkeys(rows):
         runs: list[dict[str, Any]] = []
@@ -39,7 +47,7 @@ def ablate(config: Config, rows: Sequence[str], seeds: int, linear: LinearConfig
             first = next(n for n in configs if not differences(configs[n], configs[name]))
             folder = base / f"{first}-seed{seed}"
             run = replace(configs[first], run=replace(config.run, out=str(folder)))
-            runs.append({"seed": seed, "run": str(folder), **run_row(run, folder, linear)})
+            runs.append({"seed": seed, "run": str(folder), **run_row(run, clips, folder, linear)})
         made[name] = {**mean_and_std(runs), "runs": runs}
     result = {
         "format": FORMAT,
@@ -56,23 +64,23 @@ def ablate(config: Config, rows: Sequence[str], seeds: int, linear: LinearConfig
     return result
 
 
-def run_row(config: Config, folder: Path, linear: LinearConfig) -> dict[str, float]:
+def run_row(config: Config, clips: Clips, folder: Path, linear: LinearConfig) -> dict[str, float]:
     """Train and evaluate one row and seed, as far as its folder does not hold it already."""
-    begun = (folder / checkpoint.FILE).exists()
+    begun = holds_run(folder)
     if begun:
-        changed = differences(checkpoint.load(folder).config, config)
+        changed = differences(stored(folder), config)
         require(
             not changed,
             f"{folder} was run with another configuration ({'; '.join(changed)}): choose another --run.out",
         )
+    if (folder / "result.json").exists():
+        changed = differing(checkpoint.load(folder).data, clips.identity)
+        require(not changed, f"{folder} was trained on other data: choose another --run.out")
     else:
-        # of a run that was stopped before its first checkpoint there is nothing to continue
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
-    if not begun or not (folder / "result.json").exists():
-        pretrain(config, resume=begun)
+        pretrain(config, clips, resume=begun)
     device = config.run.device
-    knn = evaluated(Knn(run=folder, device=device), config)
-    trained = evaluated(Linear(run=folder, device=device, **vars(linear)), config)
+    knn = evaluated(Knn(run=folder, data=config.data, device=device), config)
+    trained = evaluated(Linear(run=folder, data=config.data, device=device, **vars(linear)), config)
     return {
         "top1_linear_best": trained["top1_best"],
         "top1_linear_last": trained["top1_last"],

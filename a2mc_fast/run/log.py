@@ -22,7 +22,6 @@ from a2mc_fast.encoders.recurrence import waited_too_long
 from a2mc_fast.errors import InputError, os_reason, require
 from a2mc_fast.files import atomic_path, remove_leftovers, write_json
 from a2mc_fast.run.checkpoint import FILE, Checkpoint
-from a2mc_fast.run.folder import lock
 from a2mc_fast.run.machine import machine, peak_memory
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ _NOT_FINITE = "start a new run with a lower --optim.lr or --precision fp32 (a re
 class RunLog:
     """Writes one run's folder and tells the user how it goes. Its clock stands still while `paused`.
 
-    The folder is locked while the run lasts. Metrics that the disk refuses wait in memory for the next line.
+    Metrics that the disk refuses wait in memory for the next line.
     """
 
     def __init__(self, folder: Path, config: Config, total_steps: int, resumed: Checkpoint | None) -> None:
@@ -46,12 +45,10 @@ class RunLog:
         self.step = self._last_step = resumed.step if resumed else 0
         self._before = self._last_seconds = resumed.progress.get("seconds", 0.0) if resumed else 0.0
         self._board = _tensorboard(folder, self.step + 1) if config.run.tensorboard else None
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = lock(folder)
         remove_leftovers(folder, FILE, "config.json", "metrics.jsonl", "result.json", "fault.json")
         self._metrics = folder / "metrics.jsonl"
-        if resumed is None:
-            write_json(folder / "config.json", {**to_dict(config), "machine": machine()})
+        write_json(folder / "config.json", {**to_dict(config), "machine": machine()})
+        (folder / "result.json").unlink(missing_ok=True)  # of a run that is prolonged
         self._drop_metrics_after(resumed.step if resumed else -1)
         self._file = self._metrics.open("ab", buffering=0)
         self._unwritten = b""
@@ -227,7 +224,6 @@ class RunLog:
         """Release the files and the progress bar."""
         self._bar.close()
         self._file.close()
-        os.close(self._lock)
         if self._board is not None:
             self._board.close()
 

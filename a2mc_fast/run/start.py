@@ -6,12 +6,15 @@ One step, the algorithm itself, is `trainer.Trainer.step`.
 from __future__ import annotations
 
 import gc
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from a2mc_fast.config import Config
+from a2mc_fast.config import Config, located
 from a2mc_fast.data import Clips
 from a2mc_fast.errors import require, tell
 from a2mc_fast.files import write_json
@@ -32,15 +35,20 @@ def pretrain(config: Config, clips: Clips | None = None, *, resume: bool = False
 
     Raises `InputError` for what the user can mend.
     """
-    with join(config, lambda: pick_device(config)) as world:
-        folder = _pretrain(config, clips, resume, world)
+    config = located(config)
+    with (
+        join(config, lambda: pick_device(config)) as world,
+        _opened(config, resume, world) as (folder, resumed),
+    ):
+        _pretrain(config, clips, folder, resumed, world)
     gc.collect()  # a captured step and what it captured refer to each other
     return folder
 
 
-def _pretrain(config: Config, clips: Clips | None, resume: bool, world: World) -> Path:
+def _pretrain(
+    config: Config, clips: Clips | None, folder: Path, resumed: Checkpoint | None, world: World
+) -> None:
     """One rank's run. All ranks take the same steps; rank 0 prints and writes."""
-    folder, resumed = _open(config, resume, world)
     torch.compiler.reset()  # torch compiles a function so many times and no more, earlier runs included
     clips = load_clips(config, world.device) if clips is None else clips.to(world.device)
     trainer = Trainer(config, clips, world)
@@ -50,7 +58,7 @@ def _pretrain(config: Config, clips: Clips | None, resume: bool, world: World) -
         if world.share(resumed.step >= total and (folder / "result.json").exists()):
             if world.main:
                 tell(f"{folder} is finished after {resumed.step} steps: nothing to resume")
-            return folder
+            return
 
     with (
         stop_on_signal(say=world.main) as stop,
@@ -90,27 +98,32 @@ def _pretrain(config: Config, clips: Clips | None, resume: bool, world: World) -
                     if world.main:
                         saver.save(state, last=last)
             if last and log.step < total:
-                log.say(f"stopped after step {log.step} of {total}: continue with --resume")
+                log.say(f"stopped after step {log.step} of {total}: continue with {command(folder)}")
                 leave(asked)
         result = outcome(config, trainer, log, progress)
         if world.main:
             write_json(folder / "result.json", result)
         log.say(summary(result, folder))
-    return folder
 
 
-def _open(config: Config, resume: bool, world: World) -> tuple[Path, Checkpoint | None]:
+@contextmanager
+def _opened(config: Config, resume: bool, world: World) -> Iterator[tuple[Path, Checkpoint | None]]:
     """The run's folder, and the checkpoint to resume, which every rank reads itself."""
-    folder, resumed = open_folder(config, resume) if world.main else (Path(), None)
-    told = world.share([str(folder), *((str(resumed.path), resumed.step) if resumed else ())])
-    if len(told) > 1 and not world.main:
-        newest, step = Path(told[1]), told[2]
-        resumed = checkpoint.load(newest) if newest.exists() else None
-        require(
-            resumed is not None and resumed.step == step,
-            f"{newest} of step {step} is not here: every rank reads it, from a folder that all must share",
-        )
-    return Path(told[0]), resumed
+    with open_folder(config, resume) if world.main else nullcontext((Path(), None)) as (folder, resumed):
+        told = world.share([str(folder), *((str(resumed.path), resumed.step) if resumed else ())])
+        if len(told) > 1 and not world.main:
+            newest, step = Path(told[1]), told[2]
+            resumed = checkpoint.load(newest) if newest.exists() else None
+            require(
+                resumed is not None and resumed.step == step,
+                f"{newest} of step {step} is not here: every rank reads it, from a folder that all share",
+            )
+        yield Path(told[0]), resumed
+
+
+def command(folder: Path) -> str:
+    """What continues a run."""
+    return f"python -m a2mc_fast.train --resume {shlex.quote(str(folder))}"
 
 
 def outcome(config: Config, trainer: Trainer, log: RunLog, progress: dict[str, float]) -> dict[str, Any]:
