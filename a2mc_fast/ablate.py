@@ -1,8 +1,9 @@
-"""The paper's ablations: `python -m a2mc_fast.ablate DATA [PRESET] [--rows ROW ...] [--FLAG VALUE ...]`.
+"""The paper's ablations: `python -m a2mc_fast.ablate DATA ... [PRESET] [--rows ROW ...] [--FLAG VALUE ...]`.
 
 Trains every row as an ordinary run in its own folder, evaluates it by kNN and by linear evaluation of the
-centre crop, and prints Tables V and VI and the table of mixing shares λ (Fig. 7). What is finished is not run
-again: the same command continues where it stopped. Flags are those of `a2mc_fast.train`.
+centre crop, and prints Tables V and VI and the table of mixing shares λ (Fig. 7); of several sets, one table
+with the untrained encoder beside the rows. What is finished is not run again: the same command continues
+where it stopped. Flags are those of `a2mc_fast.train`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Ablation:
 
     rows: tuple[RowName, ...] = get_args(RowName)
     """b1 .. b4 and full: Table V; a1 .. a3: Table VI; l0 .. l4: none to four mixing shares. Rows that are the
-    same run are made once."""
+    same run are made once. Several sets: b1, b4 and full by default."""
     seeds: Count = 1
     """Runs per row, with seeds from --seed on."""
     linear: LinearConfig = field(default_factory=lambda: LinearConfig(crop="center"))
@@ -38,27 +39,34 @@ class Ablation:
 
 
 def main(args: list[str] | None = None) -> None:
-    """The command line: DATA, a preset (default own), then --rows, --seeds and any flag of the preset."""
+    """The command line: DATA ..., a preset (default own), then --rows, --seeds and any flag of the preset."""
     args = list(sys.argv[1:] if args is None else args)
     with exit_on_error():
-        names = [args.pop(0) for _ in range(2) if args and not args[0].startswith("-")]
-        base = names[1] if len(names) > 1 else "own"
+        first = next((i for i, arg in enumerate(args) if arg.startswith("-")), len(args))
+        files, args = args[:first], args[first:]
+        # a file of clips has a suffix or a folder in its name
+        base = files.pop() if len(files) > 1 and not {".", "/"} & set(files[-1]) else "own"
         require(base in BASE_PRESETS, f"unknown preset {base!r}; choose one of {', '.join(BASE_PRESETS)}")
         asked_for_help = bool({"-h", "--help"} & set(args))
-        require(bool(names) or asked_for_help, "give the packed clips: python -m a2mc_fast.ablate DATA")
-        config = replace(preset(base), data=names[0]) if names else preset(base)
+        require(bool(files) or asked_for_help, "give the packed clips: python -m a2mc_fast.ablate DATA")
+        config = replace(preset(base), data=files[0]) if files else preset(base)
+        default = Ablation(config=config)
+        if len(files) > 1:
+            default = replace(default, rows=("b1", "b4", "full"), seeds=3)
         options = tyro.cli(
             Ablation,
-            default=Ablation(config=config),
+            default=default,
             args=args,
             prog="python -m a2mc_fast.ablate",
-            description="Train and evaluate the paper's ablations: python -m a2mc_fast.ablate DATA [PRESET] "
-            f"[options]. Presets: {', '.join(BASE_PRESETS)}; default own.",
+            description="Train and evaluate the paper's ablations: python -m a2mc_fast.ablate DATA ... "
+            f"[PRESET] [options]. Presets: {', '.join(BASE_PRESETS)}; default own.",
         )
-        from a2mc_fast.evaluation.ablation import ablate
+        from a2mc_fast.evaluation.ablation import ablate, study
         from a2mc_fast.run.derive import fitted
 
-        ablate(fitted(options.config, args), options.rows, options.seeds, options.linear)
+        configs = [fitted(replace(options.config, data=file), args) for file in files]
+        chosen = options.rows, options.seeds, options.linear
+        ablate(configs[0], *chosen) if len(configs) == 1 else study(configs, *chosen)
 
 
 if __name__ == "__main__":

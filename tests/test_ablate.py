@@ -7,14 +7,17 @@ import shlex
 import statistics
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from a2mc_fast.ablate import main
 from a2mc_fast.config import differences, preset
+from a2mc_fast.data import Clips
 from a2mc_fast.evaluation import ablation
 from a2mc_fast.evaluation.rows import _PAPER, TABLES, row_configs, tables
+from a2mc_fast.plots.__main__ import main as draw
 from tests.test_protocols import class_clips
 from tests.test_train import refused
 
@@ -99,6 +102,47 @@ def test_rows_are_trained_once_and_averaged(
     assert trained == ["own-l1"]
     linear = json.loads((tmp_path / "ablation" / "b1-seed0" / "linear.json").read_text())
     assert linear["options"]["epochs"] == 3
+
+
+def test_a_study_sets_rows_of_several_sets_side_by_side(
+    args: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # the first six training clips once more, as test clips
+    clips, again = class_clips(), 6
+    frames = int(clips.lengths[:again].sum())
+    Clips.pack(
+        torch.cat((clips.frames, clips.frames[:frames])).permute(0, 3, 2, 1),
+        [*clips.lengths.tolist(), *clips.lengths[:again].tolist()],
+        [*clips.labels.tolist(), *clips.labels[:again].tolist()],
+        clips.skeleton,
+        splits={"xsub": np.append(clips.splits["xsub"].numpy(), [False] * again)},
+    ).save(tmp_path / "other.safetensors")
+    sets = [args[0], str(tmp_path / "other.safetensors")]
+    main([*sets, *args[1:], "--rows", "b1", "full", "--seeds", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    result = json.loads((tmp_path / "ablation" / "study.json").read_text())
+    assert [Path(one["data"]).stem for one in result["sets"]] == ["data", "other"]
+    for one in result["sets"]:
+        assert list(one["rows"]) == ["untrained", "b1", "full"]
+        assert one["split"] == "xsub" and one["config"]["preset"] == "own"
+        for row in one["rows"].values():
+            values = [run["top1_knn"] for run in row["runs"]]
+            assert row["top1_knn"] == pytest.approx(statistics.mean(values)) and len(values) == 2
+        assert {run["steps"] for name in ("b1", "full") for run in one["rows"][name]["runs"]} == {
+            one["rows"]["full"]["runs"][0]["steps"]
+        }
+    plain, doubled = (one["rows"]["full"] for one in result["sets"])
+    assert "top1_knn_fresh" not in plain and "top1_linear_last_fresh" in doubled
+    knn = json.loads((tmp_path / "ablation" / "other" / "full-seed0" / "knn.json").read_text())
+    fresh = knn["fresh_test_clips"]
+    assert fresh == len(clips.split("xsub")[1])
+    # a copy's neighbour is what it was copied from, whatever the encoder
+    right = knn["top1"] / 100 * (fresh + again)
+    assert knn["top1_fresh"] / 100 * fresh == pytest.approx(right - again, abs=0.01)
+    assert lines[-8].split()[:3] == ["data", "xsub", "untrained"] and "±" in lines[-8]
+    assert [line.split()[0] for line in lines[-7:-2]] == ["B1", "A²MC", "other", "B1", "A²MC"]
+    draw(["study", str(tmp_path / "ablation" / "study.json"), "--out", str(tmp_path / "study.png")])
+    assert (tmp_path / "study.png").stat().st_size > 10_000
 
 
 def test_an_interrupted_row_is_continued(

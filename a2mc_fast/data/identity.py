@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
+import torch
 from torch import Tensor
 
 from a2mc_fast.skeleton import Skeleton
@@ -51,3 +52,14 @@ def differing(one: str, other: str) -> list[str]:
     if len(a) == len(b) == len(PARTS):
         return [name for number, name in enumerate(PARTS) if a[number] != b[number]]
     return list(PARTS) * (one != other)
+
+
+def copies(frames: Tensor, lengths: Tensor, train: Tensor, test: Tensor) -> Tensor:
+    """Which test clips equal a training clip bit for bit. -> bool [len(test)]
+
+    frames [F, ...] are all clips' frames one after another, lengths [N]; train and test are clip numbers.
+    """
+    parts = frames.cpu().contiguous().split(lengths.tolist())
+    digests = [_of(part.numpy().tobytes()) for part in parts]
+    known = {digests[clip] for clip in train.tolist()}
+    return torch.tensor([digests[clip] in known for clip in test.tolist()], dtype=torch.bool)

@@ -1,5 +1,5 @@
 """The paper's ablations: every row trained as an ordinary run, evaluated by kNN and by linear evaluation, and
-shown in the paper's tables. What is finished is not run again.
+shown in the paper's tables, or on several sets side by side. What is finished is not run again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from a2mc_fast.data import Clips
 from a2mc_fast.data.identity import differing
 from a2mc_fast.errors import require, tell
 from a2mc_fast.evaluation.results import evaluate
-from a2mc_fast.evaluation.rows import row_configs, tables
+from a2mc_fast.evaluation.rows import row_configs, study_table, tables
 from a2mc_fast.evaluation.settings import AnyEvaluation, Knn, Linear, LinearConfig
 from a2mc_fast.evaluation.tables import mean_and_std
 from a2mc_fast.files import read_json, sha256, write_json
@@ -28,6 +28,7 @@ from a2mc_fast.run.opened import load_clips
 from a2mc_fast.run.start import pretrain
 
 FORMAT = "a2mc-ablation/1"
+STUDY = "a2mc-study/1"
 
 
 def ablate(config: Config, rows: Sequence[str], seeds: int, linear: LinearConfig) -> dict[str, Any]:
@@ -36,26 +37,13 @@ def ablate(config: Config, rows: Sequence[str], seeds: int, linear: LinearConfig
     Writes ablation.json in the folder above the runs and returns its content.
     """
     config = located(config)
-    clips = load_clips(config, torch.device("cpu"))
     base = Path(config.run.out or RUNS / f"{config.preset}-ablation")
-    made: dict[str, Any] = {}
-    for name in dict.fromkeys(rows):
-        runs: list[dict[str, Any]] = []
-        for seed in range(config.seed, config.seed + seeds):
-            configs = row_configs(replace(config, seed=seed))
-            # rows that are one run share the folder of the first
-            first = next(n for n in configs if not differences(configs[n], configs[name]))
-            folder = base / f"{first}-seed{seed}"
-            run = replace(configs[first], run=replace(config.run, out=str(folder)))
-            runs.append({"seed": seed, "run": str(folder), **run_row(run, clips, folder, linear)})
-        made[name] = {**mean_and_std(runs), "runs": runs}
     result = {
         "format": FORMAT,
         "preset": config.preset,
-        "data": config.data or "synthetic",
-        "split": config.split,
+        **_about(config),
         "seeds": seeds,
-        "rows": made,
+        "rows": _rows(config, base, rows, seeds, linear),
         "config": to_dict(config),
         **machine(),
     }
@@ -64,8 +52,60 @@ def ablate(config: Config, rows: Sequence[str], seeds: int, linear: LinearConfig
     return result
 
 
-def run_row(config: Config, clips: Clips, folder: Path, linear: LinearConfig) -> dict[str, float]:
-    """Train and evaluate one row and seed, as far as its folder does not hold it already."""
+def study(configs: Sequence[Config], rows: Sequence[str], seeds: int, linear: LinearConfig) -> dict[str, Any]:
+    """The same rows on several sets, one configuration each, and the untrained encoder beside them.
+
+    Writes study.json in the folder above the runs and returns its content.
+    """
+    base = Path(configs[0].run.out or RUNS / "study")
+    sets = []
+    for number, config in enumerate(map(located, configs), 1):
+        tell(f"study: set {number} of {len(configs)}, {config.data}")
+        made = _rows(config, base / Path(config.data).stem, rows, seeds, linear, untrained=True)
+        sets.append({**_about(config), "rows": made, "config": to_dict(config)})
+    result = {"format": STUDY, "seeds": seeds, "sets": sets, **machine()}
+    write_json(base / "study.json", result)
+    tell(f"{study_table(result)}\n\nwrote {base / 'study.json'}")
+    return result
+
+
+def _about(config: Config) -> dict[str, str]:
+    return {"data": config.data or "synthetic", "split": config.split}
+
+
+def _rows(
+    config: Config,
+    base: Path,
+    rows: Sequence[str],
+    seeds: int,
+    linear: LinearConfig,
+    untrained: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Mean, spread and every run's numbers of each row; "untrained" is the encoder before training."""
+    names, clips = list(dict.fromkeys(rows)), load_clips(config, torch.device("cpu"))
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ("untrained",) * untrained + (*names,)}
+    for number in range(seeds * len(names)):
+        name, seed = names[number // seeds], config.seed + number % seeds
+        tell(f"run {number + 1} of {seeds * len(names)}: row {name}, seed {seed}")
+        configs = row_configs(replace(config, seed=seed))
+        # rows that are one run share the folder of the first
+        first = next(n for n in configs if not differences(configs[n], configs[name]))
+        folder = base / f"{first}-seed{seed}"
+        run = replace(configs[first], run=replace(config.run, out=str(folder)))
+        # the rows of a seed begin with the same weights
+        before = untrained and name == names[0]
+        for which, numbers in run_row(run, clips, folder, linear, before).items():
+            runs[which or name].append({"seed": seed, "run": str(folder), **numbers})
+    return {name: {**mean_and_std(made), "runs": made} for name, made in runs.items()}
+
+
+def run_row(
+    config: Config, clips: Clips, folder: Path, linear: LinearConfig, untrained: bool = False
+) -> dict[str, dict[str, float]]:
+    """Train and evaluate one row and seed, as far as its folder does not hold it already.
+
+    Returns accuracies, steps and seconds by "", and the accuracies before training by "untrained".
+    """
     begun = holds_run(folder)
     if begun:
         changed = differences(stored(folder), config)
@@ -78,14 +118,19 @@ def run_row(config: Config, clips: Clips, folder: Path, linear: LinearConfig) ->
         require(not changed, f"{folder} was trained on other data: choose another --run.out")
     else:
         pretrain(config, clips, resume=begun)
-    device = config.run.device
-    knn = evaluated(Knn(run=folder, data=config.data, device=device), config)
-    trained = evaluated(Linear(run=folder, data=config.data, device=device, **vars(linear)), config)
-    return {
-        "top1_linear_best": trained["top1_best"],
-        "top1_linear_last": trained["top1_last"],
-        "top1_knn": knn["top1"],
-    }
+    ended = read_json(folder / "result.json")
+    asked: dict[str, Any] = {"run": folder, "data": config.data, "device": config.run.device}
+    knn = evaluated(Knn(**asked, untrained=untrained), config)
+    trained = evaluated(Linear(**asked, untrained=untrained, **vars(linear)), config)
+    found = {"": _accuracies(knn, trained) | {"steps": ended["steps"], "seconds": ended["seconds"]}}
+    return found | ({"untrained": _accuracies(knn["untrained"], trained["untrained"])} if untrained else {})
+
+
+def _accuracies(knn: dict[str, Any], linear: dict[str, Any]) -> dict[str, float]:
+    """top1_knn, top1_linear_best and top1_linear_last, and those of test clips that are no copies."""
+    found = {f"top1_knn{name[4:]}": value for name, value in knn.items() if name in ("top1", "top1_fresh")}
+    names = ("top1_best", "top1_last", "top1_last_fresh")
+    return found | {f"top1_linear{name[4:]}": linear[name] for name in names if name in linear}
 
 
 def evaluated(options: AnyEvaluation, config: Config) -> dict[str, Any]:
@@ -99,6 +144,8 @@ def evaluated(options: AnyEvaluation, config: Config) -> dict[str, Any]:
             "split": config.split,
             "options": json.loads(json.dumps(options.resolved(config.encoder.name))),
         }
-        if all(saved.get(name) == value for name, value in wanted.items()):
+        if ("untrained" in saved or not options.untrained) and all(
+            saved.get(name) == value for name, value in wanted.items()
+        ):
             return saved
     return evaluate(options)

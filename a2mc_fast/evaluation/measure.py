@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from a2mc_fast.data import Clips
+from a2mc_fast.data.identity import copies
 from a2mc_fast.encoders.branch import Branch
 from a2mc_fast.errors import require, tell
 from a2mc_fast.evaluation.finetune import finetune, semi_supervised
@@ -82,7 +83,9 @@ def _knn(options: Knn, branch: Branch, run: Opened) -> Measured:
     _, rows = nearest(gallery[known], queries[asked], options.k)
     predicted, truth = vote(clips.labels[train][rows]), clips.labels[test]
     confusion = confusion_matrix(predicted, truth, clips.num_classes)
-    return Measured({"top1": accuracy(predicted, truth), **details(confusion)})
+    return Measured(
+        {"top1": accuracy(predicted, truth), **_fresh("top1", predicted, run), **details(confusion)}
+    )
 
 
 def _semi(options: Semi, branch: Branch, run: Opened) -> Measured:
@@ -107,7 +110,18 @@ def _semi(options: Semi, branch: Branch, run: Opened) -> Measured:
 def _classified(outcome: Outcome, run: Opened) -> Measured:
     """The result of one trained classifier; confusion and classes are those of the last epoch."""
     entries = {"top1_best": outcome.best, "top1_last": outcome.last}
-    return Measured({**entries, **details(_confusion(outcome, run))}, outcome)
+    fresh = _fresh("top1_last", outcome.predicted, run)
+    return Measured({**entries, **fresh, **details(_confusion(outcome, run))}, outcome)
+
+
+def _fresh(name: str, predicted: Tensor, run: Opened) -> dict[str, Any]:
+    """`name`_fresh: the accuracy on test clips that equal no training clip; nothing if none does."""
+    clips, test = run.clips, run.labelled("test")
+    fresh = ~copies(clips.frames, clips.lengths, run.labelled("training"), test).to(test.device)
+    if fresh.all() or not fresh.any():
+        return {}
+    truth = clips.labels[test]
+    return {f"{name}_fresh": accuracy(predicted[fresh], truth[fresh]), "fresh_test_clips": int(fresh.sum())}
 
 
 def _confusion(outcome: Outcome, run: Opened) -> Tensor:

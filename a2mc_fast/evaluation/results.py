@@ -90,8 +90,16 @@ def _evaluate(options: AnyEvaluation, run: Opened) -> dict[str, Any]:
         for name in ("scores", "classifier"):
             result[name] = path.with_suffix(f".{name}.safetensors").name
     write_json(path, result)
-    tell(f"{table([result])}\nwrote {path}")
+    tell(f"{table([result])}\n{_on_fresh(result)}wrote {path}")
     return result
+
+
+def _on_fresh(result: dict[str, Any]) -> str:
+    """A line on the test clips that are no copies of training clips, where there are such copies."""
+    value = result.get("top1_fresh", result.get("top1_last_fresh"))
+    if value is None:
+        return ""
+    return f"{value:.2f} % on the {result['fresh_test_clips']} test clips that equal no training clip\n"
 
 
 def ensemble(options: Ensemble) -> dict[str, Any]:

@@ -108,3 +108,31 @@ def tables(result: dict[str, Any]) -> str:
         title = f"{table.title} ({Path(result['data']).stem} {result['split']}, {seeds})"
         parts.append(f"{title}\n{align(lines, len(table.columns))}")
     return "\n\n".join(parts)
+
+
+LABELS: dict[str, str] = {row: cells[0] for table in TABLES[:2] for row, cells in table.rows}
+"""How rows are called in the paper."""
+
+
+def study_table(result: dict[str, Any]) -> str:
+    """One line per set and row. Test clips that are copies of training clips are left out."""
+    head = ("set", "split", "row", "steps", "seconds", "kNN %", "linear %")
+    lines: list[tuple[str, ...]] = [head]
+    for one in result["sets"]:
+        for number, (name, row) in enumerate(one["rows"].items()):
+            about = (Path(one["data"]).stem, one["split"]) if number == 0 else ("", "")
+            runs = row["runs"]
+            cost = ["", ""]
+            if "steps" in runs[0]:
+                cost = [str(runs[0]["steps"]), f"{sum(run['seconds'] for run in runs) / len(runs):.0f}"]
+            lines.append(
+                (
+                    *about,
+                    LABELS.get(name, name),
+                    *cost,
+                    percent(row, "top1_knn_fresh", "top1_knn"),
+                    percent(row, "top1_linear_last_fresh", "top1_linear_last"),
+                )
+            )
+    seeds = f"mean ± standard deviation of {result['seeds']} seeds" if result["seeds"] > 1 else "one seed"
+    return f"{seeds}\n{align(lines, 3)}"

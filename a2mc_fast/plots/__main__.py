@@ -1,4 +1,4 @@
-"""Pictures: `python -m a2mc_fast.plots curves|tsne|confusion|attack|neighbours ... --out FILE`.
+"""Pictures: `python -m a2mc_fast.plots curves|tsne|confusion|attack|neighbours|study ... --out FILE`.
 
 torch and matplotlib are imported when a picture is drawn, so that `--help` and wrong flags answer at once.
 """
@@ -104,7 +104,17 @@ class Neighbours(OfRun):
     """Picture to write; the suffix is .png, .pdf or .svg."""
 
 
-Picture = Curves | Tsne | Confusion | Attack | Neighbours
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """Accuracies of every row on several sets."""
+
+    results: tyro.conf.Positional[Path]
+    """The study.json of a2mc_fast.ablate FILE FILE ..."""
+    out: Path = Path("study.png")
+    """Picture to write; the suffix is .png, .pdf or .svg."""
+
+
+Picture = Curves | Tsne | Confusion | Attack | Neighbours | Study
 
 
 def draw(picture: Picture) -> Figure:
@@ -129,6 +139,7 @@ def main(args: list[str] | None = None) -> None:
             | Annotated[Confusion, tyro.conf.subcommand("confusion")]
             | Annotated[Attack, tyro.conf.subcommand("attack")]
             | Annotated[Neighbours, tyro.conf.subcommand("neighbours")]
+            | Annotated[Study, tyro.conf.subcommand("study")]
         )
         picture: Picture = tyro.cli(pictures, args=args, prog="python -m a2mc_fast.plots")
         write_picture(picture.out, lambda: draw(picture))

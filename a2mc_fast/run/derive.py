@@ -124,10 +124,16 @@ def given_flags(args: Sequence[str]) -> frozenset[str]:
 
 
 def fitted(config: Config, args: Sequence[str]) -> Config:
-    """A run of `own` with what follows from its data, but for the flags in `args`; other runs as they are."""
+    """A run of `own` with what follows from its data, but for the flags in `args`; other runs as they are.
+
+    A set's only protocol needs no flag.
+    """
     if not config.preset.startswith("own"):
         return config
-    known = facts(load_clips(config, torch.device("cpu")), config.split)
-    config = derive(config, known, given_flags(args))
+    clips, given = load_clips(config, torch.device("cpu")), given_flags(args)
+    if "split" not in given and len(clips.splits) == 1:
+        config = replace(config, split=next(iter(clips.splits)))
+    known = facts(clips, config.split)
+    config = derive(config, known, given)
     tell(sentence(config, known))
     return config
