@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import hashlib
 import json
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,33 +22,42 @@ from a2mc_fast.errors import InputError, require
 
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `target`; on success it replaces `target`, on any error it is removed.
+    """Yield a temporary path of the same name; on success it replaces `target`, on any error it is removed.
 
     The rename is atomic and both the file and its folder are synced, so a crash leaves the old file or the
-    new one, never a part. What a killed process leaves is a hidden `.tmp` file: `remove_leftovers`.
+    new one, never a part. What a killed process leaves, a hidden `.tmp` folder, the next writer of `target`
+    removes. An `OSError` names `target`.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
-    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-    mode = temporary.stat().st_mode
-    try:
-        with _refusals_of_safetensors(target):
+    remove_leftovers(target)
+    folder = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
+    temporary = folder / target.name
+    with _refusals(target, folder):
+        folder.mkdir()
+        held = os.open(folder, os.O_RDONLY)
+        try:
+            with suppress(OSError):  # some network file systems have no locks
+                fcntl.flock(held, fcntl.LOCK_EX)
+            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+            mode = temporary.stat().st_mode
             yield temporary
-        # safetensors puts a file of its own in place of the one it is given, for nobody else to read
-        os.chmod(temporary, mode)
-        _sync(temporary)
-        os.replace(temporary, target)
-        _sync(target.parent)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
+            # safetensors puts a file of its own in place of the one it is given, for nobody else to read
+            os.chmod(temporary, mode)
+            _sync(temporary)
+            os.replace(temporary, target)
+            _sync(target.parent)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(held)
 
 
 @contextmanager
-def _refusals_of_safetensors(path: Path) -> Iterator[None]:
-    """What the system refuses that library, which tells it in words, as an `OSError`."""
+def _refusals(target: Path, folder: Path) -> Iterator[None]:
+    """What the system refuses within `folder`, as an `OSError` about `target`.
+
+    safetensors tells it in words, a write without the file's name.
+    """
     try:
         yield
     except SafetensorError as error:
@@ -53,15 +65,23 @@ def _refusals_of_safetensors(path: Path) -> Iterator[None]:
         if refused is None:
             raise
         number = int(refused[1])
-        raise OSError(number, os.strerror(number), str(path)) from None
+        raise OSError(number, os.strerror(number), str(target)) from None
+    except OSError as error:
+        if error.errno is None or not str(error.filename or folder).startswith(str(folder)):
+            raise
+        raise OSError(error.errno, error.strerror, str(target)) from None
 
 
-def remove_leftovers(folder: Path, *names: str) -> None:
-    """Delete what killed processes left of files of these names; nobody may be writing in the folder now."""
-    # the last are those that safetensors was writing
-    for pattern in (*(f".{name}.*.tmp" for name in names), ".tmp??????"):
-        for path in folder.glob(pattern):
-            path.unlink(missing_ok=True)
+def remove_leftovers(target: Path) -> None:
+    """Delete what killed processes left of a file. What another one is writing just now is locked."""
+    for folder in target.parent.glob(f".{glob.escape(target.name)}.????????.tmp"):
+        with suppress(OSError):
+            held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+            finally:
+                os.close(held)
 
 
 def _sync(path: Path) -> None:

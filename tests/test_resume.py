@@ -7,6 +7,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -20,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from a2mc_fast.data import Clips
 from a2mc_fast.errors import InputError
-from a2mc_fast.files import remove_leftovers
+from a2mc_fast.files import write_json
 from a2mc_fast.run import checkpoint, machine, saver
 from a2mc_fast.run import log as runlog
 from a2mc_fast.run.checkpoint import FILE, load, numbered
@@ -479,9 +481,33 @@ def test_files_are_as_readable_as_any_other(tmp_path: Path) -> None:
     checkpoint.write(path, checkpoint.State({"step": 3}, {"a": torch.zeros(3)}))
     (tmp_path / "other").touch()
     assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
-    (tmp_path / ".tmpA1b2C3").touch()
-    remove_leftovers(tmp_path, FILE)
-    assert {p.name for p in tmp_path.iterdir()} == {"x.safetensors", "other"}
+
+
+def test_what_killed_commands_left_is_swept(tmp_path: Path) -> None:
+    """By the next one that writes the same file; what is being written, or is called alike, stays."""
+    path = tmp_path / "x[1].json"
+    write = f"from a2mc_fast.files import *\nwith atomic_path(Path({str(path)!r})) as temporary:\n "
+    subprocess.run([sys.executable, "-c", f"{write} os.kill(os.getpid(), 9)"])
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".x[1].json.") and left.name.endswith(".tmp")
+    (tmp_path / ".x1.json.0123abcd.tmp").mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{write} print(flush=True); input()"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as other:  # fmt: skip
+        assert other.stdout is not None
+        other.stdout.readline()
+        write_json(path, 1)
+        names = {p.name for p in tmp_path.iterdir()}
+        assert left.name not in names and len(names) == 3  # with the file itself
+        other.kill()
+    write_json(path, 2)
+    assert {p.name for p in tmp_path.iterdir()} == {path.name, ".x1.json.0123abcd.tmp"}
+
+
+def test_a_disk_without_room_at_the_start_names_the_file(data: Path, tmp_path: Path) -> None:
+    code, said = run(flags(data, tmp_path / "run"), tmp_path / "said", "file limit", 400)
+    assert code == 2 and said == f"error: File too large: {tmp_path}/run/config.json\n"
 
 
 @pytest.mark.parametrize("last", [True, False])

@@ -45,7 +45,8 @@ class RunLog:
         self.step = self._last_step = resumed.step if resumed else 0
         self._before = self._last_seconds = resumed.progress.get("seconds", 0.0) if resumed else 0.0
         self._board = _tensorboard(folder, self.step + 1) if config.run.tensorboard else None
-        remove_leftovers(folder, FILE, "config.json", "metrics.jsonl", "result.json", "fault.json")
+        for name in (FILE, "config.json", "metrics.jsonl", "result.json", "fault.json"):
+            remove_leftovers(folder / name)
         self._metrics = folder / "metrics.jsonl"
         write_json(folder / "config.json", {**to_dict(config), "machine": machine()})
         (folder / "result.json").unlink(missing_ok=True)  # of a run that is prolonged
