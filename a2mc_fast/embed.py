@@ -1,4 +1,4 @@
-"""`python -m a2mc_fast.embed RUN [DATA] OUT.safetensors`: the features of a data set.
+"""`python -m a2mc_fast.embed RUN [DATA] OUT`: the features of a data set, or the encoder as a program.
 
 `evaluation.embedding` says what OUT holds. From Python, `evaluation.inference` does the same.
 """
@@ -14,6 +14,8 @@ from tyro.conf import Positional, arg
 
 from a2mc_fast.errors import exit_on_error, require
 
+_FEATURES, _PROGRAMS = (".safetensors", ".npz", ".csv", ".npy"), (".pt2", ".onnx")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Embed:
@@ -22,9 +24,9 @@ class Embed:
     run: Annotated[Positional[Path], arg(metavar="RUN")]
     """Folder of the run, or a checkpoint."""
     files: Annotated[Positional[tuple[Path, ...]], arg(metavar="[DATA] OUT")] = ()
-    """Packed clips, by default those of the run, and the .safetensors file to write."""
+    """Packed clips, by default those of the run, and the file to write: .safetensors, .npz, .csv or .npy."""
     export: str = ""
-    """Write the encoder as a torch.export program (.pt2), for any number of clips, instead."""
+    """Write the encoder instead, as a program of recordings [T, M, V, 3]: .pt2 (torch.export) or .onnx."""
     untrained: bool = False
     """The encoder as it was before training."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -36,10 +38,12 @@ class Embed:
             "give RUN [DATA] OUT.safetensors for features, or RUN --export OUT.pt2 for the encoder, "
             f"not {len(self.files)} files" + (" and --export" if self.export else ""),
         )
+        out, known = (Path(self.export), _PROGRAMS) if self.export else (self.files[-1], _FEATURES)
+        require(out.suffix in known, f"{out}: the suffix must be {', '.join(known)}")
 
 
 def main(args: list[str] | None = None) -> None:
-    """The command line: RUN [DATA] OUT.safetensors, or RUN --export OUT.pt2."""
+    """The command line: RUN [DATA] OUT, or RUN --export OUT."""
     with exit_on_error():
         asked = tyro.cli(Embed, args=args, prog="python -m a2mc_fast.embed")
         from a2mc_fast.evaluation.embedding import embed, export_encoder

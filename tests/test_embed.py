@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +19,12 @@ from safetensors.torch import load_file
 import a2mc_fast
 from a2mc_fast.augment import Views
 from a2mc_fast.data import Clips
+from a2mc_fast.data.normalize import normalized
 from a2mc_fast.embed import main
+from a2mc_fast.errors import InputError
 from a2mc_fast.evaluation.embedding import FORMAT
 from a2mc_fast.evaluation.inference import embed_clips, embed_recording, load_encoder
+from a2mc_fast.evaluation.program import Program
 from a2mc_fast.evaluation.protocols import encode
 from a2mc_fast.files import sha256
 from a2mc_fast.prepare import main as prepare
@@ -79,6 +84,31 @@ def test_features_of_every_clip(folder: Path, tmp_path: Path, untrained: bool) -
     about = json.loads(header["about"])
     assert about["steps"] == (0 if untrained else loaded.step) and about["stream"] == "motion"
     assert about["checkpoint_sha256"] == sha256(folder / "run" / "checkpoint.safetensors")
+
+
+def test_the_suffix_says_the_format(folder: Path, tmp_path: Path) -> None:
+    for suffix in ("safetensors", "npz", "npy", "csv"):
+        main([str(folder / "run"), str(tmp_path / f"f.{suffix}")])
+    tensors, arrays = load_file(tmp_path / "f.safetensors"), np.load(tmp_path / "f.npz")
+    features = tensors["features"].numpy()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(arrays[name], tensor)
+    assert arrays["names"].tolist()[7] == "clip 7" and arrays["class_names"][2] == "wave"
+    assert json.loads(str(arrays["about"]))["stream"] == "motion"
+    np.testing.assert_array_equal(np.load(tmp_path / "f.npy"), features)
+    with (tmp_path / "f.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = [f"f{i}" for i in range(features.shape[1])]
+    np.testing.assert_array_equal(np.array([[r[c] for c in columns] for r in rows], np.float32), features)
+    assert [rows[13][name] for name in ("name", "label", "class")] == ["clip 13", "1", "stand"]
+    assert [row["split_xsub"] for row in rows] == [str(int(value)) for value in tensors["split_xsub"]]
+
+
+def test_what_onnx_needs_is_said(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "onnxscript", None)
+        error = refused(main, [str(folder / "run"), "--export", str(tmp_path / "e.onnx")], capsys)
+    assert "pip install 'a2mc_fast[onnx]'" in error and error.startswith("error: ")
 
 
 def test_data_is_that_of_the_run_unless_given(folder: Path, tmp_path: Path) -> None:
@@ -161,17 +191,62 @@ def test_bad_recordings_are_refused(folder: Path, shape: tuple[int, ...], value:
         embed_recording(load_encoder(folder / "run"), np.full(shape, value, np.float32))
 
 
+def corrupted(generator: np.random.Generator) -> np.ndarray:
+    """A recording of 1 to 40 frames with a few of the things that happen: joints, frames and persons that are
+    missing, coordinates counted from a joint, flat ones."""
+    frames = int(generator.integers(2, 40))
+    joints = generator.standard_normal((frames, 2, SMALL.num_joints, 3)).astype(np.float32)
+    happens = generator.random(8) < 0.3
+    if happens[0]:
+        joints -= joints[:, :1, generator.integers(SMALL.num_joints), None]
+    if happens[1]:
+        joints[..., 2] = 0
+    if happens[2]:
+        joints[: generator.integers(1, frames), 0] = 0
+    if happens[3]:
+        joints[generator.integers(1, frames) :, 1] = 0
+    if happens[4]:
+        joints[:, 1] = 0
+    if happens[5]:
+        joints[generator.random(joints.shape[:3]) < 0.2] = 0
+    if happens[6]:
+        joints[0, 0, generator.integers(SMALL.num_joints)] = 0
+    if happens[7]:
+        joints[:, :, generator.integers(SMALL.num_joints)] = 0
+    return joints
+
+
+def test_a_program_normalises_as_prepare_does(folder: Path) -> None:
+    encoder, generator, refused = load_encoder(folder / "run"), np.random.default_rng(0), 0
+    for rotation, most in (("first frame", 300), ("first frame", 9), ("none", 300)):
+        skeleton = replace(SMALL, rotation=rotation, max_frames=most)
+        encoder.skeleton = skeleton
+        program = Program(encoder)
+        for _ in range(100):
+            joints = corrupted(generator)
+            try:
+                expected = normalized(joints, skeleton).joints
+            except InputError:  # no centre, no axes
+                refused += 1
+                continue
+            steps = torch.arange(len(joints))
+            got = program._normalized(torch.from_numpy(joints), steps, steps < most)[: len(expected)]
+            np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
+    assert refused < 100
+
+
 def test_the_exported_program_gives_equal_features(folder: Path, tmp_path: Path) -> None:
+    """Of recordings as they come, of any length."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         main([str(folder / "run"), "--export", str(tmp_path / "encoder.pt2")])
     extra = {"a2mc.json": ""}
     program = torch.export.load(tmp_path / "encoder.pt2", extra_files=extra).module()
     about, encoder = json.loads(extra["a2mc.json"]), load_encoder(folder / "run")
-    assert about["shape"] == ["N", 3, encoder.frames, 5, 2] and about["stream"] == "motion"
-    for count in (1, 2, 7):
-        x = torch.randn(count, *about["shape"][1:])
-        torch.testing.assert_close(program(x), encoder(x), rtol=0, atol=0)
+    assert about["shape"] == ["T", 2, 5, 3] and about["stream"] == "motion"
+    for frames in (2, 33, 350):
+        joints = torch.randn(frames, 2, 5, 3) + torch.tensor([0.0, 1, 3])
+        torch.testing.assert_close(program(joints), embed_recording(encoder, joints), rtol=0, atol=1e-5)
 
 
 def test_bad_input_is_one_sentence(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -190,4 +265,6 @@ def test_bad_input_is_one_sentence(folder: Path, tmp_path: Path, capsys: pytest.
     for args in ([run], [run, "a", "b", "c"], [run, out, "--export", "x.pt2"]):
         said = " ".join(refused(main, args, capsys).replace("│", " ").split())
         assert "give RUN [DATA] OUT.safetensors for features" in said
+    for args in ([run, "f.txt"], [run, "--export", "e.pth"]):
+        assert "the suffix must be" in " ".join(refused(main, args, capsys).replace("│", " ").split())
     assert not Path(out).exists()

@@ -23,8 +23,8 @@ from a2mc_fast.data.rules import UnusableError, check_poses
 if TYPE_CHECKING:
     from a2mc_fast.skeleton import Skeleton
 
-_PARALLEL = 1e-6  # below this rotation axis (1-norm) or angle (radians) nothing is turned
-_MARGIN = 0.1  # of the body's diagonal, by which the origin may lie outside a body counted from its joint
+PARALLEL = 1e-6  # below this rotation axis (1-norm) or angle (radians) nothing is turned
+MARGIN = 0.1  # of the body's diagonal, by which the origin may lie outside a body counted from its joint
 _UP, _RIGHT = np.array([0.0, 0.0, 1.0]), np.array([1.0, 0.0, 0.0])
 
 NO_CENTRE = "the centre joint is missing; centred as the nearest frame that has it"
@@ -141,7 +141,7 @@ def _counted_from(body: np.ndarray, skeleton: Skeleton) -> list[int]:
         return []
     low = np.where(there[..., None], body, np.inf).min(1)  # [T, 3]
     high = np.where(there[..., None], body, -np.inf).max(1)
-    margin = _MARGIN * np.linalg.norm(high - low, axis=1, keepdims=True)
+    margin = MARGIN * np.linalg.norm(high - low, axis=1, keepdims=True)
     inside = ((low <= margin) & (high >= -margin)).all(1)
     return found if inside.mean() > 0.5 else []
 
@@ -163,7 +163,7 @@ def _axis(vectors: np.ndarray, has: np.ndarray, name: str) -> tuple[np.ndarray, 
     """
     if not has.any():
         raise UnusableError("no axes", f"no frame has both joints of {name} of person 0")
-    usable = has & (np.linalg.norm(vectors, axis=1) > _PARALLEL)
+    usable = has & (np.linalg.norm(vectors, axis=1) > PARALLEL)
     if not usable.any():
         return np.zeros(3), {NO_LENGTH.format(axis=name): len(vectors)}
     first = int(usable.argmax())
@@ -197,7 +197,7 @@ def _rotation_onto(vector: np.ndarray, target: np.ndarray) -> np.ndarray:
     (a, b, c), (x, y, z) = vector.tolist(), target.tolist()
     axis = np.array([b * z - c * y, c * x - a * z, a * y - b * x])
     angle = math.atan2(math.hypot(*axis), a * x + b * y + c * z)
-    if np.abs(axis).sum() < _PARALLEL or angle < _PARALLEL:
+    if np.abs(axis).sum() < PARALLEL or angle < PARALLEL:
         return np.eye(3)
     p, q, r = (axis / math.hypot(*axis)).tolist()
     cross = np.array([[0.0, -r, q], [r, 0.0, -p], [-q, p, 0.0]])

@@ -1,4 +1,4 @@
-"""A trained encoder, and a classifier behind it, in three lines: load it, use it on a recording, export it.
+"""A trained encoder, and a classifier behind it, in three lines: load it, use it on a recording.
 
 import a2mc_fast
 encoder = a2mc_fast.load_encoder("runs/demo")           # clips [N, C, T, V, M] -> features [N, F]
@@ -9,8 +9,6 @@ classes = a2mc_fast.classify_recording(classifier, joints)  # the most probable 
 
 from __future__ import annotations
 
-import json
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -25,7 +23,6 @@ from a2mc_fast.data.normalize import choose_bodies, usable
 from a2mc_fast.encoders.branch import Branch
 from a2mc_fast.errors import InputError, require
 from a2mc_fast.evaluation.protocols import encode
-from a2mc_fast.files import atomic_path
 from a2mc_fast.run import checkpoint
 from a2mc_fast.run.checkpoint import Checkpoint
 
@@ -155,28 +152,3 @@ def packed(encoder: ClipEncoder, recordings: Sequence[np.ndarray]) -> Clips:
         where="recording",
         device=next(encoder.parameters()).device,
     )
-
-
-def export(encoder: ClipEncoder, path: Path) -> None:
-    """Write the encoder as a `torch.export` program for any number of clips, whole or not at all.
-
-    `torch.export.load(path).module()(clips)` gives features; the archive's extra file a2mc.json says which
-    clips it expects.
-    """
-    shape = (2, 3, encoder.frames, encoder.skeleton.num_joints, encoder.persons)
-    example = torch.zeros(shape, device=next(encoder.parameters()).device)
-    with warnings.catch_warnings():
-        # a recurrent layer keeps a list of its weights beside them, which is of no concern here
-        warnings.filterwarnings("ignore", message="The tensor attributes? .*_flat_weights")
-        program = torch.export.export(
-            encoder, (example,), dynamic_shapes=({0: torch.export.Dim("clips")},), strict=False
-        )
-    about = {
-        "clips": "[N, C, T, V, M], metres, pre-normalised",
-        "shape": ["N", *shape[1:]],
-        "feature_dim": encoder.feature_dim,
-        "stream": encoder.config.stream,
-        "encoder": encoder.config.encoder.name,
-    }
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        torch.export.save(program, file, extra_files={"a2mc.json": json.dumps(about)})
