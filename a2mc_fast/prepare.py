@@ -39,8 +39,14 @@ class Reading:
     """Processes that read; 0 for one per core."""
     max_frames: int = 300
     """Longer clips are cut to this many frames."""
+    persons: int = 0
+    """Persons of every clip: of more those that move most are kept; 0 for as many as the source has."""
     scale: float = 1.0
     """Coordinates times this are metres: 0.001 for millimetres."""
+    confidence: float = 0.3
+    """Joints below it, of those that have one, are missing."""
+    nan_is_missing: bool = False
+    """A joint that is not a number is missing, instead of losing its clip."""
     rotation: Literal["first-frame", "none"] = "first-frame"
     """Turn each clip by the axes of its first frame, or leave it as it stands; flat clips (z = 0) stay."""
     allow_skipped: bool = False
@@ -102,13 +108,30 @@ class Ctrgcn(Reading):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pyskl(Reading):
-    """PYSKL/MMAction2: INPUT is a pickle such as ntu60_3danno.pkl; nothing in it is executed."""
+class _Named(Reading):
+    skeleton: str = ""
+    """A built-in skeleton (ntu25, coco17, openpose18, openpose25, halpe26, h36m17, mediapipe33, hand21); by
+    default the one that INPUT tells."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Npz(Reading):
-    """Own data of any skeleton: INPUT is a clip archive (.npz)."""
+class Pyskl(_Named):
+    """PYSKL/MMAction2, 3-D or 2-D: INPUT is a pickle such as ntu60_hrnet.pkl; nothing in it is executed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Npz(_Named):
+    """Own data of any skeleton, 3-D or 2-D: INPUT is a clip archive (.npz)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Openpose(_Named):
+    """OpenPose: INPUT is a folder of frames (JSON), or of such folders, [train|val/][CLASS/]RECORDING."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Csv(_Named):
+    """Tables, 3-D or 2-D: INPUT is a .csv file, or a folder of them, [train|val/][CLASS/]RECORDING.csv."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +157,8 @@ Command = (
     | Annotated[Ctrgcn, subcommand("ctrgcn")]
     | Annotated[Pyskl, subcommand("pyskl")]
     | Annotated[Npz, subcommand("npz")]
+    | Annotated[Openpose, subcommand("openpose")]
+    | Annotated[Csv, subcommand("csv")]
     | Annotated[Synthetic, subcommand("synthetic")]
 )
 
@@ -159,7 +184,9 @@ def prepare(wanted: Reading | Synthetic, command: str = "") -> None:
 
     Raises `InputError` for input of another format, without a usable recording, or an output that exists.
     """
-    from a2mc_fast.data import preparation  # it needs torch, for which --help does not wait
+    # these need torch, for which --help does not wait
+    from a2mc_fast.data import preparation
+    from a2mc_fast.data.pack import Handling
 
     started = time.perf_counter()
     preparation.check_output(wanted.output, overwrite=wanted.overwrite)
@@ -168,8 +195,13 @@ def prepare(wanted: Reading | Synthetic, command: str = "") -> None:
     else:
         choices = preparation.Choices(
             workers=wanted.workers,
+            handling=Handling(
+                scale=wanted.scale,
+                persons=wanted.persons,
+                confidence=wanted.confidence,
+                nan_is_missing=wanted.nan_is_missing,
+            ),
             max_frames=wanted.max_frames,
-            scale=wanted.scale,
             rotation="none" if wanted.rotation == "none" else "first frame",
             allow_skipped=wanted.allow_skipped,
         )
@@ -181,7 +213,7 @@ def prepare(wanted: Reading | Synthetic, command: str = "") -> None:
 
 def _open(wanted: Reading) -> Source:
     """What the input holds."""
-    from a2mc_fast.data import agcn, ctrgcn, npz, ntu, pku, pyskl  # as above
+    from a2mc_fast.data import agcn, ctrgcn, npz, ntu, openpose, pku, pyskl, table  # as above
 
     match wanted:
         case Ntu60():
@@ -201,9 +233,13 @@ def _open(wanted: Reading) -> Source:
         case Ctrgcn():
             return ctrgcn.open_ctrgcn(wanted.input, wanted.protocol)
         case Pyskl():
-            return pyskl.open_pyskl(wanted.input)
+            return pyskl.open_pyskl(wanted.input, wanted.skeleton)
         case Npz():
-            return npz.open_npz(wanted.input)
+            return npz.open_npz(wanted.input, wanted.skeleton)
+        case Openpose():
+            return openpose.open_openpose(wanted.input, wanted.skeleton)
+        case Csv():
+            return table.open_table(wanted.input, wanted.skeleton)
     raise TypeError(f"no source: {type(wanted).__name__}")
 
 

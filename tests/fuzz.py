@@ -43,10 +43,12 @@ from a2mc_fast.data.agcn import open_agcn
 from a2mc_fast.data.ctrgcn import open_ctrgcn
 from a2mc_fast.data.npz import open_npz
 from a2mc_fast.data.ntu import open_ntu
+from a2mc_fast.data.openpose import open_openpose
 from a2mc_fast.data.pack import Collected, collect
 from a2mc_fast.data.pku import open_pku
 from a2mc_fast.data.pyskl import open_pyskl
 from a2mc_fast.data.source import Source
+from a2mc_fast.data.table import open_table
 from a2mc_fast.errors import InputError
 from a2mc_fast.files import read_json, write_json
 from a2mc_fast.model import A2MC
@@ -460,6 +462,13 @@ def target_of(reader: str, folder: Path) -> Target:
     for annotation in content["annotations"]:
         annotation |= {"keypoint": annotation["keypoint"][:, :3], "total_frames": 3}
     (folder / "ntu.pkl").write_bytes(pickle.dumps(content))
+    frames_2d = folder / "frames"
+    frames_2d.mkdir(exist_ok=True)
+    values = [float(n) for n in range(1, 76)]
+    (frames_2d / "v_0_keypoints.json").write_text(json.dumps({"people": [{"pose_keypoints_2d": values}] * 2}))
+    rows = ["frame,person," + ",".join(f"{axis}{joint}" for joint in range(21) for axis in "xyv")]
+    rows += [f"{t},{m}," + ",".join(f"{n + 60}" for n in range(63)) for t in range(3) for m in range(2)]
+    (folder / "hand.csv").write_text("\n".join(rows))
     clips = collect(open_npz(folder / "own.npz")).clips
     clips.save(folder / "clips.safetensors")
     _without(folder / "clips.safetensors", "identity")  # else every damage would be refused for it
@@ -486,6 +495,8 @@ def target_of(reader: str, folder: Path) -> Target:
         "ctrgcn": ready(folder / "NTU60_CS.npz", in_archive, open_ctrgcn),
         "npz": ready(folder / "own.npz", in_archive, open_npz),
         "pyskl": ready(folder / "ntu.pkl", in_pickle, open_pyskl),
+        "openpose": ready(frames_2d / "v_0_keypoints.json", in_json, lambda path: open_openpose(path.parent)),
+        "csv": ready(folder / "hand.csv", damage_bytes, lambda path: open_table(path, "hand21")),
         "clips": Target(folder / "clips.safetensors", in_safetensors, Clips.load),
         "config": Target(folder / "config.json", in_json, lambda path: from_dict(read_json(path))),
         "checkpoint": Target(folder / "checkpoint.safetensors", in_checkpoint, checkpoint.load),
@@ -507,7 +518,7 @@ def damage_npy(rng: random.Random, data: Data) -> Data:
 
 READERS = (
     "skeleton", "exclude-list", "pku-skeleton", "pku-label", "pku-split", "agcn-data", "agcn-frames",
-    "agcn-labels", "ctrgcn", "npz", "pyskl", "clips", "config", "checkpoint",
+    "agcn-labels", "ctrgcn", "npz", "pyskl", "openpose", "csv", "clips", "config", "checkpoint",
 )  # fmt: skip
 
 

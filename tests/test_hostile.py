@@ -790,7 +790,7 @@ recordings = st.builds(
     ),
     st.sampled_from(["a", "b", "", "x" * 255, "x" * 256, "\x00", "é", "\ud800"]),
     st.sampled_from([-2, -1, 0, 1, 2, 65_535, 65_536, 10**30]),
-    st.sampled_from([(1, 1, 5, 3), (4, 1, 5, 3), (0, 1, 5, 3), (2, 1, 4, 3), (2, 2, 5, 3)]),
+    st.sampled_from([(1, 1, 5, 3), (4, 1, 5, 3), (0, 1, 5, 3), (2, 1, 4, 3)]),
     st.sampled_from([1.0, -1.0, 0.0, 1e3, 1001.0, np.nan, np.inf]),
 )
 
@@ -818,10 +818,10 @@ def test_what_prepare_skips_loading_refuses(recording: Recording, class_names: t
             return False
         return True
 
-    joints = recording.joints if recording.joints.shape[1] == 1 else recording.joints[:, :, :0]
+    joints, label = recording.joints, recording.label
     alone = accepted(
         lambda: Clips.pack(
-            joints, [len(joints)], [recording.label], SMALL, names=[recording.name], class_names=class_names
+            joints, [len(joints)], [label], SMALL, names=[recording.name], class_names=class_names
         )
     )
     assert accepted(lambda: collect(source)) == alone

@@ -97,8 +97,8 @@ def slow_choice(joints: np.ndarray, keep: int = 2) -> np.ndarray:
     """The bodies of joints [T, B, V, 3] by falling energy, body by body."""
     energy = []
     for body in range(joints.shape[1]):
-        frames = [frame for frame in joints[:, body] if frame.sum() != 0]
-        energy.append(sum(np.std([f[:, c] for f in frames]) for c in range(3)) if frames else 0.0)
+        seen = [joint for frame in joints[:, body] for joint in frame if joint.any()]
+        energy.append(sum(np.std([joint[c] for joint in seen]) for c in range(3)) if seen else 0.0)
     ranked = sorted(range(len(energy)), key=lambda body: energy[body], reverse=True)[:keep]
     chosen = np.zeros((len(joints), keep, *joints.shape[2:]))
     for slot, body in enumerate(ranked):

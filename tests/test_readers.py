@@ -235,13 +235,15 @@ def test_ntu_folder_with_both_sets_exclusions_and_duplicates(tmp_path: Path) -> 
         f"The following samples have missing skeletons:\n{names[1]}.skeleton\nS009C009P009R009A009\n"
     )
     source = open_ntu(folder, "ntu60", listed)
-    kept, skipped = read_all(source)
-    assert list(kept) == names[:1] and source.notes == ("2 files do not belong to ntu60 and were left out",)
-    assert {s.name: s.reason for s in skipped.values()} == {
+    made = collect(source)
+    assert made.clips.names == (names[0],) and source.notes == (
+        "2 files do not belong to ntu60 and were left out",
+    )
+    assert {s.name: s.reason for s in made.skipped} == {
         names[0]: "listed twice",
         names[1]: "excluded by the list",
     }
-    only = kept[names[0]]
+    only = read_all(source)[0][names[0]]
     assert (only.label, only.subject, only.camera, only.setup, only.train_in) == (0, 1, 1, 1, ("xsub",))
     kept, _ = read_all(open_ntu(folder, "ntu120"))
     assert {name: r.train_in for name, r in kept.items()} == {
@@ -285,8 +287,40 @@ def test_messages_name_frame_and_joint() -> None:
     text = with_ids([[("7", full_clip(0, 1, 1, 25)[0, 0])]] * 3).decode().split("\n")
     row = 1 + 3 * 1 + 2 * 27 + 2 + 4  # of joint 4 in frame 2
     text[row] = text[row].partition(" ")[2]
-    with pytest.raises(InputError, match="joint 4 in frame 2 has 11 values, expected 12"):
+    with pytest.raises(InputError, match="frame 2, joint 4 has 11 values, expected 12"):
         parse_skeleton("\n".join(text).encode())
+    text[row] = "0.1 O.2 " + text[row].partition(" ")[2]
+    with pytest.raises(InputError, match=r"frame 2, joint 4 has 'O\.2' where a number belongs"):
+        parse_skeleton("\n".join(text).encode())
+    text[1 + 28 + 2] = "x"
+    with pytest.raises(InputError, match=r"from line 32 on: invalid literal .* 'x'"):
+        parse_skeleton("\n".join(text).encode())
+
+
+def test_every_cut_of_the_last_line_is_noticed() -> None:
+    text = skeleton_text(full_clip(0, 2, 1, 25), "\n").encode()
+    whole = parse_skeleton(text)
+    for end in range(text.rstrip().rindex(b"\n"), len(text) - 2):
+        with pytest.raises(InputError, match="unreadable"):
+            parse_skeleton(text[:end])
+    np.testing.assert_array_equal(parse_skeleton(text.rstrip()), whole)
+
+
+def test_of_two_copies_the_whole_one_counts(tmp_path: Path) -> None:
+    joints = full_clip(0, 4, 1, 25)
+    folder = write_ntu(tmp_path / "ntu", {NTU_NAMES[0]: joints})
+    write_ntu(folder / "again", {NTU_NAMES[0]: joints})
+    first = folder / "again" / f"{NTU_NAMES[0]}.skeleton"
+    first.write_text(first.read_text()[:-500])
+    made = collect(open_ntu(folder, "ntu60"))
+    assert made.clips.names == (NTU_NAMES[0],) and made.clips.lengths.tolist() == [4]
+    assert [(s.name, s.reason) for s in made.skipped] == [(NTU_NAMES[0], "unreadable")]
+    content = pyskl_content()
+    broken = {**content["annotations"][0], "keypoint": np.full((1, 8, 25, 3), np.nan, np.float32)}
+    content["annotations"] = [{**broken, "total_frames": 8}, *content["annotations"]]
+    (tmp_path / "ntu.pkl").write_bytes(pickle.dumps(content))
+    made = collect(open_pyskl(tmp_path / "ntu.pkl"))
+    assert made.clips.names == tuple(NTU_NAMES) and [s.reason for s in made.skipped] == ["not finite"]
 
 
 # -- PKU-MMD
@@ -453,8 +487,14 @@ def test_agcn_without_frame_counts_ends_with_the_padding(tmp_path: Path) -> None
             lambda f: np.save(f / "train_data_joint.npy", np.zeros((2, 3, 4, 20, 2), np.float32)),
             "expected floats .N, 3, T, 25",
         ),
-        (lambda f: np.save(f / "train_data_joint.npy", np.zeros((9, 3, 4, 25, 2), np.float32)), "names 2"),
-        (lambda f: np.save(f / "val_data_joint.npy", np.zeros((2, 3, 4, 25, 1), np.float32)), "1 persons"),
+        (
+            lambda f: np.save(f / "train_data_joint.npy", np.zeros((9, 3, 4, 25, 2), np.float32)),
+            "name 2",
+        ),
+        (
+            lambda f: np.save(f / "val_data_joint.npy", np.zeros((2, 3, 4, 25, 1), np.float32)),
+            "1 persons, the",
+        ),
         (lambda f: np.save(f / "val_data_joint.npy", np.array([None, {}])), "holds object"),
         (lambda f: np.save(f / "val_num_frame.npy", np.array([1.5, 2])), "expected 2 integers"),
         (lambda f: (f / "train_label.pkl").write_bytes(pickle.dumps(["a", "b"])), "not a pair"),
@@ -606,7 +646,8 @@ def test_bad_clips_of_an_own_archive_are_skipped(tmp_path: Path) -> None:
     ("changes", "sentence"),
     [
         ({"mirror": None, "center": None}, "has no mirror, center"),
-        ({"joints": np.zeros((15, 1, 5, 2), np.float32)}, "expected floats"),
+        ({"joints": np.zeros((15, 1, 5, 4), np.float32)}, "expected floats"),
+        ({"axes": np.array(["x", "y"])}, "axes is x, y for joints .15, 1, 5, 3.; expected x, y or x, y, z"),
         ({"joints": np.zeros((15, 1, 6, 3), np.float32)}, "6 joints, parents 5"),
         ({"joints": np.array([None] * 15)}, "object"),
         ({"joints": np.asfortranarray(full_clip(0, 15, 1, 5))}, "ascontiguousarray"),

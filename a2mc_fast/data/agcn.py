@@ -1,7 +1,10 @@
 """AGCN's and ISC's arrays: a folder for each protocol, with one array and two lists for either of its sets.
 
-{train,val}_data_joint.npy is float [N, 3, T, 25, M] metres, _label.pkl the pickled pair (names, classes from
-0), _num_frame.npy int [N]. The arrays are pre-normalised and taken as they are.
+{train,val}_data_joint.npy is float [N, 3, T, V, M], _label.pkl the pickled pair (names, classes from 0),
+_num_frame.npy int [N]. Labels [N] or [N, 1] in _label.npy are without names. Arrays of 25 joints are metres,
+pre-normalised, and taken as they are; so are AimCLR's {train,val}_position.npy. ST-GCN's {train,val}_data.npy
+are the camera's coordinates and go through the pre-normalisation, as arrays of OpenPose's 18 joints do
+(Kinetics: x, y and confidence).
 """
 
 from __future__ import annotations
@@ -14,13 +17,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from a2mc_fast.data.names import who
+from a2mc_fast.data.names import named
 from a2mc_fast.data.npy import map_npy
-from a2mc_fast.data.source import Recording, Skip, Source, existing_file, existing_folder
+from a2mc_fast.data.skeletons import SKELETONS
+from a2mc_fast.data.source import Recording, Source, existing_file, existing_folder
 from a2mc_fast.data.unpickle import as_numbers, as_texts, load_pickle
 from a2mc_fast.errors import InputError, require
 
-_JOINTS = 25
+_DATA = ("data_joint", "position", "data")  # the last as the camera gave it
+_SKELETONS = {25: "ntu25", 18: "openpose18"}
 
 
 class _Row(NamedTuple):
@@ -36,8 +41,8 @@ class _Row(NamedTuple):
 
 
 def open_agcn(folder: str | Path, protocol: str = "") -> Source:
-    """A protocol folder with {train,val}_data_joint.npy, _label.pkl and _num_frame.npy, or the folder above
-    several.
+    """A protocol folder with {train,val}_data_joint.npy (or _position.npy, or _data.npy), _label.pkl and
+    _num_frame.npy, or the folder above several.
 
     Of several protocol folders the clips are read from the first, the others give their splits by the names
     of the clips. A protocol is called after its folder (xsetup becomes xset), unless `protocol` names the
@@ -45,23 +50,23 @@ def open_agcn(folder: str | Path, protocol: str = "") -> Source:
     order of their names.
     """
     folder = existing_folder(Path(folder), "a folder of AGCN arrays")
-    folders = [p for p in (folder, *sorted(folder.iterdir())) if (p / "train_label.pkl").is_file()]
+    folders = [p for p in (folder, *sorted(folder.iterdir())) if _label_file(p, "train").is_file()]
     require(
         bool(folders),
         f"neither {folder} nor a folder in it holds train_label.pkl; expected {{train,val}}_data_joint.npy, "
         "{train,val}_label.pkl and {train,val}_num_frame.npy",
     )
+    named_alike = all(_label_file(place, "train").suffix == ".pkl" for place in folders)
     require(
-        not protocol or len(folders) == 1,
-        f"{folder} holds {len(folders)} protocols; --protocol names only one",
+        len(folders) == 1 or (not protocol and named_alike),
+        f"{folder} holds {len(folders)} protocols; "
+        + ("--protocol names only one" if protocol else "without train_label.pkl only one can be read"),
     )
     _mapped.cache_clear()  # a file may have been written anew
-    labels = {part: _labels(folders[0] / f"{part}_label.pkl") for part in ("train", "val")}
+    labels = {part: _labels(folders[0], part) for part in ("train", "val")}
     every = frozenset(name for names, _ in labels.values() for name in names)
     training = {
-        protocol or {"xsetup": "xset"}.get(place.name, place.name): frozenset(
-            _labels(place / "train_label.pkl")[0]
-        )
+        protocol or {"xsetup": "xset"}.get(place.name, place.name): frozenset(_labels(place, "train")[0])
         for place in folders
     }
     notes = [
@@ -69,48 +74,60 @@ def open_agcn(folder: str | Path, protocol: str = "") -> Source:
         for place, names in zip(folders, training.values())
         if (other := names - every)
     ]
-    rows: dict[str, _Row] = {}
-    skipped: list[Skip] = []
-    persons = 0
+    kind = next((kind for kind in _DATA if (folders[0] / f"train_{kind}.npy").exists()), _DATA[0])
+    rows: list[_Row] = []
+    size: list[int] = []
     for part, (names, classes) in labels.items():
-        data = folders[0] / f"{part}_data_joint.npy"
-        longest, persons = _array_size(data, len(names), persons)
+        data = folders[0] / f"{part}_{kind}.npy"
+        longest, *size = _array_size(data, len(names), tuple(size))
         frames = _frames(folders[0] / f"{part}_num_frame.npy", len(names), longest)
         for row, (name, label) in enumerate(zip(names, classes)):
-            if name in rows:
-                skipped.append(Skip(name, "listed twice", str(data)))
-                continue
             train_in = tuple(p for p, members in training.items() if name in members)
-            rows[name] = _Row(data, row, name, label, int(frames[row]), train_in)
+            rows.append(_Row(data, row, name, label, int(frames[row]), train_in))
+    joints, persons = size
     return Source(
         name="agcn",
-        jobs=[rows[name] for name in sorted(rows)],
+        jobs=sorted(rows, key=lambda row: row.name),
         total=len(rows),
         read=_read,
         protocols=tuple(training),
         persons=persons,
-        normalized=True,
+        skeleton=SKELETONS[_SKELETONS[joints]],
+        normalized=joints == 25 and kind != "data",
         unit="clips",
-        skipped=tuple(skipped),
         notes=tuple(notes),
     )
 
 
-def _array_size(path: Path, count: int, persons: int) -> tuple[int, int]:
-    """(T, M) of an array, which must hold `count` clips and, unless that is 0, `persons`."""
+def _array_size(path: Path, count: int, size: tuple[int, ...]) -> tuple[int, ...]:
+    """(T, V, M) of an array, which must hold `count` clips and, unless it is empty, have (V, M) `size`."""
     shape, dtype = (array := map_npy(path)).shape, array.dtype
     require(
-        dtype.kind == "f" and len(shape) == 5 and shape[1] == 3 and shape[3] == _JOINTS and shape[4] > 0,
-        f"{path} is {dtype} {list(shape)}, expected floats [N, 3, T, {_JOINTS}, M]",
+        dtype.kind == "f" and len(shape) == 5 and shape[1] == 3 and shape[3] in _SKELETONS and shape[4] > 0,
+        f"{path} is {dtype} {list(shape)}, expected floats [N, 3, T, {' or '.join(map(str, _SKELETONS))}, M]",
     )
-    label = path.name.replace("data_joint.npy", "label.pkl")
-    require(shape[0] == count, f"{path} holds {shape[0]:,} clips, {label} names {count:,}")
-    require(persons in (0, shape[4]), f"{path} has {shape[4]} persons, the training array {persons}")
-    return shape[2], shape[4]
+    require(shape[0] == count, f"{path} holds {shape[0]:,} clips, its labels name {count:,}")
+    require(
+        size in ((), shape[3:]),
+        f"{path} has {shape[3]} joints, {shape[4]} persons, the training array {', '.join(map(str, size))}",
+    )
+    return shape[2:]
 
 
-def _labels(path: Path) -> tuple[list[str], list[int]]:
-    """Names without extension, and classes from 0, of a label file: the pickled pair (names, labels)."""
+def _label_file(folder: Path, part: str) -> Path:
+    """The pickled pair (names, labels), or where only that is there, labels alone."""
+    pickled, plain = (folder / f"{part}_label.{ending}" for ending in ("pkl", "npy"))
+    return plain if plain.exists() and not pickled.exists() else pickled
+
+
+def _labels(folder: Path, part: str) -> tuple[list[str], list[int]]:
+    """Names without extension, and classes from 0, of a label file."""
+    path = _label_file(folder, part)
+    if path.suffix == ".npy":
+        plain = map_npy(path)
+        whole = plain.dtype.kind in "iu" and plain.shape in ((plain.size,), (plain.size, 1))
+        require(whole, f"{path} is {plain.dtype} {list(plain.shape)}, expected integers [N]")
+        return [f"{part}_{row:05d}" for row in range(plain.size)], plain.ravel().tolist()
     content = load_pickle(existing_file(path, "the names and labels of an AGCN array"))
     try:
         names, labels = content
@@ -144,16 +161,11 @@ def _read(job: _Row) -> Iterable[Recording]:
         joints = joints[:, : used[-1] + 1 if len(used) else 0]
     else:
         joints = joints[:, : job.frames]
-    subject, camera, setup = who(job.name)
-    yield Recording(
-        name=job.name,
-        label=job.label,
-        joints=joints.transpose(1, 3, 2, 0),
-        subject=subject,
-        camera=camera,
-        setup=setup,
-        train_in=job.train_in,
-    )
+    joints = joints.transpose(1, 3, 2, 0)  # [T, M, V, C]
+    if joints.shape[2] == 18:
+        yield named(job.name, job.label, joints[..., :2], job.train_in, joints[..., 2])
+    else:
+        yield named(job.name, job.label, joints, job.train_in)
 
 
 _mapped = lru_cache(maxsize=2)(map_npy)  # one mapping per process and array, not one per clip

@@ -141,7 +141,8 @@ class Clips:
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path} not found; name another with --data, or make it with: python -m a2mc_fast.prepare "
-                f"SOURCE INPUT {path} (SOURCE is ntu60, ntu120, pku1, pku2, agcn, ctrgcn, pyskl or npz)"
+                f"SOURCE INPUT {path} (SOURCE is ntu60, ntu120, pku1, pku2, agcn, ctrgcn, pyskl, npz, "
+                "openpose or csv)"
             )
         try:
             header, tensors = read_tensors(path, FORMAT, "a packed clips file")

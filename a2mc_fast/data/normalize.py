@@ -28,6 +28,7 @@ MARGIN = 0.1  # of the body's diagonal, by which the origin may lie outside a bo
 _UP, _RIGHT = np.array([0.0, 0.0, 1.0]), np.array([1.0, 0.0, 0.0])
 
 NO_CENTRE = "the centre joint is missing; centred as the nearest frame that has it"
+OTHER_CENTRE = "the centre joint is never there; centred on the one on the other side"
 LATER_AXIS = "{axis} lacks a joint in the first frame; turned by a later one"
 NO_LENGTH = "{axis} has no length; not turned by it"
 
@@ -41,17 +42,18 @@ class Normalized(NamedTuple):
 
 
 def usable(
-    joints: np.ndarray, skeleton: Skeleton, persons: int, *, scale: float = 1.0, normalize: bool = True
+    joints: np.ndarray, skeleton: Skeleton, persons: int, *, ranked: bool = False, normalize: bool = True
 ) -> Normalized:
-    """Joints [T, M, V, 3] times `scale`, normalised or only cut, and held to the rule for clips before and
-    after. Raises `UnusableError` for a clip that breaks it."""
+    """Joints [T, M, V, 3] of `persons`, normalised or only cut, and held to the rule for clips before and
+    after. If M is another number, or they are to be `ranked`, those that spread most come first. Raises
+    `UnusableError` for a clip that breaks the rule."""
     joints = np.asarray(joints, np.float32)
-    if scale != 1:
-        joints = joints * np.float32(scale)
-    check_poses(joints, skeleton.num_joints, persons)
+    check_poses(joints, skeleton.num_joints)
+    if ranked or joints.shape[1] != persons:
+        joints = choose_bodies(joints, persons)
     made = normalized(joints, skeleton) if normalize else Normalized(joints[: skeleton.max_frames], {})
-    # the cut may have removed every body, centring may have left the bounds
-    check_poses(made.joints, skeleton.num_joints, persons)
+    # the choice and the cut may have removed every body, centring may have left the bounds
+    check_poses(made.joints, skeleton.num_joints)
     return made
 
 
@@ -80,11 +82,15 @@ def normalized(joints: np.ndarray, skeleton: Skeleton) -> Normalized:
         for joint in _counted_from(joints[frames, person], skeleton):
             there[frames, person, joint] = True
     remarks: dict[str, int] = {}
-    origin = joints[:, 0, skeleton.center].copy()
-    has = there[:, 0, skeleton.center]
+    center = skeleton.center
+    if not there[:, 0, center].any() and there[:, 0, skeleton.mirror[center]].any():
+        center = skeleton.mirror[center]
+        remarks[OTHER_CENTRE] = len(joints)
+    origin = joints[:, 0, center].copy()
+    has = there[:, 0, center]
     if lacking := int((seen.any(1) & ~has).sum()):
         remarks[NO_CENTRE] = lacking
-        origin = origin[_nearest(has, f"no frame has joint {skeleton.center} of person 0, the centre")]
+        origin = origin[_nearest(has, f"no frame has joint {center} of person 0, the centre")]
     joints = np.where(there[..., None], joints - origin[:, None, None], np.float32(0))
     if skeleton.rotation == "none" or not (joints[0, ..., 2].any() or joints[..., 2].any()):
         return Normalized(joints, remarks)
@@ -103,7 +109,7 @@ def choose_bodies(joints: np.ndarray, keep: int = 2) -> np.ndarray:
     < keep.
 
     Spread, the public conversion's "energy", is the sum over x, y and z of the standard deviation over all
-    joints of all frames in which the body is not null.
+    joints of all frames, null joints apart.
     """
     bodies = joints.shape[1]
     if bodies > 1:
@@ -115,9 +121,9 @@ def choose_bodies(joints: np.ndarray, keep: int = 2) -> np.ndarray:
 
 
 def _spread(body: np.ndarray) -> float:
-    """Sum of the standard deviations of x, y and z, null frames apart; 0 if all are null. body [T, V, 3]."""
-    seen = body[_not_zero(body).any(-1)]
-    return float(seen.reshape(-1, 3).std(0).sum()) if len(seen) else 0.0
+    """Sum of the standard deviations of x, y and z, null joints apart; 0 if all are null. body [T, V, 3]."""
+    seen = body[_not_zero(body)]
+    return float(seen.std(0).sum()) if len(seen) else 0.0
 
 
 def _not_zero(joints: np.ndarray) -> np.ndarray:

@@ -1,9 +1,10 @@
 """The clip archive (`.npz`) for own data of any skeleton.
 
 joints float [F, M, V, 3] metres (all clips one after another), lengths and labels [N], the skeleton as
-parents, mirror, center, axis_z and axis_x, split_NAME bool [N] for each protocol; names, subjects, cameras,
-setups, class_names and joint_names are optional. The clips go through the pre-normalisation, all persons are
-kept in their order.
+parents, mirror, center, axis_z and axis_x unless it is a built-in one, split_NAME bool [N] for each protocol;
+names, subjects, cameras, setups, class_names and joint_names are optional. Joints [F, M, V, 2] are 2-D
+keypoints, and so are joints [F, M, V, 3] if `axes` says x, y, confidence. The clips go through the
+pre-normalisation, all persons are kept in their order.
 """
 
 from __future__ import annotations
@@ -16,36 +17,45 @@ import numpy as np
 
 from a2mc_fast.data.npy import Archive
 from a2mc_fast.data.rules import MAX_LABEL
+from a2mc_fast.data.skeletons import SKELETONS, skeleton_of
 from a2mc_fast.data.source import Recording, Source, as_it_is
 from a2mc_fast.errors import InputError, require
 from a2mc_fast.skeleton import Skeleton
 
 _FEW = 1000  # clips
+_AXES = {("x", "y"): 2, ("x", "y", "z"): 3, ("x", "y", "confidence"): 3}
 
 
-def open_npz(file: str | Path) -> Source:
-    """The clips of an archive, in its order."""
+def open_npz(file: str | Path, skeleton_name: str = "") -> Source:
+    """The clips of an archive, in its order, of the built-in skeleton of this name or the archive's own."""
     path = Path(file)
     archive = Archive(path)
-    archive.need("joints", "lengths", "labels", "parents", "mirror", "center", "axis_z", "axis_x")
-    skeleton = _skeleton(archive)
+    archive.need("joints", "lengths", "labels")
+    skeleton = skeleton_of(skeleton_name) if skeleton_name else _skeleton(archive)
     lengths, labels = (archive.array(key, "iu", ndim=1).tolist() for key in ("lengths", "labels"))
     count = len(lengths)
     with archive.rows("joints") as frames:
         shape, dtype = frames.shape, frames.dtype
     require(
-        dtype.kind == "f" and len(shape) == 4 and shape[1] > 0 and shape[3] == 3,
-        f"{path}: joints is {dtype} {list(shape)}, expected floats [F, M, V, 3]",
+        dtype.kind == "f" and len(shape) == 4 and shape[1] > 0 and shape[3] in (2, 3),
+        f"{path}: joints is {dtype} {list(shape)}, expected floats [F, M, V, 3], or [F, M, V, 2] if 2-D",
     )
     require(
         shape[2] == skeleton.num_joints,
-        f"{path}: joints has {shape[2]} joints, parents {skeleton.num_joints}",
+        f"{path}: joints has {shape[2]} joints, {skeleton_name or 'parents'} {skeleton.num_joints}",
+    )
+    axes = _texts(archive, "axes", 3)
+    require(
+        not axes or _AXES.get(axes) == shape[3],
+        f"{path}: axes is {', '.join(axes)} for joints {list(shape)}; expected x, y or x, y, z or x, y, "
+        "confidence",
     )
     _check_lengths(path, lengths, shape[0])
     about = _About(
         names=_texts(archive, "names", count) or tuple(f"clip {number}" for number in range(count)),
         lengths=lengths,
         labels=labels,
+        confidence=axes[2:] == ("confidence",),
         columns={
             key: archive.array(key, "iu", ndim=1) if key in archive else np.full(count, -1)
             for key in ("subjects", "cameras", "setups")
@@ -87,6 +97,8 @@ class _About:
     names: Sequence[str]
     lengths: Sequence[int]
     labels: Sequence[int]
+    confidence: bool
+    """Whether the third coordinate is one."""
     columns: Mapping[str, np.ndarray]
     """subjects, cameras and setups, [N]; -1 where unknown."""
     masks: Mapping[str, np.ndarray]
@@ -114,10 +126,12 @@ def _check_lengths(path: Path, lengths: Sequence[int], frames: int) -> None:
 def _clips(archive: Archive, about: _About) -> Iterator[Recording]:
     with archive.rows("joints") as frames:
         for number, (name, length, label) in enumerate(zip(about.names, about.lengths, about.labels)):
+            joints = frames.take(length)
             yield Recording(
                 name=name,
                 label=label,
-                joints=frames.take(length),
+                joints=joints[..., :2] if about.confidence else joints,
+                confidence=joints[..., 2] if about.confidence else None,
                 subject=int(about.columns["subjects"][number]),
                 camera=int(about.columns["cameras"][number]),
                 setup=int(about.columns["setups"][number]),
@@ -126,6 +140,11 @@ def _clips(archive: Archive, about: _About) -> Iterator[Recording]:
 
 
 def _skeleton(archive: Archive) -> Skeleton:
+    missing = [key for key in ("parents", "mirror", "center", "axis_z", "axis_x") if key not in archive]
+    require(
+        not missing,
+        f"{archive.path} has no {', '.join(missing)}; give them, or --skeleton {' or '.join(SKELETONS)}",
+    )
     parents, mirror = (tuple(archive.array(key, "iu", ndim=1).tolist()) for key in ("parents", "mirror"))
     axes = [tuple(archive.array(key, "iu", ndim=1).tolist()) for key in ("axis_z", "axis_x")]
     require(

@@ -5,8 +5,8 @@ with the body's id, the number of joints and one line of twelve values per joint
 z in metres. A body keeps its place while its id is there; a new id takes the first place that nobody holds
 in that frame, so a person whom the sensor loses and finds again under another id goes on. Without ids (all
 alike in some frame) a body is known by its position in the frame's list, as in the public conversion, which
-gives the same where the list keeps its order. At most four places are read, and the two bodies that spread
-most are kept.
+gives the same where the list keeps its order. At most four places are read, and of them the bodies that
+spread most are kept. Of several copies of a recording the first one that is whole counts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,15 @@ import numpy as np
 
 from a2mc_fast.data.normalize import choose_bodies
 from a2mc_fast.data.rules import UnusableError
-from a2mc_fast.data.source import Recording, Skip, Source, existing_file, existing_folder, read_bytes
+from a2mc_fast.data.source import (
+    Recording,
+    Skip,
+    Source,
+    existing_file,
+    existing_folder,
+    not_a_number,
+    read_bytes,
+)
 from a2mc_fast.errors import require
 
 Dataset = Literal["ntu60", "ntu120"]
@@ -101,19 +109,21 @@ def parse_skeleton(text: bytes) -> np.ndarray:
     lines = text.decode("latin1").split("\n")  # numpy reads text faster than bytes
     rows: list[str] = []  # the joint lines of all bodies
     bodies: list[list[str]] = []  # the ids in each frame
-    cursor = 0
+    cursor = line = 0
     try:
         frames = int(lines[0])
         if frames > _MAX_FRAMES:  # a frame without bodies is two bytes of text but 2,400 of array
             raise UnusableError("unreadable", f"more than {_MAX_FRAMES:,} frames")
         cursor = 1
         for _ in range(frames):
-            if (count := int(lines[cursor])) < 0:
+            line = cursor
+            if (count := int(lines[line])) < 0:
                 raise ValueError(f"{count} bodies")
             cursor += 1
             bodies.append([])
             for _ in range(count):
-                joints = int(lines[cursor + 1])
+                line = cursor + 1
+                joints = int(lines[line])
                 if joints != _JOINTS:
                     raise UnusableError("wrong joint count", f"{joints} joints, expected {_JOINTS}")
                 bodies[-1] += lines[cursor].split(None, 1)[:1] or [""]
@@ -126,7 +136,10 @@ def parse_skeleton(text: bytes) -> np.ndarray:
     except UnusableError:
         raise
     except ValueError as error:
-        raise _no_skeleton(cursor + 1, error) from None
+        reason = str(error).splitlines()[0]
+        raise UnusableError(
+            "unreadable", f"not a .skeleton file from line {line + 1:,} on: {reason}"
+        ) from None
     _check_end(lines, cursor)
     if not rows:
         raise UnusableError(*(("no body", "no frame has a body") if frames > 0 else ("no frames",)))
@@ -136,17 +149,12 @@ def parse_skeleton(text: bytes) -> np.ndarray:
         values = np.loadtxt(rows, usecols=(0, 1, 2, _VALUES - 1), comments=None, ndmin=2)[:, :3]
     except ValueError as error:
         _check_values(rows, bodies)
-        raise _no_skeleton(cursor + 1, error) from None
+        raise UnusableError("unreadable", str(error).splitlines()[0]) from None
     # every line has enough values, so if the file has the usual number of them none has too many
     usual = 1 + frames + len(rows) // _JOINTS * (_BODY_VALUES + 1 + _JOINTS * _VALUES)
     if not text.isascii() or _count_values(text) != usual or len(values) != len(rows):
         _check_values(rows, bodies)
     return _placed(bodies, values.reshape(-1, _JOINTS, 3))
-
-
-def _no_skeleton(line: int, error: ValueError) -> UnusableError:
-    reason = str(error).split(";")[0].splitlines()[0]
-    return UnusableError("unreadable", f"not a .skeleton file from line {line} on: {reason}")
 
 
 def _check_end(lines: list[str], end: int) -> None:
@@ -163,12 +171,16 @@ def _count_values(text: bytes) -> int:
 
 
 def _check_values(rows: list[str], bodies: list[list[str]]) -> None:
-    """Raise `UnusableError` unless the joint lines have twelve values."""
+    """Raise `UnusableError` unless the joint lines have twelve values, of which x, y and z are numbers."""
     for number, row in enumerate(rows):
-        if (values := len(row.split())) != _VALUES:
+        values = row.split()
+        wrong = f"has {len(values)} values, expected {_VALUES}" if len(values) != _VALUES else ""
+        for value in values[:3]:
+            wrong = wrong or not_a_number(value)
+        if wrong:
             frames = [frame for frame, ids in enumerate(bodies) for _ in ids]
-            where = f"joint {number % _JOINTS} in frame {frames[number // _JOINTS]:,}"
-            raise UnusableError("unreadable", f"{where} has {values} values, expected {_VALUES}")
+            where = f"frame {frames[number // _JOINTS]:,}, joint {number % _JOINTS}"
+            raise UnusableError("unreadable", f"{where} {wrong}")
 
 
 def _placed(bodies: list[list[str]], values: np.ndarray) -> np.ndarray:
@@ -229,8 +241,6 @@ def open_ntu(folder: str | Path, dataset: Dataset, exclude: str | Path | None = 
             others += 1
         elif path.stem in excluded:
             skipped.append(Skip(path.stem, "excluded by the list"))
-        elif jobs and jobs[-1].stem == path.stem:
-            skipped.append(Skip(path.stem, "listed twice", str(path.relative_to(folder))))
         else:
             jobs.append(path)
     return Source(
@@ -238,6 +248,7 @@ def open_ntu(folder: str | Path, dataset: Dataset, exclude: str | Path | None = 
         jobs=jobs,
         total=len(jobs),
         read=partial(_read, dataset=dataset),
+        ranked=True,
         protocols=tuple(PROTOCOLS[dataset]),
         skipped=tuple(skipped),
         notes=(f"{others:,} files do not belong to {dataset} and were left out",) if others else (),
@@ -249,14 +260,14 @@ def _read(path: Path, dataset: Dataset) -> Iterable[Recording | Skip]:
     ids = parse_name(path.stem)
     assert ids is not None  # open_ntu lists no other names
     try:
-        joints = read_skeleton(path)
+        joints = parse_skeleton(read_bytes(path, _MAX_BYTES))
     except UnusableError as error:
         yield Skip(path.stem, error.reason, error.detail)
     else:
         yield Recording(
             name=path.stem,
             label=ids.action - 1,
-            joints=joints,
+            joints=joints.astype(np.float32),
             subject=ids.subject,
             camera=ids.camera,
             setup=ids.setup,

@@ -11,7 +11,7 @@ import multiprocessing
 import signal
 import tempfile
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -23,15 +23,32 @@ import numpy as np
 from tqdm import tqdm
 
 from a2mc_fast.data.clips import Clips
+from a2mc_fast.data.keypoints import LEAST, as_joints
 from a2mc_fast.data.normalize import usable
 from a2mc_fast.data.rules import MAX_LABEL, UnusableError, check_clip, most_classes
 from a2mc_fast.data.source import Recording, Skip, Source
 from a2mc_fast.errors import InputError
-from a2mc_fast.skeleton import Skeleton
 
 _BATCH = 16  # jobs sent to a worker at once: keeps the cost of a message small beside the ~2 ms of a file
 _AHEAD = 3  # batches in flight per worker
 _WRITTEN = np.empty((0, 0, 0, 3), np.float32)  # stands in a recording for joints that have been written out
+
+
+FILLED = "joints that are not a number were taken for missing"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Handling:
+    """What is done with every recording before it is normalised."""
+
+    scale: float = 1.0
+    """Coordinates times this are metres."""
+    persons: int = 0
+    """M of every clip; 0 for that of the source."""
+    confidence: float = LEAST
+    """2-D keypoints below it are missing."""
+    nan_is_missing: bool = False
+    """Whether a joint that is not a number counts as missing, instead of losing its clip."""
 
 
 @dataclass
@@ -56,19 +73,18 @@ class Collected:
 
 def collect(
     source: Source,
+    handling: Handling = Handling(),
     *,
     workers: int = 1,
-    scale: float = 1.0,
     folder: Path | None = None,
     command: str = "",
     progress: bool = False,
 ) -> Collected:
     """Read every job of `source` and pack the usable clips, in the order of the jobs.
 
-    Coordinates are multiplied by `scale` first. Of several clips with one name the first is kept. If all
-    clips are flat, the set says that they are not turned. `folder` holds the frames until all are read (600
-    bytes per frame of NTU, the system's folder for temporary files by default). Raises `InputError` if no
-    recording is usable.
+    Of several clips with one name the first usable one is kept. If all clips are flat, the set says that they
+    are not turned. `folder` holds the frames until all are read (600 bytes per frame of NTU, the system's
+    folder for temporary files by default). Raises `InputError` if no recording is usable.
     """
     skipped, kept, lengths, shortened = list(source.skipped), [], [], 0
     taken: set[str] = set()
@@ -77,7 +93,9 @@ def collect(
     # a job of another unit may hold many clips, and numbers its classes itself
     most = source.total if source.unit == "clips" else MAX_LABEL
     classes = most_classes(most, len(source.class_names))
-    work = _Work(source.read, source.skeleton, source.persons, scale, source.normalized, classes)
+    source = replace(source, persons=handling.persons or source.persons)
+    # what workers need of it
+    work = _Work(replace(source, jobs=(), skipped=(), notes=(), class_names=()), handling, classes)
     bar = tqdm(
         total=source.total, unit=f" {source.unit}", desc=source.name, disable=None if progress else True
     )
@@ -149,31 +167,52 @@ def most_frequent(skipped: Sequence[Skip]) -> str:
 class _Work:
     """What a worker does with a batch of jobs."""
 
-    read: Callable[[Any], Iterable[Recording | Skip]]
-    skeleton: Skeleton
-    persons: int
-    scale: float
-    normalized: bool
+    source: Source
+    """Without its jobs."""
+    handling: Handling
     classes: int
     """How many there may be."""
 
     def __call__(self, jobs: list[Any]) -> list[tuple[Recording | Skip, int]]:
         """Each result with the number of frames it was recorded with."""
         with np.errstate(all="ignore"):  # what overflows or is not a number is skipped by name instead
-            return [self._finish(result) for job in jobs for result in self.read(job)]
+            return [self._finish(result) for job in jobs for result in self.source.read(job)]
 
     def _finish(self, result: Recording | Skip) -> tuple[Recording | Skip, int]:
         if isinstance(result, Skip):
             return result, 0
         try:
             check_clip(result.name, result.label, self.classes)
+            joints, remarks = self._metres(result)
+            source = self.source
             made = usable(
-                result.joints, self.skeleton, self.persons, scale=self.scale, normalize=not self.normalized
+                joints,
+                source.skeleton,
+                source.persons,
+                ranked=source.ranked,
+                normalize=not source.normalized,
             )
         except UnusableError as error:
             return Skip(result.name, error.reason, error.detail), 0
-        remarks = {**result.remarks, **made.remarks}
-        return replace(result, joints=made.joints, remarks=remarks), len(result.joints)
+        remarks = {**result.remarks, **remarks, **made.remarks}
+        return replace(result, joints=made.joints, confidence=None, remarks=remarks), len(result.joints)
+
+    def _metres(self, recording: Recording) -> tuple[np.ndarray, dict[str, int]]:
+        """Joints [T, M, V, 3] in metres, and what is to be said of them."""
+        joints = np.asarray(recording.joints, np.float32)
+        if joints.shape[-1] == 2 and joints.size:
+            joints = as_joints(joints, recording.confidence, self.handling.confidence)
+        elif recording.confidence is not None:
+            joints = np.where(
+                recording.confidence[..., None] >= self.handling.confidence, joints, np.float32(0)
+            )
+        if self.handling.scale != 1:
+            joints = joints * np.float32(self.handling.scale)
+        lost = np.asarray(np.isnan(joints).any(-1))
+        if not self.handling.nan_is_missing or not lost.any():
+            return joints, {}
+        frames = len(np.unique(np.nonzero(lost)[0]))
+        return np.where(lost[..., None], np.float32(0), joints), {FILLED: frames}
 
 
 def _in_order(work: _Work, jobs: Iterable[Any], workers: int) -> Iterator[tuple[int, Any]]:

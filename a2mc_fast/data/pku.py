@@ -19,7 +19,15 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from a2mc_fast.data.rules import UnusableError
-from a2mc_fast.data.source import Recording, Skip, Source, existing_file, existing_folder, read_bytes
+from a2mc_fast.data.source import (
+    Recording,
+    Skip,
+    Source,
+    existing_file,
+    existing_folder,
+    not_a_number,
+    read_bytes,
+)
 from a2mc_fast.errors import InputError, require
 
 Part = Literal["pku1", "pku2"]
@@ -144,8 +152,12 @@ def read_video(video: _Video) -> Iterable[Recording | Skip]:
             continue
         clip = f"{name}_{row}"
         try:
-            action, start, end = map(int, line.replace(",", " ").split()[:3])
-        except ValueError:
+            # some write 8.0,1.0,120.0,2.0
+            numbers = [float(value) for value in line.replace(",", " ").split()[:3]]
+            action, start, end = map(int, numbers)
+            if numbers != [action, start, end]:
+                raise ValueError
+        except (ValueError, OverflowError):
             yield Skip(clip, "unreadable", f"label line {row + 1} is not class,start,end,confidence")
             continue
         if not 1 <= action <= _CLASSES:
@@ -181,10 +193,23 @@ def parse_frames(text: bytes) -> np.ndarray:
     try:
         values = np.loadtxt(lines, comments=None, ndmin=2)
     except ValueError as error:
-        raise UnusableError("unreadable", str(error).split(";")[0].splitlines()[0]) from None
+        _check_lines(lines)
+        raise UnusableError("unreadable", str(error).splitlines()[0]) from None
     if values.shape[1] != _NUMBERS:
         raise UnusableError("wrong joint count", f"{values.shape[1]} numbers per line, expected {_NUMBERS}")
     return values.reshape(-1, 2, 25, 3).astype(np.float32)
+
+
+def _check_lines(lines: list[bytes]) -> None:
+    """Raise `UnusableError` unless all lines have the numbers of the first."""
+    count = len(lines[0].split())
+    for number, line in enumerate(lines, 1):
+        values = line.decode("latin1").split()
+        wrong = f"has {len(values)} numbers, the first line {count}" if len(values) != count else ""
+        for value in values:
+            wrong = wrong or not_a_number(value)
+        if wrong:
+            raise UnusableError("unreadable", f"line {number:,} {wrong}")
 
 
 def read_split(path: Path) -> tuple[frozenset[str], frozenset[str]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from a2mc_fast.data.clips import Clips
 from a2mc_fast.data.identity import copies
-from a2mc_fast.data.pack import collect, most_frequent
+from a2mc_fast.data.pack import Handling, collect, most_frequent
 from a2mc_fast.data.rules import Reason
 from a2mc_fast.data.source import Skip, Source
 from a2mc_fast.data.synthetic import synthetic_clips
@@ -24,6 +24,11 @@ from a2mc_fast.errors import InputError, require
 from a2mc_fast.files import write_json
 from a2mc_fast.skeleton import Rotation
 
+_NO_SPLIT = (
+    "no split says which clips are for training: the set can be embedded, but not trained on; give one (npz: "
+    "split_NAME, pyskl: 'split', openpose and csv: folders called train and val)"
+)
+_MOST_PERSONS = 64
 _NO_FAULT: tuple[Reason, ...] = ("excluded by the list", "listed twice")  # says nothing against the rest
 
 
@@ -60,8 +65,8 @@ class Choices:
 
     workers: int
     """Processes that read; 0 for one per core."""
+    handling: Handling
     max_frames: int
-    scale: float
     rotation: Rotation
     allow_skipped: bool
     """Whether a set of which most recordings are skipped may be packed."""
@@ -69,7 +74,11 @@ class Choices:
     def __post_init__(self) -> None:
         require(self.workers >= 0, f"--workers must not be negative, got {self.workers}")
         require(self.max_frames >= 1, f"--max-frames must be at least 1, got {self.max_frames}")
-        require(0 < self.scale < math.inf, f"--scale must be a positive number, got {self.scale}")
+        scale, persons = self.handling.scale, self.handling.persons
+        require(0 < scale < math.inf, f"--scale must be a positive number, got {scale}")
+        require(0 <= persons <= _MOST_PERSONS, f"--persons must be 1 to {_MOST_PERSONS}, got {persons}")
+        confidence = self.handling.confidence
+        require(0 <= confidence <= 1, f"--confidence must lie within 0 and 1, got {confidence}")
 
 
 def pack_source(source: Source, where: Path, output: Path, choices: Choices, command: str) -> Packed:
@@ -82,8 +91,8 @@ def pack_source(source: Source, where: Path, output: Path, choices: Choices, com
     source = replace(source, skeleton=skeleton)
     made = collect(
         source,
+        choices.handling,
         workers=choices.workers or _cores(),
-        scale=choices.scale,
         folder=next(folder for folder in output.absolute().parents if folder.is_dir()),
         command=command,
         progress=True,
@@ -96,12 +105,12 @@ def pack_source(source: Source, where: Path, output: Path, choices: Choices, com
         )
     facts = {
         "input": str(where),
-        "scale": choices.scale,
+        **asdict(choices.handling),
         "shortened": made.shortened,
         "remarks": {what: asdict(remark) for what, remark in made.remarks.items()},
         "expected": dict(source.expected),
         "differences": _differences(source, made.clips),
-        "notes": list(source.notes),
+        "notes": [*source.notes, *([] if made.clips.splits else [_NO_SPLIT])],
     }
     return Packed(clips=made.clips, total=source.total, unit=source.unit, skipped=made.skipped, facts=facts)
 

@@ -1,62 +1,85 @@
 """PYSKL's and MMAction2's pickles, such as ntu60_3danno.pkl, read without executing anything in them.
 
-A pickle is a dict of `annotations`, a list of dicts with frame_dir (the name), label, keypoint [M, T, 25, 3]
-(the camera's coordinates in half precision, metres) and total_frames (T), and `split`, lists of names called
-xsub_train, xsub_val and so on. The clips go through the pre-normalisation, and bodies are chosen by spread.
+A pickle is a dict of `annotations`, a list of dicts with frame_dir (the name), label, keypoint [M, T, V, 3]
+(the camera's coordinates in half precision, metres) or [M, T, V, 2] (pixels, with keypoint_score [M, T, V])
+and total_frames (T), and `split`, lists of names called xsub_train, train or train1, and so on; older ones
+are the list of annotations alone. The clips go through the pre-normalisation, and the two bodies that spread
+most are kept.
 """
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from a2mc_fast.data.names import who
-from a2mc_fast.data.normalize import choose_bodies
+from a2mc_fast.data.names import named
 from a2mc_fast.data.rules import MAX_PROTOCOLS
+from a2mc_fast.data.skeletons import skeleton_of
 from a2mc_fast.data.source import Recording, Skip, Source, existing_file
 from a2mc_fast.data.unpickle import as_array, as_texts, load_pickle
 from a2mc_fast.errors import InputError, require
 
 _CROWD = 8  # persons; more of them than frames are frames
+_TRAIN = re.compile(r"(.*?)_?train(\d*)")
+_SKELETONS = {(25, 3): "ntu25", (17, 2): "coco17", (18, 2): "openpose18", (26, 2): "halpe26"}
+"""What V joints of C coordinates are, unless told otherwise."""
 _MAX_SHARED = 16  # clips may share arrays, but not take more than this many times the file
 
 
 class _Clip(NamedTuple):
-    """One job: a clip and its keypoints [M, T, V, C]."""
+    """One job: a clip, its keypoints [M, T, V, C] and their scores [M, T, V]."""
 
     name: str
     label: int
     keypoints: np.ndarray
+    scores: np.ndarray | None
     frames: int | None
     """T, if the annotation says so."""
     train_in: tuple[str, ...]
 
 
-def open_pyskl(file: str | Path) -> Source:
+def open_pyskl(file: str | Path, skeleton_name: str = "") -> Source:
     """The annotations of a pickle, in the order of their names. One that no training list names is a test
-    clip."""
+    clip. The skeleton is told by the most frequent number of joints and coordinates, unless it is named."""
     path = Path(file)
     content = load_pickle(existing_file(path, "a PYSKL pickle"))
+    if isinstance(content, list):
+        content = {"annotations": content}
     good = isinstance(content, dict) and isinstance(content.get("annotations"), list)
     require(
-        good and isinstance(content.get("split"), dict), f"{path} is not a dict of 'split' and 'annotations'"
+        good and isinstance(content.get("split", {}), dict),
+        f"{path} is not a dict of 'split' and 'annotations', nor a list of annotations",
     )
-    listed = _splits(path, content["split"])
-    training = {key.removesuffix("_train"): names for key, names in listed.items() if key.endswith("_train")}
+    listed = _splits(path, content.get("split", {}))
+    training = {
+        (found[1] or "split") + found[2]: names
+        for key, names in listed.items()
+        if (found := _TRAIN.fullmatch(key))
+    }
     require(
-        bool(training), f"{path} has no split called ..._train, only: {', '.join(sorted(listed)) or 'none'}"
+        bool(training) or not listed,
+        f"{path} has no split called ..._train or train, only: {', '.join(sorted(listed))}",
     )
     jobs, skipped = _annotated(path, content["annotations"], training)
-    unlisted = len(jobs.keys() - frozenset().union(*listed.values()))
+    kinds = Counter(job.keypoints.shape[2:] for job in jobs if job.keypoints.ndim == 4)
+    joints, axes = kinds.most_common(1)[0][0] if kinds else (25, 3)
+    name = skeleton_name or _SKELETONS.get((joints, axes), "")
+    require(bool(name), f"{path}: which {joints} joints ({axes}-D) are these? Tell it with --skeleton")
+    unlisted = len({job.name for job in jobs} - frozenset().union(*listed.values())) if listed else 0
     return Source(
         name="pyskl",
-        jobs=[jobs[name] for name in sorted(jobs)],
+        jobs=sorted(jobs, key=lambda job: job.name),
         total=len(jobs),
-        read=_read,
+        read=partial(_read, axes=axes),
+        ranked=True,
         protocols=tuple(training),
+        skeleton=skeleton_of(name),
         unit="clips",
         skipped=tuple(skipped),
         notes=(f"{unlisted:,} clips are in no split and count as test",) if unlisted else (),
@@ -83,9 +106,9 @@ def _splits(path: Path, content: Mapping[Any, Any]) -> dict[str, frozenset[str]]
 
 def _annotated(
     path: Path, annotations: Iterable[Any], training: Mapping[str, Collection[str]]
-) -> tuple[dict[str, _Clip], list[Skip]]:
-    """The clips by name, and what is none."""
-    jobs: dict[str, _Clip] = {}
+) -> tuple[list[_Clip], list[Skip]]:
+    """The clips, and what is none."""
+    jobs: list[_Clip] = []
     skipped: list[Skip] = []
     taken, room = 0, _MAX_SHARED * path.stat().st_size
     for number, annotation in enumerate(annotations):
@@ -95,47 +118,41 @@ def _annotated(
         name, label = annotation["frame_dir"], annotation.get("label")
         if not isinstance(label, int | np.integer):
             skipped.append(Skip(name, "no label"))
-        elif name in jobs:
-            skipped.append(Skip(name, "listed twice"))
-        else:
-            train_in = tuple(protocol for protocol, names in training.items() if name in names)
-            try:
-                keypoints = as_array(annotation.get("keypoint"))
-            except ValueError as error:
-                skipped.append(Skip(name, "no skeleton data", f"keypoint: {error}"))
-                continue
-            frames = annotation.get("total_frames")
-            frames = int(frames) if isinstance(frames, int | np.integer) else None
-            jobs[name] = _Clip(name, int(label), keypoints, frames, train_in)
-            taken += keypoints.nbytes
-            require(
-                taken <= room, f"{path}: its clips share arrays and would take over {room:,} bytes; refused"
-            )
+            continue
+        score = annotation.get("keypoint_score")
+        try:
+            keypoints = as_array(annotation.get("keypoint"))
+            scores = None if score is None else as_array(score)
+        except ValueError as error:
+            skipped.append(Skip(name, "no skeleton data", f"keypoint: {error}"))
+            continue
+        frames = annotation.get("total_frames")
+        frames = int(frames) if isinstance(frames, int | np.integer) else None
+        train_in = tuple(protocol for protocol, names in training.items() if name in names)
+        jobs.append(_Clip(name, int(label), keypoints, scores, frames, train_in))
+        taken += keypoints.nbytes + (0 if scores is None else scores.nbytes)
+        require(taken <= room, f"{path}: its clips share arrays and would take over {room:,} bytes; refused")
     return jobs, skipped
 
 
-def _read(job: _Clip) -> Iterable[Recording | Skip]:
-    keypoints = job.keypoints
+def _read(job: _Clip, axes: int) -> Iterable[Recording | Skip]:
+    keypoints, scores = job.keypoints, job.scores if axes == 2 else None
     kind = f"keypoint is {keypoints.dtype} {list(keypoints.shape)}"
     # an empty array may have axes of any length, and bodies would be added to them
-    if keypoints.dtype.kind != "f" or keypoints.ndim != 4 or keypoints.shape[3] != 3 or not keypoints.size:
-        yield Skip(job.name, "no skeleton data", kind)
+    if keypoints.dtype.kind != "f" or keypoints.ndim != 4 or keypoints.shape[3] != axes or not keypoints.size:
+        yield Skip(job.name, "no skeleton data", f"{kind}, expected floats [M, T, V, {axes}]")
+        return
+    if scores is not None and (scores.dtype.kind != "f" or scores.shape != keypoints.shape[:3]):
+        detail = f"keypoint_score is {scores.dtype} {list(scores.shape)}, {kind}"
+        yield Skip(job.name, "no skeleton data", detail)
         return
     persons, frames = keypoints.shape[:2]
     if job.frames is not None and frames != job.frames:
-        yield Skip(job.name, "no skeleton data", f"{kind}, expected [M, total_frames, V, 3]")
+        yield Skip(job.name, "no skeleton data", f"{kind}, expected [M, total_frames, V, {axes}]")
         return
     if job.frames is None and persons > max(frames, _CROWD):
-        yield Skip(job.name, "no skeleton data", f"{kind}, expected [M, T, V, 3]")
+        yield Skip(job.name, "no skeleton data", f"{kind}, expected [M, T, V, {axes}]")
         return
-    joints = choose_bodies(keypoints.astype(np.float32).transpose(1, 0, 2, 3))  # [T, M, V, C]
-    subject, camera, setup = who(job.name)
-    yield Recording(
-        name=job.name,
-        label=job.label,
-        joints=joints,
-        subject=subject,
-        camera=camera,
-        setup=setup,
-        train_in=job.train_in,
-    )
+    joints = keypoints.astype(np.float32).transpose(1, 0, 2, 3)  # [T, M, V, C]
+    confidence = None if scores is None else scores.transpose(1, 0, 2)
+    yield named(job.name, job.label, joints, job.train_in, confidence)

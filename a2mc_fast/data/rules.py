@@ -9,8 +9,8 @@ A clip has
 - coordinates that are finite and within 1,000 m, not all of them zero.
 
 A protocol has such a name too, and a set has at most 64 of them. `prepare` skips a clip that breaks the rule
-and names it in the report (of several clips with one name it keeps the first): `check_clip`, `check_poses`.
-`Clips` refuses the whole set: `check_set`, `check_ranges`.
+and names it in the report (of several clips with one name it keeps the first that is whole): `check_clip`,
+`check_poses`. `Clips` refuses the whole set: `check_set`, `check_ranges`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from a2mc_fast.errors import InputError, require
 
 Reason = Literal[
     "unreadable", "name not understood", "listed twice", "excluded by the list", "no label",
-    "no skeleton data", "label out of range", "no frames", "wrong joint count", "wrong number of persons",
-    "not finite", "beyond 1,000 m", "no body", "no centre", "no axes",
+    "no skeleton data", "label out of range", "no frames", "wrong joint count", "not finite",
+    "beyond 1,000 m", "no body", "no centre", "no axes",
 ]  # fmt: skip
 """Why a recording is left out, as the report says it."""
 
@@ -80,14 +80,12 @@ def check_clip(name: str, label: int, classes: int) -> None:
         raise UnusableError("label out of range", f"expected 0 to {classes - 1:,}, or -1 if unknown")
 
 
-def check_poses(joints: np.ndarray, num_joints: int, persons: int) -> None:
-    """Raise `UnusableError` unless joints [T, M, V, 3] are poses of `persons` with `num_joints`."""
+def check_poses(joints: np.ndarray, num_joints: int) -> None:
+    """Raise `UnusableError` unless joints [T, M, V, 3] are poses with `num_joints`."""
     if not len(joints):
         raise UnusableError("no frames")
     if joints.shape[2:] != (num_joints, 3):
         raise UnusableError("wrong joint count", f"{joints.shape[2]} joints, expected {num_joints}")
-    if joints.shape[1] != persons:
-        raise UnusableError("wrong number of persons", f"{joints.shape[1]} persons, expected {persons}")
     lowest, highest = float(joints.min()), float(joints.max())
     if not np.isfinite(lowest + highest):  # minimum and maximum are NaN if any value is
         frame, _, joint, _ = np.argwhere(~np.isfinite(joints))[0]

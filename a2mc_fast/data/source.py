@@ -23,7 +23,9 @@ class Recording:
     label: int
     """Class from 0, or -1 where unknown."""
     joints: np.ndarray
-    """[T, M, V, 3] float32, metres; an absent person is all zeros."""
+    """[T, M, V, 3] float32, metres; an absent person is all zeros. Or 2-D keypoints [T, M, V, 2]."""
+    confidence: np.ndarray | None = None
+    """[T, M, V], where it is known, as of 2-D keypoints."""
     subject: int = -1
     camera: int = -1
     setup: int = -1
@@ -62,7 +64,9 @@ class Source:
     read: Callable[[Any], Iterable[Recording | Skip]]
     protocols: tuple[str, ...]
     persons: int = 2
-    """M of every clip."""
+    """M of every clip; of a recording with more those that spread most are kept."""
+    ranked: bool = False
+    """Whether those that spread most come first, as where bodies have no order of their own."""
     skeleton: Skeleton = NTU25
     normalized: bool = False
     """Whether the joints have been through the pre-normalisation already."""
@@ -80,6 +84,15 @@ class Source:
 def as_it_is(recording: Recording) -> Iterable[Recording]:
     """The `read` of a source whose jobs are recordings already."""
     yield recording
+
+
+def not_a_number(text: str) -> str:
+    """What to say of `text` where a number belongs; empty if it is one."""
+    try:
+        float(text)
+    except ValueError:
+        return f"has {text[:20]!r} where a number belongs"
+    return ""
 
 
 def existing_folder(folder: Path, kind: str) -> Path:

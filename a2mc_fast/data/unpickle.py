@@ -1,4 +1,5 @@
-"""Pickles from strangers: lists, tuples, dicts, numbers, strings and numpy arrays, and nothing else.
+"""Pickles from strangers: lists, tuples, dicts, numbers, strings and numpy arrays, and nothing else; sets
+come as lists.
 
 A pickle is a program for a small stack machine that may call any function of Python. This is such a machine
 with the plain instructions only. What a file may call is replaced by the few functions below, which rebuild
@@ -134,11 +135,22 @@ def _bytes(text: str = "", encoding: str = "latin1") -> bytes:
     return str.encode(text, "latin1")
 
 
+def _elements(values: Any = None) -> list[Any]:
+    if values is None:
+        return []
+    if not isinstance(values, list):
+        raise TypeError("a set of something else than a list")
+    return values  # not a copy
+
+
 _ALLOWED = {
     "numpy ndarray": _Array,
     "numpy dtype": _DType,
     "_codecs encode": _bytes,
     "__builtin__ bytes": _bytes,  # how old protocols write b""
+    **dict.fromkeys(
+        ("__builtin__ set", "__builtin__ frozenset", "builtins set", "builtins frozenset"), _elements
+    ),
     **{
         f"numpy.{core}.{name}": ours
         for core in ("core", "_core")
@@ -176,14 +188,14 @@ class _Machine:
             **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), self.put),
             **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), lambda i: self.stack.append(self.memo[i])),
             "MARK": lambda _: self.marks.append(len(self.stack)),
-            "EMPTY_LIST": lambda _: self.stack.append([]),
+            **dict.fromkeys(("EMPTY_LIST", "EMPTY_SET"), lambda _: self.stack.append([])),
             "EMPTY_DICT": lambda _: self.stack.append({}),
             **{f"TUPLE{n}": partial(lambda n, _: self.stack.append(self.take(n)), n) for n in (1, 2, 3)},
             "TUPLE": lambda _: self.stack.append(tuple(self.to_mark())),
-            "LIST": lambda _: self.stack.append(self.to_mark()),
+            **dict.fromkeys(("LIST", "FROZENSET"), lambda _: self.stack.append(self.to_mark())),
             "DICT": lambda _: self.stack.append(_filled({}, self.to_mark())),
             "APPEND": lambda _: self.extend(self.take(1)),
-            "APPENDS": lambda _: self.extend(self.to_mark()),
+            **dict.fromkeys(("APPENDS", "ADDITEMS"), lambda _: self.extend(self.to_mark())),
             "SETITEM": lambda _: self.fill(self.take(2)),
             "SETITEMS": lambda _: self.fill(self.to_mark()),
             "GLOBAL": lambda name: self.stack.append(_allowed(name, self.path)),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from a2mc_fast.augment import Views
 from a2mc_fast.data import Clips
-from a2mc_fast.data.normalize import choose_bodies, usable
+from a2mc_fast.data.normalize import usable
 from a2mc_fast.encoders.branch import Branch
 from a2mc_fast.errors import InputError, require
 from a2mc_fast.evaluation.protocols import encode
@@ -137,8 +137,6 @@ def prepared(encoder: ClipEncoder, recording: np.ndarray | Tensor, *, normalize:
         f"a recording is joints [T, M, {encoder.skeleton.num_joints}, 3], got {list(joints.shape)}",
     )
     require(joints.shape[0] > 0 and joints.shape[1] > 0, f"the recording is empty: {list(joints.shape)}")
-    if joints.shape[1] != encoder.persons:
-        joints = choose_bodies(joints, encoder.persons)
     return usable(joints, encoder.skeleton, encoder.persons, normalize=normalize).joints
 
 
