@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional, arg
 
+from a2mc_fast.config.ranges import Count, CountOrNone, check_ranges
 from a2mc_fast.errors import exit_on_error, require
 
 
@@ -28,20 +29,19 @@ class Predict:
     """The .csv or .json file to write."""
     protocol: Literal["linear", "finetune", "transfer"] = "linear"
     """Whose classifier to take from the folder of the run."""
-    window: int = 0
+    window: CountOrNone = 0
     """Frames of a window that slides over each recording; 0 = each as one clip."""
-    stride: int = 0
+    stride: CountOrNone = 0
     """Frames from one window to the next; 0 = half a window."""
-    top: int = 5
+    top: Count = 5
     """How many classes to list."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = the GPU if there is one."""
 
     def __post_init__(self) -> None:
         require(self.out.suffix in (".csv", ".json"), f"OUT must be a .csv or .json file, got {self.out}")
-        require(self.window >= 0 and self.stride >= 0, "window and stride must be >= 0")
+        check_ranges(self)
         require(self.window > 0 or self.stride == 0, "stride needs window")
-        require(self.top >= 1, f"top must be >= 1, got {self.top}")
 
 
 def main(args: list[str] | None = None) -> None:

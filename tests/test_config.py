@@ -37,6 +37,7 @@ from a2mc_fast.embed import Embed
 from a2mc_fast.errors import InputError
 from a2mc_fast.evaluation import settings as asked
 from a2mc_fast.plots import __main__ as plots
+from a2mc_fast.predict import Predict
 from a2mc_fast.trainer import Trainer
 from tests.conftest import SMALL
 from tests.test_train import tiny
@@ -129,7 +130,8 @@ def test_help_needs_no_torch() -> None:
 
 KINDS = [
     *(kind for room in (settings, asked) for kind in vars(room).values() if dataclasses.is_dataclass(kind)),
-    *(plots.Curves, plots.Confusion, plots.Tsne, plots.Attack, plots.Neighbours, Config, Ablation, Embed),
+    *(plots.Curves, plots.Confusion, plots.Tsne, plots.Attack, plots.Neighbours),
+    *(Config, Ablation, Embed, Predict),
 ]
 NUMBERS = (math.inf, math.nan, -1, 1e300, 10**400, 1e-300)
 
@@ -138,7 +140,8 @@ NUMBERS = (math.inf, math.nan, -1, 1e300, 10**400, 1e-300)
 def test_every_number_has_a_range(kind: Any) -> None:
     required = [f.name for f in dataclasses.fields(kind) if f.default is f.default_factory]
     given: dict[str, Any] = {name: Path("x") if name == "run" else (Path("x"),) for name in required}
-    given |= {"data": "x"} if kind is asked.Transfer else {"export": "x"} if kind is Embed else {}
+    given |= {"data": "x"} if kind is asked.Transfer else {"export": "x.pt2"} if kind is Embed else {}
+    given |= {"out": Path("x.csv"), "window": 1} if kind is Predict else {}
     good = kind(**given)
     for name, inside in ranges(kind).items():
         assert inside is not None, f"{kind.__name__}.{name} has no range"
