@@ -75,17 +75,7 @@ class Trainer:
         self._epoch = -1  # whose batch order `_order` holds
         self.fault = torch.full((1,), -1, device=self.device)
         """The first step whose loss or gradient was not finite, or -1. From it on no weight moves."""
-        self.optimizer = torch.optim.SGD(
-            self.model.query.parameters(),
-            lr=config.optim.lr,
-            momentum=config.optim.momentum,
-            weight_decay=config.optim.weight_decay,
-            fused=True,
-        )
-        self.optimizer.param_groups[0]["lr"] = self._lr
-        for parameter in self.model.query.parameters():
-            # torch would leave it unwritten if fp16 skips the first step
-            self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        self.optimizer = self._make_optimizer()
         self.scaler = torch.amp.GradScaler("cuda", enabled=cuda and config.precision == "fp16")
         self.model.backend, note = choose_backend(self.model, self.device)
         if world.any(self.model.backend == "torch") and self.model.backend == "triton":
@@ -103,6 +93,19 @@ class Trainer:
         require(cuda or config.run.graph != "on", "--run.graph on needs a GPU: use --run.graph auto")
         self._stream = torch.cuda.Stream(self.device) if cuda and config.run.graph != "off" else None
         self._phase, self._run = "", Captured(dict, None)
+
+    def _make_optimizer(self) -> torch.optim.SGD:
+        """SGD of the query branch, whose rate is read from the device."""
+        optim = self.config.optim
+        parameters = list(self.model.query.parameters())
+        optimizer = torch.optim.SGD(
+            parameters, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=True
+        )
+        optimizer.param_groups[0]["lr"] = self._lr
+        for parameter in parameters:
+            # torch would leave it unwritten if fp16 skips the first step
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
 
     def _choose_recurrence(self) -> None:
         """Both encoders' recurrent layers by what suits all ranks."""
