@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from a2mc_fast.data import Clips
@@ -263,7 +264,7 @@ def test_no_whole_checkpoint_is_one_sentence(
 def rewrite(path: Path, tensors: dict[str, torch.Tensor], **header: Any) -> None:
     """A checkpoint with other content and a true checksum."""
     found = load(path)
-    with checkpoint.safe_open(path, framework="pt") as file:
+    with safe_open(path, framework="pt") as file:
         text = dict(file.metadata())
     text |= {name: value if isinstance(value, str) else json.dumps(value) for name, value in header.items()}
     merged = {
