@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -160,6 +161,16 @@ def _read_only_before(_: int) -> None:
     _at_call(beginning, "load_clips", 1, close, after=True)
 
 
+def _nobody_reads(full: int) -> None:
+    """Both streams lead to a pipe whose reader is gone, or to a full disk."""
+    reader, end = os.pipe()
+    os.close(reader)
+    for stream in (1, 2):
+        os.dup2(os.open("/dev/full", os.O_WRONLY) if full else end, stream)
+    # as they would be from the start
+    sys.stdout, sys.stderr = (open(stream, "w", closefd=False) for stream in (1, 2))  # noqa: SIM115
+
+
 def _slow_step(number: int) -> None:
     _at_call(Trainer, "step", number, lambda *_: time.sleep(60))
 
@@ -183,6 +194,7 @@ TRICKS: dict[str, Callable[[int], None]] = {
     "file limit": _file_limit,
     "read-only from": _read_only_from,
     "read-only before": _read_only_before,
+    "nobody reads": _nobody_reads,
     "slow step": _slow_step,
     "out of memory": _out_of_memory,
 }

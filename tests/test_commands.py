@@ -74,8 +74,13 @@ def test_closed_streams_reach_no_file(tmp_path: Path) -> None:
     done = shell("PYTHON -m a2mc_fast.prepare synthetic clips.safetensors --clips 60 >&- 2>&-", tmp_path)
     assert done.returncode == 0
     assert len(Clips.load(tmp_path / "clips.safetensors")) == 60
-    done = shell("PYTHON -m a2mc_fast.prepare synthetic clips.safetensors --clips 60 >&- 2>&-", tmp_path)
-    assert done.returncode == 2  # it exists
+    tiny = (
+        "--bank.size 8 --bank.warmup-steps 1 --optim.batch-size 8 --optim.epochs 1 --optim.milestones 0 "
+        "--encoder.hidden 2 --views.frames 4 --run.eval-every 0 --run.out run"
+    )
+    train = f"PYTHON -m a2mc_fast.train demo --data clips.safetensors {tiny} >&- 2>&-"
+    assert shell(train, tmp_path).returncode == 0 and (tmp_path / "run/result.json").exists()
+    assert shell(train, tmp_path).returncode == 2  # it exists
 
 
 STOPPED = """

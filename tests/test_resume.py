@@ -163,6 +163,23 @@ def test_a_stopped_run_saves_where_it_is(
     assert_same_end(whole, folder)
 
 
+@pytest.mark.parametrize("number, code, full", [(signal.SIGINT, 130, 0), (signal.SIGTERM, 143, 1)])
+def test_a_run_that_nobody_reads_stops_saves_and_goes_on(
+    data: Path, whole: Path, tmp_path: Path, number: signal.Signals, code: int, full: int
+) -> None:
+    """As when Ctrl-C ends the `tee` behind it, too; nor does a damaged checkpoint need anybody to be told."""
+    folder = tmp_path / "run"
+    process = start(flags(data, folder), tmp_path / "said", "nobody reads", full)
+    wait_for(folder / "metrics.jsonl", 9)
+    os.kill(process.pid or 0, number)
+    process.join(30)
+    assert process.exitcode == code and load(folder).step >= 12
+    (folder / FILE).write_bytes((folder / FILE).read_bytes()[:-1])
+    code, _ = run(["--resume", str(folder)], tmp_path / "said", "nobody reads", full)
+    assert code == 0
+    assert_same_end(whole, folder)
+
+
 def test_a_second_ctrl_c_quits_at_once(data: Path, tmp_path: Path) -> None:
     process = start(flags(data, tmp_path / "run"), tmp_path / "said", "slow step", 5)
     wait_for(tmp_path / "run/metrics.jsonl", 3)
@@ -223,7 +240,7 @@ def test_every_flipped_bit_is_noticed(whole: Path, tmp_path: Path) -> None:
     assert load(path).step == STEPS
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "absent"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "absent", "folder", "pipe"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     data: Path, whole: Path, finished: Path, tmp_path: Path, damage: str
 ) -> None:
@@ -231,8 +248,13 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     content = bytearray(path.read_bytes())
     content[-999] ^= 4
     path.write_bytes({"cut": content[:-1], "flipped": content}.get(damage, b""))
-    if damage == "absent":
+    if damage in ("absent", "folder", "pipe"):
         path.unlink()
+    if damage == "folder":
+        path.mkdir()
+        (path / "mine").touch()
+    if damage == "pipe":
+        os.mkfifo(path)
     code, said = run(flags(data, finished, "--resume"), tmp_path / "said")
     assert code == 0, said
     fallback = [line for line in said.splitlines() if ": using " in line]
@@ -240,10 +262,11 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
         assert len(fallback) == 1 and fallback[0].endswith(
             f": using {numbered(finished, 24).name}, of step 24"
         )
-        assert fallback[0].startswith(f"{path} is damaged")
+        assert fallback[0].startswith(f"{path} is {'no file' if damage in ('folder', 'pipe') else 'damaged'}")
     assert "resumed after step 24" in said
     assert_same_end(whole, finished)
     assert load(numbered(finished, 24)).step == 24
+    assert (finished / "checkpoint.folder/mine").exists() == (damage == "folder")
 
 
 def test_no_whole_checkpoint_is_one_sentence(

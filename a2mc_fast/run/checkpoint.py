@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from a2mc_fast.config import Config, from_dict, to_dict
 from a2mc_fast.data.clips import Clips
 from a2mc_fast.encoders.branch import Branch
-from a2mc_fast.errors import InputError, require
+from a2mc_fast.errors import InputError, os_reason, require
 from a2mc_fast.files import atomic_path, read_tensors
 from a2mc_fast.model import A2MC
 from a2mc_fast.skeleton import Skeleton
@@ -292,9 +292,10 @@ def load_last_good(folder: Path) -> tuple[Checkpoint | None, str]:
     for path in (folder / FILE, *older):
         if path.exists():
             try:
+                require(path.is_file(), f"{path} is no file")
                 found = load(path)
-            except InputError as error:
-                damaged = damaged or str(error)
+            except (InputError, OSError) as error:
+                damaged = damaged or (os_reason(error) if isinstance(error, OSError) else str(error))
                 continue
             return found, f"{damaged}: using {path.name}, of step {found.step}" if damaged else ""
     require(not damaged, f"{damaged}, and {folder} holds no older one that is whole: start another run")

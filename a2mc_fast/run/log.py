@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from a2mc_fast.config import Config, to_dict
 from a2mc_fast.encoders.recurrence import waited_too_long
-from a2mc_fast.errors import InputError, os_reason, require
+from a2mc_fast.errors import InputError, os_reason, require, tell
 from a2mc_fast.files import atomic_path, remove_leftovers, write_json
 from a2mc_fast.run.checkpoint import FILE, Checkpoint
 from a2mc_fast.run.machine import machine, peak_memory
@@ -208,15 +207,9 @@ class RunLog:
         os.fsync(self._file.fileno())
 
     def say(self, line: str) -> None:
-        """A console line, above the progress bar. If nobody or a full disk takes it, it alone is lost."""
-        try:
-            self._bar.write(line, file=sys.stdout)
-            sys.stdout.flush()
-        except BrokenPipeError:
-            # the reader went away, as a dead `tee` does, and every later line would fail again
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        except OSError:
-            pass
+        """Console lines, above the progress bar."""
+        with self._bar.external_write_mode():
+            tell(line)
 
     def __enter__(self) -> RunLog:
         return self

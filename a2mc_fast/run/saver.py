@@ -114,6 +114,8 @@ class Saver:
     def _set_newest_aside(self) -> None:
         """Give the newest checkpoint the name under which it stays, beside the one it has."""
         newest = self.folder / FILE
+        if newest.is_dir():  # none of ours, and nothing could be renamed over it
+            os.replace(newest, newest.with_suffix(".folder"))
         if not self._keep_newest or self._good is None or not newest.exists():
             return
         older = numbered(self.folder, self._good)
