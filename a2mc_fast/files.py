@@ -6,6 +6,7 @@ import fcntl
 import glob
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -18,6 +19,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from a2mc_fast.errors import InputError, require
+
+_LARGEST_JSON = 32 << 20  # bytes, of which Python makes up to 24 times as much
 
 
 @contextmanager
@@ -100,16 +103,35 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; `InputError` names it if it is damaged."""
-    return parse_json(Path(path).read_bytes(), str(path))
+    """Read a JSON file; `InputError` if it is damaged, or larger than any that this package writes."""
+    return parse_json(read_bytes(path, _LARGEST_JSON), str(path))
+
+
+def read_bytes(path: Path, largest: int) -> bytes:
+    """A file's content; `InputError` for more bytes, and for what is no file: a device would never end."""
+    path = Path(path)
+    require(path.is_file() or not path.exists(), f"{path} is not a file")
+    with path.open("rb") as file:
+        content = file.read(largest + 1)
+    require(len(content) <= largest, f"{path} has more than {largest >> 20} MiB, which is no such file")
+    return content
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
-    """The content of JSON text; `InputError` begins with `where` if it is none."""
+    """The content of JSON text, all numbers finite; `InputError` begins with `where` if it is none."""
     try:
-        return json.loads(text if isinstance(text, str) else text.decode("utf-8"))
+        text = text if isinstance(text, str) else text.decode("utf-8")
+        return json.loads(text, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a number of 5,000 digits, too deep
         raise InputError(f"{where} is not JSON: {error}") from None
+
+
+def _finite(number: str) -> float:
+    """A number of JSON text. Python's parser would let NaN and infinities through."""
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {number:.40} is not finite")
+    return value
 
 
 def read_tensors(path: Path, form: str, what: str) -> tuple[dict[str, str], dict[str, Any]]:

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from a2mc_fast.config import from_dict
 from a2mc_fast.errors import InputError, require
 from a2mc_fast.files import read_json, write_json
+from a2mc_fast.typed import typed
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -122,7 +122,7 @@ def read(path: Path) -> Results:
         f"{path} is not a file of records: pytest bench -s --record FILE writes one",
     )
     records = tuple(_record(entry, f"{path}: record {n}") for n, entry in enumerate(content["records"]))
-    parts = tuple(from_dict(entry, Outcome, f"{path}: part") for entry in content.get("parts", []))
+    parts = tuple(typed(entry, Outcome, f"{path}: part") for entry in content.get("parts", []))
     return Results(
         machine=content["machine"], date=content.get("date", ""), note=content.get("note", ""),
         parts=parts, records=records,

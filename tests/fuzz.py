@@ -37,7 +37,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from a2mc_fast.config import Config, demo, from_dict, to_dict
+from a2mc_fast.config import Config, demo, to_dict
 from a2mc_fast.data import Clips
 from a2mc_fast.data.agcn import open_agcn
 from a2mc_fast.data.ctrgcn import open_ctrgcn
@@ -53,6 +53,7 @@ from a2mc_fast.errors import InputError
 from a2mc_fast.files import read_json, write_json
 from a2mc_fast.model import A2MC
 from a2mc_fast.run import checkpoint
+from a2mc_fast.typed import typed
 from tests.test_normalize import full_clip
 from tests.test_readers import (
     NTU_NAMES,
@@ -498,7 +499,9 @@ def target_of(reader: str, folder: Path) -> Target:
         "openpose": ready(frames_2d / "v_0_keypoints.json", in_json, lambda path: open_openpose(path.parent)),
         "csv": ready(folder / "hand.csv", damage_bytes, lambda path: open_table(path, "hand21")),
         "clips": Target(folder / "clips.safetensors", in_safetensors, Clips.load),
-        "config": Target(folder / "config.json", in_json, lambda path: from_dict(read_json(path))),
+        "config": Target(
+            folder / "config.json", in_json, lambda path: typed(read_json(path), Config, str(path))
+        ),
         "checkpoint": Target(folder / "checkpoint.safetensors", in_checkpoint, checkpoint.load),
     }
     return targets[reader]

@@ -26,7 +26,6 @@ from a2mc_fast.config import (
     RunConfig,
     demo,
     differences,
-    from_dict,
     preset,
     settings,
     to_dict,
@@ -39,6 +38,7 @@ from a2mc_fast.evaluation import settings as asked
 from a2mc_fast.plots import __main__ as plots
 from a2mc_fast.predict import Predict
 from a2mc_fast.trainer import Trainer
+from a2mc_fast.typed import typed
 from tests.conftest import SMALL
 from tests.test_train import tiny
 
@@ -80,7 +80,7 @@ def test_ablations() -> None:
 def test_every_preset_survives_json() -> None:
     assert len(PRESETS) == 8 * len(BASE_PRESETS)
     for config in PRESETS.values():
-        assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+        assert typed(json.loads(json.dumps(to_dict(config))), Config, "config") == config
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_every_preset_survives_json() -> None:
 )
 def test_damaged_json_is_named(content: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError) as error:
-        from_dict(content)
+        typed(content, Config, "config")
     assert words in str(error.value)
 
 

@@ -32,7 +32,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.torch import save_file
 
-from a2mc_fast.config import Config, demo, from_dict, to_dict
+from a2mc_fast.config import Config, demo, to_dict
 from a2mc_fast.data import Clips
 from a2mc_fast.data.agcn import open_agcn
 from a2mc_fast.data.ctrgcn import open_ctrgcn
@@ -49,6 +49,7 @@ from a2mc_fast.errors import InputError, one_line
 from a2mc_fast.files import read_json
 from a2mc_fast.prepare import main
 from a2mc_fast.ranks import join
+from a2mc_fast.typed import typed
 from tests import fuzz
 from tests.conftest import SMALL
 from tests.test_normalize import full_clip
@@ -598,7 +599,7 @@ def test_packed_clips_attack(
 def test_hostile_configuration(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text, encoding="utf-8")
     with bounded(len(text)), pytest.raises(InputError):
-        from_dict(read_json(tmp_path / "config.json"))
+        typed(read_json(tmp_path / "config.json"), Config, "config")
 
 
 def test_paths_that_are_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -778,10 +779,10 @@ def test_any_configuration_is_refused_or_comes_back(place: tuple[str, str], valu
     content = to_dict(Config())
     content[place[0]][place[1]] = value
     try:
-        config = from_dict(content)
+        config = typed(content, Config, "config")
     except InputError:
         return
-    assert from_dict(json.loads(json.dumps(to_dict(config), allow_nan=False))) == config
+    assert typed(json.loads(json.dumps(to_dict(config), allow_nan=False)), Config, "config") == config
 
 
 recordings = st.builds(

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
-import typing
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -183,39 +181,6 @@ def located(config: Config) -> Config:
 def to_dict(config: Any) -> dict[str, Any]:
     """JSON form of a configuration."""
     return dataclasses.asdict(config)
-
-
-def from_dict(content: dict[str, Any], kind: type = Config, where: str = "config") -> Any:
-    """Configuration from its JSON form. `InputError` names an unknown or ill-typed field."""
-    require(isinstance(content, dict), f"{where} must be an object, got {type(content).__name__}")
-    hints = typing.get_type_hints(kind)
-    unknown = sorted(set(content) - set(hints))
-    require(not unknown, f"{where} has unknown fields: {', '.join(unknown)}")
-    values = {name: _typed(content[name], hints[name], f"{where}.{name}") for name in content}
-    return kind(**values)
-
-
-_LARGEST = sys.float_info.max
-
-
-def _typed(value: Any, hint: Any, where: str) -> Any:
-    """`value` from JSON as the field's type."""
-    if dataclasses.is_dataclass(hint):
-        return from_dict(value, typing.cast(type, hint), where)
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        require(value in args, f"{where} must be one of {', '.join(map(str, args))}, got {value!r}")
-        return value
-    if origin is tuple:
-        require(isinstance(value, list | tuple), f"{where} must be a list, got {value!r}")
-        return tuple(_typed(item, args[0], where) for item in value)
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        # false for NaN too; JSON knows no infinity, but Python's parser reads it and numbers of any size
-        require(abs(value) <= _LARGEST, f"{where} must be a finite number, got {value!r:.40}")
-        return float(value)
-    matches = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
-    require(matches, f"{where} must be {hint.__name__}, got {value!r}")
-    return value
 
 
 def differences(old: Config, new: Config) -> list[str]:

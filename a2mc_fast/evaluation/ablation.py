@@ -5,7 +5,7 @@ shown in the paper's tables, or on several sets side by side. What is finished i
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from a2mc_fast.errors import require, tell
 from a2mc_fast.evaluation.results import evaluate
 from a2mc_fast.evaluation.rows import row_configs, study_table, tables
 from a2mc_fast.evaluation.settings import AnyEvaluation, Knn, Linear, LinearConfig
-from a2mc_fast.evaluation.tables import mean_and_std
-from a2mc_fast.files import read_json, sha256, write_json
+from a2mc_fast.evaluation.tables import mean_and_std, read_ended, read_result
+from a2mc_fast.files import sha256, write_json
 from a2mc_fast.run import checkpoint
 from a2mc_fast.run.folder import RUNS, holds_run, stored
 from a2mc_fast.run.machine import machine
@@ -118,7 +118,7 @@ def run_row(
         require(not changed, f"{folder} was trained on other data: choose another --run.out")
     else:
         pretrain(config, clips, resume=begun)
-    ended = read_json(folder / "result.json")
+    ended = read_ended(folder / "result.json")
     asked: dict[str, Any] = {"run": folder, "data": config.data, "device": config.run.device}
     knn = evaluated(Knn(**asked, untrained=untrained), config)
     trained = evaluated(Linear(**asked, untrained=untrained, **vars(linear)), config)
@@ -126,18 +126,18 @@ def run_row(
     return found | ({"untrained": _accuracies(knn["untrained"], trained["untrained"])} if untrained else {})
 
 
-def _accuracies(knn: dict[str, Any], linear: dict[str, Any]) -> dict[str, float]:
+def _accuracies(knn: Mapping[str, Any], linear: Mapping[str, Any]) -> dict[str, float]:
     """top1_knn, top1_linear_best and top1_linear_last, and those of test clips that are no copies."""
     found = {f"top1_knn{name[4:]}": value for name, value in knn.items() if name in ("top1", "top1_fresh")}
     names = ("top1_best", "top1_last", "top1_last_fresh")
     return found | {f"top1_linear{name[4:]}": linear[name] for name in names if name in linear}
 
 
-def evaluated(options: AnyEvaluation, config: Config) -> dict[str, Any]:
+def evaluated(options: AnyEvaluation, config: Config) -> Mapping[str, Any]:
     """The run's saved result if it was made from this checkpoint with these options, or a new one."""
     path = options.run / f"{options.protocol}.json"
     if path.exists():
-        saved = read_json(path)
+        saved = read_result(path)
         wanted = {
             "checkpoint_sha256": sha256(options.run / checkpoint.FILE),
             "data": config.data or "synthetic",

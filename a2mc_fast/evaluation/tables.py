@@ -1,20 +1,19 @@
-"""Results of protocols as JSON, and tables of them. A result is a dictionary; accuracies are in percent.
-
-`top1_best` and `top1_last` are the highest and the last test accuracy of a classifier's training, `top1` is
-that of a protocol without training, `fractions` holds one entry per share of labels. Nothing imports torch.
-"""
+"""Results of protocols as JSON, and tables of them. Accuracies are in percent. Nothing imports torch."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
-from a2mc_fast.errors import require
+from a2mc_fast.config.ranges import Range
+from a2mc_fast.errors import one_line, require
 from a2mc_fast.files import read_json
+from a2mc_fast.typed import typed
 
 FORMAT = "a2mc-evaluation/1"
+Percent = Annotated[float, Range("[0, 100]")]
 _COLUMNS = (
     "run",
     "protocol",
@@ -30,16 +29,87 @@ _COLUMNS = (
 _TEXT = 6  # columns that hold no number
 
 
-def read_results(path: Path) -> Iterator[dict[str, Any]]:
+class Accuracies(TypedDict):
+    """What a protocol measures."""
+
+    top1: NotRequired[Percent]
+    """That of a protocol without training."""
+    top1_best: NotRequired[Percent]
+    """The highest test accuracy of a classifier's training."""
+    top1_last: NotRequired[Percent]
+    top1_fresh: NotRequired[Percent]
+    """On test clips that equal no training clip."""
+    top1_last_fresh: NotRequired[Percent]
+    top1_macro: NotRequired[Percent]
+    """Mean over classes."""
+    top1_best_std: NotRequired[Percent]
+    top1_last_std: NotRequired[Percent]
+
+
+class Part(Accuracies):
+    """The result on a share of the labels."""
+
+    fraction: Annotated[float, Range("[0, 1]")]
+
+
+class Parts(Accuracies):
+    """A result, or one for each share of labels."""
+
+    fractions: NotRequired[list[Part]]
+
+
+class Result(Parts):
+    """What is read of a result's JSON."""
+
+    protocol: str
+    run: str
+    data: str
+    split: str
+    stream: str
+    encoder: str
+    preset: NotRequired[str]
+    steps: NotRequired[Annotated[int, Range("[0, 1e12]")]]
+    untrained: NotRequired[Parts]
+    class_names: NotRequired[list[str]]
+    confusion: NotRequired[list[list[int]]]
+    options: NotRequired[dict[str, Any]]
+    checkpoint_sha256: NotRequired[str]
+    config: NotRequired[dict[str, Any]]
+
+
+class Ended(TypedDict):
+    """What is read of a run's result.json."""
+
+    preset: str
+    steps: Annotated[int, Range("[1, 1e12]")]
+    seconds: Annotated[float, Range("[0, 1e12]")]
+    knn_top1: Percent | None
+    knn_top1_untrained: Percent | None
+
+
+def read_ended(path: Path) -> Ended:
+    """What a finished run says; `InputError` if the file does not."""
+    ended: Ended = typed(read_json(path), Ended, str(path))
+    return ended
+
+
+def read_result(path: Path) -> Result:
+    """The result in a JSON file; `InputError` if it is none."""
+    content = read_json(path)
+    require(_is_result(content), f"{path} is not the result of a protocol ({FORMAT})")
+    result: Result = typed(content, Result, str(path))
+    shares, before = result.get("fractions", []), result.get("untrained", {}).get("fractions", [])
+    require(len(before) in (0, len(shares)), f"{path}: the untrained encoder has other shares of labels")
+    return result
+
+
+def read_results(path: Path) -> Iterator[Result]:
     """The result in a file, or all in a folder in the order of their names. `InputError` if there is none."""
-    if not path.is_dir():
-        content = read_json(path)
-        require(_is_result(content), f"{path} is not the result of a protocol ({FORMAT})")
-        yield content
-        return
-    results = [content for file in sorted(path.glob("*.json")) if _is_result(content := read_json(file))]
-    require(bool(results), f"{path} holds no results: make one with python -m a2mc_fast.evaluate knn {path}")
-    yield from results
+    files = [path]
+    if path.is_dir():
+        files = [file for file in sorted(path.glob("*.json")) if _is_result(read_json(file))]
+    require(bool(files), f"{path} holds no results: make one with python -m a2mc_fast.evaluate knn {path}")
+    yield from map(read_result, files)
 
 
 def _is_result(content: Any) -> bool:
@@ -64,7 +134,7 @@ def accuracies(entries: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in entries.items() if name.startswith("top1")}
 
 
-def percent(numbers: dict[str, Any], *names: str) -> str:
+def percent(numbers: Mapping[str, Any], *names: str) -> str:
     """The first of these accuracies: "80.04", with "± 0.31" where there are several seeds; "" if none."""
     for name in names:
         if name in numbers:
@@ -73,7 +143,7 @@ def percent(numbers: dict[str, Any], *names: str) -> str:
     return ""
 
 
-def table(results: list[dict[str, Any]]) -> str:
+def table(results: Sequence[Mapping[str, Any]]) -> str:
     """One row per result and share of labels."""
     rows = [_COLUMNS, *(row for result in results for row in _rows(result))]
     if not any(row[-1] for row in rows[1:]):
@@ -81,8 +151,9 @@ def table(results: list[dict[str, Any]]) -> str:
     return align(rows, _TEXT)
 
 
-def align(rows: list[tuple[str, ...]], text: int) -> str:
+def align(rows: Sequence[tuple[str, ...]], text: int) -> str:
     """Rows as lines: the first `text` columns to the left, the others to the right."""
+    rows = [tuple(one_line(cell, 80) for cell in row) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join(
         "  ".join(
@@ -92,10 +163,10 @@ def align(rows: list[tuple[str, ...]], text: int) -> str:
     )
 
 
-def _rows(result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+def _rows(result: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     untrained = result.get("untrained", {})
     for number, part in enumerate(result.get("fractions", [result])):
-        before = untrained["fractions"][number] if "fractions" in untrained else untrained
+        before = untrained["fractions"][number] if untrained.get("fractions") else untrained
         yield (
             result["run"],
             result["protocol"] + (f" {100 * part['fraction']:g} %" if "fraction" in part else ""),

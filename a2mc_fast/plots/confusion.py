@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -15,7 +14,7 @@ from matplotlib.image import AxesImage
 from numpy.typing import NDArray
 
 from a2mc_fast.errors import InputError, require
-from a2mc_fast.files import read_json
+from a2mc_fast.evaluation.tables import read_result
 from a2mc_fast.plots.style import GREY, class_label, figure, shorten
 
 _MOST_RESULTS = 4
@@ -110,34 +109,19 @@ def read_confusion(path: Path) -> Confusion:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path} not found; make it with: python -m a2mc_fast.evaluate PROTOCOL RUN")
-    content: Any = read_json(path)
-    if not isinstance(content, dict) or "confusion" not in content:
-        raise InputError(
-            f"{path} holds no confusion matrix: give the JSON file of a classification by a2mc_fast.evaluate"
-        )
-    try:
-        counts = np.array(content["confusion"], np.float64)
-    except (TypeError, ValueError):
-        counts = np.empty(0)
+    result = read_result(path)
+    rows, names = result.get("confusion", []), tuple(result.get("class_names", ()))
     require(
-        counts.ndim == 2
-        and counts.shape[0] == counts.shape[1] > 0
-        and bool((counts >= 0).all() and np.isfinite(counts).all()),
+        bool(rows),
+        f"{path} holds no confusion matrix: give the JSON file of a classification by a2mc_fast.evaluate",
+    )
+    require(
+        all(len(row) == len(rows) and min(row) >= 0 and max(row) < 2**53 for row in rows),
         f"{path}: confusion must be a square list of rows of counts",
     )
-    listed = content.get("class_names") or []
-    require(
-        isinstance(listed, list) and len(listed) in (0, len(counts)),
-        f"{path}: class_names must be a list of no or {len(counts)} names",
-    )
-    names = tuple(map(str, listed))
-    return Confusion(counts=counts, names=names, title=_title(path, content))
-
-
-def _title(path: Path, content: dict[str, Any]) -> str:
-    """Run, protocol, split, and the accuracy that the matrix itself shows."""
-    counts = np.array(content["confusion"], np.float64)
+    require(len(names) in (0, len(rows)), f"{path}: class_names must be a list of no or {len(rows)} names")
+    counts = np.array(rows, np.float64)
     top1 = 100 * counts.trace() / max(counts.sum(), 1e-9)
-    run = Path(str(content.get("run") or path.stem)).name
-    what = " ".join(str(content[key]) for key in ("protocol", "split") if content.get(key))
-    return f"{shorten(run, 30)}: {what}\ntop-1 {top1:.1f} % of {counts.sum():.0f} clips"
+    title = f"{shorten(Path(result['run']).name, 30)}: {shorten(result['protocol'], 20)} "
+    title += f"{shorten(result['split'], 20)}\ntop-1 {top1:.1f} % of {counts.sum():.0f} clips"
+    return Confusion(counts=counts, names=names, title=title)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,11 +14,37 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from a2mc_fast.config.ranges import Count, Range
 from a2mc_fast.errors import InputError, require
-from a2mc_fast.files import read_json
+from a2mc_fast.evaluation.tables import read_ended
+from a2mc_fast.files import parse_json, read_bytes, read_json
 from a2mc_fast.plots.style import BLACK, BLUE, GREEN, GREY, LINES, VERMILION, figure, shorten
+from a2mc_fast.typed import typed
 
 Values = NDArray[np.float64]
+_Number = Annotated[float, Range("[-1e30, 1e30]")]
+
+
+class Record(TypedDict):
+    """What is drawn of a line of the log."""
+
+    step: Annotated[int, Range("[0, 1e12]")]
+    stage: NotRequired[str]
+    lr: NotRequired[_Number]
+    knn_top1: NotRequired[_Number]
+    loss: NotRequired[_Number]
+    loss_weak: NotRequired[_Number]
+    loss_strong: NotRequired[_Number]
+    loss_basic: NotRequired[_Number]
+
+
+class _Epochs(TypedDict):
+    epochs: Count
+
+
+class _Settings(TypedDict):
+    optim: _Epochs
+
 
 PARTS = {"loss": "L", "loss_weak": "L1 (weak)", "loss_strong": "L2 (strong)", "loss_basic": "L3 (basic)"}
 # colour, line style, width and order: where lines coincide, the upper ones let the lower ones show
@@ -29,7 +54,7 @@ _LOOKS: dict[str, tuple[str, Any, float, float]] = {
     "loss_strong": (GREEN, LINES[2], 1.6, 2.3),
     "loss_basic": (VERMILION, LINES[0], 1.1, 2.2),
 }
-_NUMBERS = (*PARTS, "lr", "knn_top1")  # what is drawn of a line of the log
+_LARGEST_LOG, _LONGEST_LINE = 1 << 30, 1 << 16  # bytes
 _MOST_RUNS = 4
 _SMOOTH = 60  # windows per run over which the bold line averages
 
@@ -65,29 +90,26 @@ def curves(runs: Sequence[Path]) -> Figure:
     return picture
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
+def read_metrics(run: Path) -> list[Record]:
     """The lines of a run's metrics file. A last line that a crash or a running job cut off is left out."""
     path = Path(run) / "metrics.jsonl"
     if not path.is_file():
         raise InputError(f"{path} not found: is {run} the folder of a run of a2mc_fast.train?")
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    records = []
+    lines = read_bytes(path, _LARGEST_LOG).splitlines()
+    records: list[Record] = []
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
-            record["step"] = int(record["step"])
-            for name in record.keys() & set(_NUMBERS):
-                record[name] = float(record[name])
-        except (ValueError, KeyError, TypeError):
+            require(len(line) <= _LONGEST_LINE, f"{len(line)} bytes")
+            records.append(typed(parse_json(line, "it"), Record, "it"))
+        except InputError as error:
             if number == len(lines):
                 break
-            raise InputError(f"{path}: line {number} is not a metrics record") from None
-        records.append(record)
+            raise InputError(f"{path}: line {number} is not a metrics record ({error})") from None
     require(any("loss" in record for record in records), f"{path} holds no logged step yet")
     return records
 
 
-def _losses(ax: Axes, steps: list[dict[str, Any]]) -> None:
+def _losses(ax: Axes, steps: list[Record]) -> None:
     """Every logged value pale, and a running mean within each stage on top."""
     at = np.array([record["step"] for record in steps])
     warming = np.array([record.get("stage") == "warm-up" for record in steps])
@@ -115,7 +137,7 @@ def running_mean(values: Values, window: int) -> Values:
     return (total / count)[first : first + len(values)]
 
 
-def _accuracy(ax: Axes, tested: list[dict[str, Any]]) -> None:
+def _accuracy(ax: Axes, tested: list[Record]) -> None:
     """Every evaluation; the first is the untrained encoder."""
     ax.grid(axis="y")
     if not tested:
@@ -137,7 +159,7 @@ def _accuracy(ax: Axes, tested: list[dict[str, Any]]) -> None:
     )  # fmt: skip
 
 
-def _stages(ax: Axes, steps: list[dict[str, Any]], *, name_them: bool, factors: bool) -> None:
+def _stages(ax: Axes, steps: list[Record], *, name_them: bool, factors: bool) -> None:
     """Shade the warm-up, and mark where the learning rate drops, where there is room with the factor."""
     end = max((r["step"] for r in steps if r.get("stage") == "warm-up"), default=0)
     if end:
@@ -160,15 +182,13 @@ def _stages(ax: Axes, steps: list[dict[str, Any]], *, name_them: bool, factors: 
             )  # fmt: skip
 
 
-def _epochs(ax: Axes, run: Path, steps: list[dict[str, Any]]) -> None:
+def _epochs(ax: Axes, run: Path, steps: list[Record]) -> None:
     """A second axis in epochs after the warm-up, once the run has ended and so tells their length."""
     settings, result = Path(run) / "config.json", Path(run) / "result.json"
     if not (settings.is_file() and result.is_file()):
         return
-    try:
-        epochs, total = read_json(settings)["optim"]["epochs"], read_json(result)["steps"]
-    except (KeyError, TypeError):
-        return
+    epochs: int = typed(read_json(settings), _Settings, str(settings))["optim"]["epochs"]
+    total = read_ended(result)["steps"]
     warmup = max((r["step"] for r in steps if r.get("stage") == "warm-up"), default=0)
     per_epoch = (total - warmup) / epochs
     if per_epoch > 0:

@@ -12,6 +12,8 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from a2mc_fast.errors import one_line
+
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 YELLOW, BLUE, VERMILION, PURPLE, GREY = "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#8C8C8C"
 
@@ -41,6 +43,7 @@ _RC: dict[Any, Any] = {
     "figure.constrained_layout.h_pad": 0.05,
     "figure.constrained_layout.w_pad": 0.05,
     "pdf.fonttype": 42,
+    "text.parse_math": False,  # a name may hold dollars
     "svg.hashsalt": "a2mc_fast",
     "savefig.dpi": 200,
 }
@@ -70,7 +73,8 @@ def figure(height: float, width: float = WIDTH) -> Figure:
 
 
 def shorten(text: str, most: int) -> str:
-    """The text, cut with an ellipsis beyond `most` letters."""
+    """The text, which may come from a file, in printable letters, and cut with an ellipsis beyond `most`."""
+    text = one_line(text, 500)
     return text if len(text) <= most else text[: most - 1].rstrip() + "…"
 
 

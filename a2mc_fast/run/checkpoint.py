@@ -16,26 +16,42 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict, TypeVar
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from a2mc_fast.config import Config, from_dict, to_dict
+from a2mc_fast.config import Config, to_dict
+from a2mc_fast.config.ranges import Count, Range
 from a2mc_fast.data.clips import Clips
 from a2mc_fast.encoders.branch import Branch
 from a2mc_fast.errors import InputError, os_reason, require
-from a2mc_fast.files import atomic_path, read_tensors
+from a2mc_fast.files import atomic_path, parse_json, read_tensors
 from a2mc_fast.model import A2MC
 from a2mc_fast.skeleton import Skeleton
+from a2mc_fast.typed import typed
 
 FORMAT = "a2mc-checkpoint/4"
 FILE = "checkpoint.safetensors"
 # a model may need this many elements beside those in its checkpoint: small tables that it makes anew
 _SPARE_ELEMENTS = 1 << 18
 Model = TypeVar("Model", A2MC, Branch)
+
+
+class Header(TypedDict):
+    """What the header says beside format and checksum."""
+
+    step: Annotated[int, Range("[0, 1e12]")]
+    config: Config
+    skeleton: Skeleton
+    persons: Count
+    classes: Count
+    data: str
+    progress: dict[str, Annotated[float, Range("[-1e12, 1e12]")]]
+    scaler: dict[str, int | float]
+    class_names: NotRequired[tuple[str, ...]]
 
 
 class State(NamedTuple):
@@ -267,19 +283,15 @@ def load(path: Path) -> Checkpoint:
         path = path / FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found: is this the folder of a run of a2mc_fast.train?")
-    try:
-        text, tensors = read_tensors(path, FORMAT, "a checkpoint")
-        require(
-            text.get("checksum") == _checksum(text, tensors),
-            f"{path} is damaged: its checksum is wrong; use an older one beside it, if there is one",
-        )
-        wrong = _not_finite(tensors)
-        require(not wrong, f"{path}: {wrong} is not finite")
-        return _parse(path, {k: _json(v) for k, v in text.items() if k != "checksum"}, tensors)
-    except InputError:
-        raise
-    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RuntimeError) as error:
-        raise InputError(f"{path} is not a complete checkpoint ({error!r})") from None
+    text, tensors = read_tensors(path, FORMAT, "a checkpoint")
+    require(
+        text.get("checksum") == _checksum(text, tensors),
+        f"{path} is damaged: its checksum is wrong; use an older one beside it, if there is one",
+    )
+    wrong = _not_finite(tensors)
+    require(not wrong, f"{path}: {wrong} is not finite")
+    header = {n: parse_json(text[n], f"{path}: {n}") for n in Header.__annotations__ if n in text}
+    return Checkpoint(path=path, tensors=tensors, **typed(header, Header, f"{path}: header"))
 
 
 def load_last_good(folder: Path) -> tuple[Checkpoint | None, str]:
@@ -300,56 +312,3 @@ def load_last_good(folder: Path) -> tuple[Checkpoint | None, str]:
             return found, f"{damaged}: using {path.name}, of step {found.step}" if damaged else ""
     require(not damaged, f"{damaged}, and {folder} holds no older one that is whole: start another run")
     return None, ""
-
-
-def _parse(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoint:
-    """The header's values, each of its type and in its range."""
-
-    def count(value: Any, name: str, least: int = 1) -> int:
-        require(type(value) is int and value >= least, f"{path}: {name} must be an integer >= {least}")
-        return int(value)
-
-    def numbers(name: str) -> dict[str, float]:
-        values = header[name]
-        require(
-            isinstance(values, dict) and all(type(v) in (int, float) for v in values.values()),
-            f"{path}: {name} must be numbers by name",
-        )
-        return dict(values)
-
-    require(isinstance(header["data"], str), f"{path}: data must be a text")
-    # JSON has lists where the skeleton has tuples
-    fields: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in header["skeleton"].items()
-    }
-    return Checkpoint(
-        path=path,
-        step=count(header["step"], "step", 0),
-        config=from_dict(header["config"], where=f"{path}: config"),
-        skeleton=Skeleton(**fields),
-        persons=count(header["persons"], "persons"),
-        classes=count(header["classes"], "classes"),
-        data=header["data"],
-        progress=numbers("progress"),
-        scaler=numbers("scaler"),
-        tensors=tensors,
-        class_names=_texts(header.get("class_names", [])),
-    )
-
-
-def _texts(value: Any) -> tuple[str, ...]:
-    if not (isinstance(value, list) and all(isinstance(text, str) for text in value)):
-        raise TypeError("class_names must be a list of strings")
-    return tuple(value)
-
-
-def _json(text: str) -> Any:
-    """JSON without the NaN and infinities that Python would let through."""
-
-    def finite(number: str) -> float:
-        value = float(number)
-        if not math.isfinite(value):
-            raise ValueError(f"the number {number} is not finite")
-        return value
-
-    return json.loads(text, parse_float=finite, parse_constant=finite)

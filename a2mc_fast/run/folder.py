@@ -13,10 +13,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from a2mc_fast.config import Config, differences, from_dict
+from a2mc_fast.config import Config, differences
 from a2mc_fast.errors import InputError, require, tell
 from a2mc_fast.files import read_json
 from a2mc_fast.run.checkpoint import FILE, Checkpoint, load_last_good
+from a2mc_fast.typed import typed
 
 RUNS = Path("runs")
 """Where runs go that are not told where."""
@@ -124,7 +125,7 @@ def _settings(path: Path) -> Config:
     content = read_json(path)
     if isinstance(content, dict):
         content.pop("machine", None)
-    config: Config = from_dict(content, where=str(path))
+    config: Config = typed(content, Config, str(path))
     return config
 
 

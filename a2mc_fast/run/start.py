@@ -54,6 +54,8 @@ def _pretrain(
     trainer = Trainer(config, clips, world)
     total, per_epoch, run = trainer.total_steps, trainer.steps_per_epoch, config.run
     if resumed:
+        told = {"loss", "seconds"} <= resumed.progress.keys()
+        require(told, f"{resumed.path} is not the checkpoint of a run: it tells neither loss nor seconds")
         trainer.restore(resumed)
         if world.share(resumed.step >= total and (folder / "result.json").exists()):
             if world.main:
@@ -92,7 +94,7 @@ def _pretrain(
             last = bool(asked) or log.step == total
             if last or log.due(run.checkpoint_every, per_epoch):
                 with log.paused():
-                    log.check(trainer, values)
+                    progress["loss"] = log.check(trainer, values)["loss"]
                     progress["seconds"] = log.seconds
                     state = trainer.state(log.step, progress)
                     if world.main:
