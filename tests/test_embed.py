@@ -218,8 +218,8 @@ def corrupted(generator: np.random.Generator) -> np.ndarray:
 
 def test_a_program_normalises_as_prepare_does(folder: Path) -> None:
     encoder, generator, refused = load_encoder(folder / "run"), np.random.default_rng(0), 0
-    for rotation, most in (("first frame", 300), ("first frame", 9), ("none", 300)):
-        skeleton = replace(SMALL, rotation=rotation, max_frames=most)
+    for rotation, most, center in (("first frame", 300, 1), ("first frame", 9, 3), ("none", 300, 3)):
+        skeleton = replace(SMALL, rotation=rotation, max_frames=most, center=center)
         encoder.skeleton = skeleton
         program = Program(encoder)
         for _ in range(100):

@@ -12,6 +12,7 @@ import torch
 
 import a2mc_fast
 from a2mc_fast.data import Clips
+from a2mc_fast.data.keypoints import as_joints
 from a2mc_fast.evaluate import main as evaluate
 from a2mc_fast.evaluation.inference import embed_clips, load_classifier
 from a2mc_fast.evaluation.prediction import windows
@@ -128,6 +129,20 @@ def test_a_window_slides_over_long_recordings(folder: Path, tmp_path: Path) -> N
     for row, (start, stop) in zip(found, spans):
         ((name, probability),) = a2mc_fast.classify_recording(classifier, long[start:stop], top=1)
         assert row["class_1"] == name and float(row["probability_1"]) == pytest.approx(probability, abs=1e-4)
+
+
+def test_keypoints_are_scaled_as_prepared_ones_are(folder: Path, tmp_path: Path) -> None:
+    points = 300 + 100 * recording(folder, 3)[..., :2]
+    sure = np.ones((*points.shape[:3], 1), np.float32)
+    sure[4, 1, 2] = 0.1
+    missing = np.where(sure < 0.3, 0, points)
+    np.savez(tmp_path / "a.npz", joints=missing)
+    np.savez(tmp_path / "b.npz", joints=np.concatenate((points, sure), 3), axes=["x", "y", "confidence"])
+    main([str(folder / "run"), str(tmp_path), str(tmp_path / "k.csv")])
+    a, b = rows(tmp_path / "k.csv")
+    assert {**a, "name": ""} == {**b, "name": ""}
+    said = a2mc_fast.classify_recording(a2mc_fast.load_classifier(folder / "run"), as_joints(missing), top=1)
+    assert said == [(a["class_1"], pytest.approx(float(a["probability_1"]), abs=1e-4))]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from a2mc_fast.augment import Views
 from a2mc_fast.data import Clips
+from a2mc_fast.data.keypoints import as_joints
 from a2mc_fast.data.normalize import usable
 from a2mc_fast.encoders.branch import Branch
 from a2mc_fast.errors import InputError, require
@@ -105,7 +106,8 @@ def embed_clips(encoder: ClipEncoder, clips: Clips) -> Tensor:
 def embed_recording(encoder: ClipEncoder, joints: np.ndarray | Tensor, *, normalize: bool = True) -> Tensor:
     """Feature of one recording as it comes from the sensor. joints [T, M, V, 3] metres -> [feature_dim]
 
-    Of more persons than the encoder knows the ones that spread most are kept, missing ones count as absent.
+    2-D keypoints [T, M, V, 2] are scaled as `prepare` does. Of more persons than the encoder knows the ones
+    that spread most are kept, missing ones count as absent.
     The recording is pre-normalised, unless `normalize` is off, cropped and resized like a clip of the packed
     file. `InputError` for another shape, for coordinates that are not finite, and for a recording without
     anybody.
@@ -132,6 +134,8 @@ def most_probable(classifier: ClipClassifier, clips: Clips, top: int) -> list[li
 def prepared(encoder: ClipEncoder, recording: np.ndarray | Tensor, *, normalize: bool = True) -> np.ndarray:
     """A recording [T, M, V, 3], as `embed_recording` takes it, cut, normalised, of the encoder's persons."""
     joints = np.asarray(recording, np.float32)
+    if joints.ndim == 4 and joints.shape[3] == 2:
+        joints = as_joints(joints)
     require(
         joints.ndim == 4 and joints.shape[2:] == (encoder.skeleton.num_joints, 3),
         f"a recording is joints [T, M, {encoder.skeleton.num_joints}, 3], got {list(joints.shape)}",

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from a2mc_fast.data import Clips
+from a2mc_fast.data.keypoints import as_joints
 from a2mc_fast.data.npy import Archive, map_npy
 from a2mc_fast.data.rules import MAX_LABEL
 from a2mc_fast.errors import InputError, require, tell
@@ -156,9 +157,10 @@ def _of_file(path: Path) -> Iterator[Raw]:
     )
     archive = Archive(path)
     with archive.rows("joints") as rows:
-        joints = _by_person(rows.all())
+        joints = rows.all()
+    confidence = "axes" in archive and archive.texts("axes", 3)[2:] == ["confidence"]
     if "lengths" not in archive:
-        yield Raw(name=path.stem, joints=joints)
+        yield Raw(name=path.stem, joints=_by_person(joints, confidence))
         return
     lengths = archive.array("lengths", "iu", ndim=1).tolist()
     require(
@@ -178,13 +180,14 @@ def _of_file(path: Path) -> Iterator[Raw]:
     first = 0
     for name, label, length in zip(names, labels, lengths):
         text = known[label] if 0 <= label < len(known) else f"class {label}" if label >= 0 else ""
-        yield Raw(name=name, joints=joints[first : first + length], label=text)
+        yield Raw(name=name, joints=_by_person(joints[first : first + length], confidence), label=text)
         first += length
 
 
-def _by_person(joints: np.ndarray) -> np.ndarray:
-    """Joints [T, M, V, 3], also where one person's came as [T, V, 3]."""
-    return joints[:, None] if joints.ndim == 3 else joints
+def _by_person(joints: np.ndarray, confidence: bool = False) -> np.ndarray:
+    """Joints [T, M, V, 3], also where one person's came as [T, V, 3]; 2-D keypoints in metres, too."""
+    joints = joints[:, None] if joints.ndim == 3 else joints
+    return as_joints(joints[..., :2], joints[..., 2]) if confidence else joints
 
 
 def _groups(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:

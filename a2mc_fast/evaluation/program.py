@@ -57,9 +57,14 @@ class Program(nn.Module):
         there = there.gather(0, cycle)
         joints = joints.gather(0, cycle.unsqueeze(3).expand_as(joints))
         there = there | self._counted_from(joints, there, kept)
-        has = there[:, 0, self.skeleton.center] & kept
+        # the centre, or the joint on the other side where it is never there
+        center = self.skeleton.center
+        sides = torch.tensor((center, self.skeleton.mirror[center]), device=joints.device)
+        found = (there[:, 0, sides] & kept.unsqueeze(1)).any(0)
+        center_joint = sides[(~found[0] & found[1]).long()].view(1)
+        has = there[:, 0].index_select(1, center_joint)[:, 0] & kept
         distance = (steps.unsqueeze(1) - steps).abs().float() + 1e9 * (~has).float()
-        origin = joints[:, 0, self.skeleton.center][distance.argmin(1)]
+        origin = joints[:, 0].index_select(1, center_joint)[:, 0][distance.argmin(1)]
         joints = (joints - origin.view(-1, 1, 1, 3)) * there.unsqueeze(3)
         if self.skeleton.rotation == "none":
             return joints
