@@ -36,6 +36,8 @@ class Config:
     """Packed clips (.safetensors) made by a2mc_fast.prepare; empty = the built-in synthetic set."""
     split: str = "xsub"
     """Protocol: its training clips are pretrained on, kNN tests on the others."""
+    init_from: str = ""
+    """Begin with the encoder of this run, checkpoint, or released CMD, ISC or PCM3 file; empty = random."""
     stream: Literal["joint", "motion", "bone"] = "joint"
     """What the encoder sees: coordinates, their differences in time, or bone vectors."""
     seed: Seed = 0
@@ -174,8 +176,9 @@ def preset(name: str) -> Config:
 
 
 def located(config: Config) -> Config:
-    """The same run, with a path of its data that holds in any folder."""
-    return replace(config, data=os.path.abspath(config.data)) if config.data else config
+    """The same run, with paths that hold in any folder."""
+    paths = {name: getattr(config, name) for name in ("data", "init_from")}
+    return replace(config, **{name: os.path.abspath(path) for name, path in paths.items() if path})
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ The docstring under a field is its help on the command line. Nothing here import
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -54,8 +55,9 @@ class ViewConfig:
 class EncoderConfig:
     """The backbone and its projection head."""
 
-    name: Literal["bigru", "stgcn", "dsta", "scd"] = "bigru"
-    """Backbone: BiGRU, ST-GCN, DSTA-Net (Transformer), or SCD-Net's GCN & Transformer."""
+    name: str = "bigru"
+    """Backbone: bigru, stgcn, dsta (DSTA-Net, a transformer), scd (SCD-Net's GCN & Transformer), or an own
+    one as MODULE:CLASS (encoders/README.md)."""
     projection: Count = 128
     """Width D of the contrasted features."""
     hidden: Count = 1024
@@ -82,6 +84,11 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         check_ranges(self, "encoder.")
         require(
+            self.name in _ENCODER_OPTIONS or re.fullmatch(r"[\w.]+:\w+", self.name) is not None,
+            f"encoder.name must be {', '.join(_ENCODER_OPTIONS)}, or MODULE:CLASS of an own one, "
+            f"got {self.name!r:.80}",
+        )
+        require(
             self.width % SCD_HEADS == 0,
             f"encoder.width {self.width} must be a multiple of SCD-Net's {SCD_HEADS} attention heads",
         )
@@ -93,7 +100,7 @@ class EncoderConfig:
     @property
     def options(self) -> dict[str, Any]:
         """What the chosen backbone reads of these fields, as its class takes it."""
-        return {name: getattr(self, name) for name in _ENCODER_OPTIONS[self.name]}
+        return {name: getattr(self, name) for name in _ENCODER_OPTIONS.get(self.name, ())}
 
 
 _ENCODER_OPTIONS = {

@@ -24,7 +24,7 @@ from a2mc_fast.data.normalize import usable
 from a2mc_fast.encoders.branch import Branch
 from a2mc_fast.errors import InputError, require
 from a2mc_fast.evaluation.protocols import encode
-from a2mc_fast.run import checkpoint
+from a2mc_fast.run import checkpoint, weights
 from a2mc_fast.run.checkpoint import Checkpoint
 
 
@@ -53,9 +53,10 @@ class ClipEncoder(nn.Module):
 def load_encoder(
     run: str | Path, *, untrained: bool = False, device: torch.device | str = "cpu"
 ) -> ClipEncoder:
-    """The query encoder of a run folder or checkpoint in eval mode, or as it was before training."""
-    loaded = checkpoint.load(Path(run))
-    return ClipEncoder(loaded.branch(device, untrained=untrained), loaded).requires_grad_(False).eval()
+    """The query encoder of a run, a checkpoint or a released file in eval mode, or as before training."""
+    loaded = weights.load(Path(run))
+    branch = weights.untrained(loaded, device) if untrained else loaded.branch(device)
+    return ClipEncoder(branch, loaded).requires_grad_(False).eval()
 
 
 class ClipClassifier(nn.Module):

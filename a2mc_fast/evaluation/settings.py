@@ -64,7 +64,7 @@ class LinearConfig(_Training):
     """Linear evaluation (the paper's sec. IV-B; CMD, ISC): SGD without weight decay."""
 
     lr: Annotated[float, Range("[0, 1000]")] = 0.0
-    """Learning rate; 0 = the encoder's: 0.1 for bigru and scd, 3 for stgcn and dsta."""
+    """Learning rate; 0 = the encoder's: 3 for stgcn and dsta, 0.1 for all others."""
     crop: Literal["random", "center"] = "random"
     """Training clips: `random` crops of 50 to 100 %, encoded anew every epoch, or the `center` crop, once."""
     cache: bool = True
@@ -76,7 +76,7 @@ class LinearConfig(_Training):
 
     def learning_rate(self, encoder: str) -> float:
         """The rate of the first epochs for an encoder of this name."""
-        return self.lr or _LINEAR_LR[encoder]
+        return self.lr or _LINEAR_LR.get(encoder, 0.1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from a2mc_fast.encoders.branch import Branch
 from a2mc_fast.errors import require, tell
 from a2mc_fast.evaluation.protocols import labelled
 from a2mc_fast.ranks import World
-from a2mc_fast.run import checkpoint
+from a2mc_fast.run import weights
 from a2mc_fast.run.checkpoint import Checkpoint
 from a2mc_fast.run.machine import pick_device
 from a2mc_fast.skeleton import Skeleton
@@ -45,7 +45,7 @@ class Opened:
 
     def untrained(self) -> Branch:
         """The same as they were before training."""
-        return self.saved.branch(self.clips.device, untrained=True)
+        return weights.untrained(self.saved, self.clips.device)
 
     def labelled(self, side: Literal["training", "test"]) -> Tensor:
         """Clip numbers of one side of the protocol that have a label. `InputError` if there are none."""
@@ -64,7 +64,7 @@ def read_run(
     run: Path, data: str, split: str, device: Literal["auto", "cpu", "cuda"]
 ) -> tuple[Checkpoint, Config]:
     """The first half of `open_run`, which several ranks need before they can meet."""
-    saved = checkpoint.load(run)
+    saved = weights.load(run)
     config = replace(
         saved.config,
         data=data or saved.config.data,

@@ -19,7 +19,7 @@ from a2mc_fast.data import Clips
 from a2mc_fast.errors import require, tell
 from a2mc_fast.files import write_json
 from a2mc_fast.ranks import World, join
-from a2mc_fast.run import checkpoint
+from a2mc_fast.run import checkpoint, weights
 from a2mc_fast.run.checkpoint import Checkpoint
 from a2mc_fast.run.folder import open_folder
 from a2mc_fast.run.log import QuietLog, RunLog
@@ -61,6 +61,8 @@ def _pretrain(
             if world.main:
                 tell(f"{folder} is finished after {resumed.step} steps: nothing to resume")
             return
+    elif config.init_from:
+        trainer.notes.append(weights.begin_with(trainer.model, config))
 
     with (
         stop_on_signal(say=world.main) as stop,

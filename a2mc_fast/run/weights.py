@@ -1,0 +1,116 @@
+"""Encoders from elsewhere: a run, a checkpoint, or a released file of the CMD, ISC or PCM3 code.
+
+A released file (`.pth.tar`) is a pickle of which only tensors and plain values are read; nothing in it is
+executed. It counts as the checkpoint of a run of the paper's BiGRU on NTU's joints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from a2mc_fast.config import Config, EncoderConfig, preset
+from a2mc_fast.encoders.bigru import BiGRU
+from a2mc_fast.encoders.branch import Branch
+from a2mc_fast.errors import InputError, first_line, require
+from a2mc_fast.model import A2MC
+from a2mc_fast.run import checkpoint
+from a2mc_fast.run.checkpoint import Checkpoint
+from a2mc_fast.skeleton import NTU25
+
+_RELEASED = (".tar", ".pth", ".pt")
+_FIRST = "encoder.gru.weight_ih_l0"
+_PERSONS = 2
+
+
+def load(path: Path) -> Checkpoint:
+    """A run's newest checkpoint, a checkpoint, or a released file as one. `InputError` if it is none."""
+    if path.suffix not in _RELEASED or path.is_dir():
+        return checkpoint.load(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} not found")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, AttributeError) as error:
+        raise InputError(f"{path} holds more than tensors, or is damaged ({first_line(error)})") from None
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{path} is not a state dict of tensors")
+    return _released(path, state)
+
+
+def _released(path: Path, state: dict[str, Tensor]) -> Checkpoint:
+    """The checkpoint that such a run would have left, without heads and banks."""
+    prefixes = [name.removesuffix(_FIRST) for name in state if name.endswith(_FIRST)]
+    query = [p for p in prefixes if not any(other in p for other in ("encoder_k", "motion", "bone"))]
+    require(len(query) == 1, f"{path} holds no query encoder of CMD, ISC or PCM3 (*{_FIRST})")
+    first = state[query[0] + _FIRST]
+    width = 3 * NTU25.num_joints * _PERSONS
+    require(
+        first.ndim == 2 and first.shape[1] == width,
+        f"{path}: its BiGRU reads {list(first.shape)[1:]} numbers a frame, not {width} of two persons with "
+        "25 joints each",
+    )
+    layers = sum(f"{query[0]}{_FIRST[:-1]}{layer}" in state for layer in range(len(state)))
+    encoder = EncoderConfig(
+        hidden=first.shape[0] // 3, layers=layers, input_norm=f"{query[0]}input_norm.weight" in state
+    )
+    try:
+        bigru = BiGRU(NTU25, persons=_PERSONS, **encoder.options)
+        bigru.load_reference(state)
+    except (InputError, RuntimeError) as error:
+        raise InputError(f"{path} is not whole: {first_line(error)}") from None
+    require(all(bool(t.isfinite().all()) for t in bigru.parameters()), f"{path}: a weight is not finite")
+    return Checkpoint(
+        path=path,
+        step=0,
+        config=dataclasses.replace(preset("ntu60-xsub"), preset="released", encoder=encoder),
+        skeleton=NTU25,
+        persons=_PERSONS,
+        classes=1,
+        data="",
+        progress={},
+        scaler={},
+        tensors={f"model.query.encoder.{name}": t for name, t in bigru.state_dict().items()},
+    )
+
+
+def begin_with(model: A2MC, config: Config) -> str:
+    """Start both encoders of a new run with that of `config.init_from`; heads and banks stay new.
+
+    Returns a sentence for the log. `InputError` for an encoder of another kind, width or skeleton.
+    """
+    source = load(Path(config.init_from))
+    _copy(source, model.query)
+    model.key.load_state_dict(model.query.state_dict())
+    return f"encoder from {source.path}, step {source.step}"
+
+
+def untrained(saved: Checkpoint, device: torch.device | str = "cpu") -> Branch:
+    """A run's query encoder as it was before training: random, or that of its `init_from`."""
+    branch = saved.branch(untrained=True)
+    if saved.config.init_from:
+        _copy(load(Path(saved.config.init_from)), branch)
+    return branch.to(device)
+
+
+def _copy(source: Checkpoint, target: Branch) -> None:
+    def described(config: EncoderConfig) -> str:
+        options = {"name": config.name, **config.options}
+        options.pop("pool", None)  # which has no weights
+        return ", ".join(f"{name} {value}" for name, value in options.items())
+
+    held, asked = described(source.config.encoder), described(target.config.encoder)
+    require(held == asked, f"{source.path} has {held}, but asked for is {asked}: set --encoder.* alike")
+    try:
+        target.encoder.load_state_dict(source.branch().encoder.state_dict())
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise InputError(
+            f"{source.path} is of {source.skeleton.num_joints} joints, {source.persons} persons and "
+            f"--views.frames {source.config.views.frames}, which this run's are not: {reason}"
+        ) from None
