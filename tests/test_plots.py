@@ -28,12 +28,13 @@ from a2mc_fast.plots import style
 from a2mc_fast.plots.__main__ import main
 from a2mc_fast.plots.attack import attack, attacked_stages, find_clip
 from a2mc_fast.plots.confusion import confusion
-from a2mc_fast.plots.curves import curves, read_metrics, running_mean
+from a2mc_fast.plots.curves import curves, running_mean
 from a2mc_fast.plots.neighbours import nearest, neighbours, spread_over_classes
 from a2mc_fast.plots.output import write_picture
 from a2mc_fast.plots.skeletons import LEFT, MIDDLE, RIGHT, draw_pose, draw_strip, even_frames, project, sides
 from a2mc_fast.plots.tsne import neighbour_agreement, tsne
 from a2mc_fast.run import checkpoint
+from a2mc_fast.run.metrics import read_metrics
 from a2mc_fast.run.opened import Opened, open_run
 from a2mc_fast.run.start import pretrain
 from a2mc_fast.skeleton import NTU25, Skeleton
@@ -220,6 +221,14 @@ def test_curves_count_epochs_after_the_warm_up(ntu_run: Path) -> None:
     assert axis.get_xlabel() == "epoch after the warm-up" and (at[0], at[-1]) == (0, 3)
     ends = axis._functions[0](np.array([6, steps]))  # type: ignore[attr-defined]
     np.testing.assert_allclose(ends, (0, 3))
+
+
+def test_curves_hatch_what_the_log_has_lost(tmp_path: Path) -> None:
+    lines = [line for line in logged() if not 12 < line["step"] <= 20]  # type: ignore[operator]
+    lines.insert(13, {"step": 20, "lost": 8})
+    losses = curves([write_log(tmp_path / "run", lines)]).axes[0]
+    (gap,) = [patch for patch in losses.patches if patch.get_label() == "lines lost"]
+    assert (gap.get_x(), gap.get_width()) == (12, 8)
 
 
 def test_a_term_that_is_switched_off_has_no_curve(tmp_path: Path) -> None:

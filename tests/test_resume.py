@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from a2mc_fast.data import Clips
 from a2mc_fast.errors import InputError
+from a2mc_fast.evaluate import main as evaluate
 from a2mc_fast.files import read_tensors, write_json
 from a2mc_fast.run import checkpoint, machine, saver
 from a2mc_fast.run import log as runlog
@@ -448,6 +449,57 @@ def test_metrics_wait_for_room(data: Path, tmp_path: Path, capsys: pytest.Captur
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["knn_top1"] for line in lines] == [1, 2, 3, 4]
     assert capsys.readouterr().out.count("its lines wait in memory") == 1
+
+
+@pytest.mark.parametrize("damage", ["gone", "shortened", "spoilt", "a pipe"])
+def test_metrics_that_are_lost_are_said_and_marked(
+    data: Path, whole: Path, finished: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    """Once, whoever resumes again; what was logged after the checkpoint is written again."""
+    (finished / FILE).unlink()  # that of step 24 is the newest
+    path = finished / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    early = sum(json.loads(line)["step"] <= 24 for line in lines)
+    left = {"gone": [], "shortened": lines[:5], "spoilt": [*lines[:5], b'{"step": 1e999}\n', *lines[6:]]}
+    path.unlink()
+    if damage == "a pipe":
+        os.mkfifo(path)
+        with pytest.raises(SystemExit):
+            main(["--resume", str(finished)])
+        assert f"{path} is not a file" in capsys.readouterr().err
+        return
+    if damage != "gone":
+        path.write_bytes(b"".join(left[damage]) + b"[" * 100_000)
+    missing = 1 if damage == "spoilt" else early - len(left[damage])
+    main(["--resume", str(finished)])
+    assert f"lacks {missing} of the lines up to step 24" in capsys.readouterr().out
+    marked = path.read_bytes().splitlines(keepends=True)
+    gap = [n for n, line in enumerate(marked) if b"lost" in line]
+    assert [json.loads(marked[n]) for n in gap] == [{"step": 24, "lost": missing}]
+    steps = [json.loads(line)["step"] for line in marked[gap[0] + 1 :]]
+    assert steps == [json.loads(line)["step"] for line in lines[early:]]
+    (finished / FILE).unlink()
+    main(["--resume", str(finished)])
+    assert "lacks" not in capsys.readouterr().out and load(finished).step == STEPS
+
+
+def test_threads_are_kept_or_said(
+    data: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their number alone is made up: on a busy machine more than it has would wait for one another."""
+    number = [1]
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: number.append(n))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: number[-1])
+    rewrite(finished / FILE, {}, progress={**load(finished).progress, "threads": 3})
+    main(["--resume", str(finished), "--run.threads", "0", "--optim.epochs", "7"])
+    assert number[-1] == 3 and "CPU threads" not in capsys.readouterr().out
+    main(["--resume", str(finished), "--run.threads", "2", "--optim.epochs", "8"])
+    assert "resumed after step 31, with 2 CPU threads instead of 3" in capsys.readouterr().out
+    # a machine with more cores made it
+    stored = json.loads((finished / "config.json").read_text())
+    stored.pop("machine")
+    rewrite(finished / FILE, {}, config={**stored, "run": {**stored["run"], "threads": 100_000}})
+    evaluate(["knn", str(finished)])
 
 
 # in the background

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,28 +14,15 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from a2mc_fast.config.ranges import Count, Range
-from a2mc_fast.errors import InputError, require
+from a2mc_fast.config.ranges import Count
+from a2mc_fast.errors import require
 from a2mc_fast.evaluation.tables import read_ended
-from a2mc_fast.files import parse_json, read_bytes, read_json
+from a2mc_fast.files import read_json
 from a2mc_fast.plots.style import BLACK, BLUE, GREEN, GREY, LINES, VERMILION, figure, shorten
+from a2mc_fast.run.metrics import Record, read_metrics
 from a2mc_fast.typed import typed
 
 Values = NDArray[np.float64]
-_Number = Annotated[float, Range("[-1e30, 1e30]")]
-
-
-class Record(TypedDict):
-    """What is drawn of a line of the log."""
-
-    step: Annotated[int, Range("[0, 1e12]")]
-    stage: NotRequired[str]
-    lr: NotRequired[_Number]
-    knn_top1: NotRequired[_Number]
-    loss: NotRequired[_Number]
-    loss_weak: NotRequired[_Number]
-    loss_strong: NotRequired[_Number]
-    loss_basic: NotRequired[_Number]
 
 
 class _Epochs(TypedDict):
@@ -54,7 +41,6 @@ _LOOKS: dict[str, tuple[str, Any, float, float]] = {
     "loss_strong": (GREEN, LINES[2], 1.6, 2.3),
     "loss_basic": (VERMILION, LINES[0], 1.1, 2.2),
 }
-_LARGEST_LOG, _LONGEST_LINE = 1 << 30, 1 << 16  # bytes
 _MOST_RUNS = 4
 _SMOOTH = 60  # windows per run over which the bold line averages
 
@@ -78,6 +64,7 @@ def curves(runs: Sequence[Path]) -> Figure:
         for ax in (loss, knn):
             _stages(ax, steps, name_them=ax is loss, factors=ax is loss and len(runs) <= 2)
             ax.set_xlim(0, log[-1]["step"])
+            _gaps(ax, log)
         _epochs(loss, run, steps)
         loss.set_title(shorten(run.absolute().name, 40), pad=8)
         knn.set_xlabel("training step")
@@ -88,25 +75,6 @@ def curves(runs: Sequence[Path]) -> Figure:
     handles, labels = grid[0][0].get_legend_handles_labels()
     picture.legend(handles, labels, loc="outside upper center", ncols=6 if len(runs) > 1 else 3)
     return picture
-
-
-def read_metrics(run: Path) -> list[Record]:
-    """The lines of a run's metrics file. A last line that a crash or a running job cut off is left out."""
-    path = Path(run) / "metrics.jsonl"
-    if not path.is_file():
-        raise InputError(f"{path} not found: is {run} the folder of a run of a2mc_fast.train?")
-    lines = read_bytes(path, _LARGEST_LOG).splitlines()
-    records: list[Record] = []
-    for number, line in enumerate(lines, 1):
-        try:
-            require(len(line) <= _LONGEST_LINE, f"{len(line)} bytes")
-            records.append(typed(parse_json(line, "it"), Record, "it"))
-        except InputError as error:
-            if number == len(lines):
-                break
-            raise InputError(f"{path}: line {number} is not a metrics record ({error})") from None
-    require(any("loss" in record for record in records), f"{path} holds no logged step yet")
-    return records
 
 
 def _losses(ax: Axes, steps: list[Record]) -> None:
@@ -180,6 +148,15 @@ def _stages(ax: Axes, steps: list[Record], *, name_them: bool, factors: bool) ->
                 textcoords="offset points", ha="left" if side > 0 else "right", va="top", fontsize=7,
                 color="#5A5A5A",
             )  # fmt: skip
+
+
+def _gaps(ax: Axes, log: list[Record]) -> None:
+    """Hatch where lines of the log are lost."""
+    at = [0, *(record["step"] for record in log)]
+    lost = [number for number, record in enumerate(log) if "lost" in record]
+    for number in lost:
+        label = "lines lost" if number == lost[0] else None
+        ax.axvspan(at[number], at[number + 1], fill=False, ec=GREY, lw=0, hatch="///", zorder=0, label=label)
 
 
 def _epochs(ax: Axes, run: Path, steps: list[Record]) -> None:

@@ -22,6 +22,7 @@ from a2mc_fast.errors import InputError, os_reason, require, tell
 from a2mc_fast.files import atomic_path, remove_leftovers, write_json
 from a2mc_fast.run.checkpoint import FILE, Checkpoint
 from a2mc_fast.run.machine import machine, peak_memory
+from a2mc_fast.run.metrics import lines_of, read_line
 
 if TYPE_CHECKING:
     from a2mc_fast.trainer import Trainer
@@ -49,7 +50,8 @@ class RunLog:
         self._metrics = folder / "metrics.jsonl"
         write_json(folder / "config.json", {**to_dict(config), "machine": machine()})
         (folder / "result.json").unlink(missing_ok=True)  # of a run that is prolonged
-        self._drop_metrics_after(resumed.step if resumed else -1)
+        self.lines = self._keep_metrics(resumed)
+        """Of the metrics file, from the run's beginning."""
         self._file = self._metrics.open("ab", buffering=0)
         self._unwritten = b""
         self._concerns: set[str] = set()  # each is said once
@@ -183,7 +185,7 @@ class RunLog:
         return {f"knn_top1{which}": knn_top1}
 
     def _write(self, record: dict[str, Any]) -> None:
-        waited = bool(self._unwritten)
+        waited, self.lines = bool(self._unwritten), self.lines + 1
         try:
             self._append(json.dumps(record).encode() + b"\n")
         except OSError as error:
@@ -221,15 +223,28 @@ class RunLog:
         if self._board is not None:
             self._board.close()
 
-    def _drop_metrics_after(self, step: int) -> None:
-        """Remove what was logged after the checkpoint: those steps are done again."""
-        if not self._metrics.exists():
-            return
-        content = self._metrics.read_bytes()
-        kept = b"".join(line for line in content.splitlines(keepends=True) if _step_of(line) <= step)
+    def _keep_metrics(self, resumed: Checkpoint | None) -> int:
+        """Remove what was logged after the checkpoint: those steps are done again. Returns the lines left.
+
+        Lines that the checkpoint knows and the file lacks are said, and marked by a line that counts them.
+        """
+        step = resumed.step if resumed else -1
+        content, kept, count = lines_of(self._metrics), [], 0
+        for line in content:
+            with suppress(InputError):
+                record = read_line(line)
+                if record["step"] <= step and line.endswith(b"\n"):
+                    kept.append(line)
+                    count += record.get("lost", 1)
+        lost = int(resumed.progress.get("lines", count)) - count if resumed else 0
+        if lost > 0:
+            tell(f"{self._metrics} lacks {lost} of the lines up to step {step}: a line there marks the gap")
+            kept.append(json.dumps({"step": step, "lost": lost}).encode() + b"\n")
+            count += lost
         if kept != content:
             with atomic_path(self._metrics) as temporary:
-                temporary.write_bytes(kept)
+                temporary.write_bytes(b"".join(kept))
+        return count
 
 
 def concerns(record: dict[str, Any]) -> list[str]:
@@ -257,7 +272,7 @@ class QuietLog(RunLog):
         self.folder, self.config, self.total_steps = folder, config, total_steps
         self.step = self._last_step = resumed.step if resumed else 0
         self._before = self._last_seconds = resumed.progress.get("seconds", 0.0) if resumed else 0.0
-        self._concerns = set()
+        self._concerns, self.lines = set(), 0
         self._bar = tqdm(disable=True)
         self._started = self._last_console = time.perf_counter()
 
@@ -271,14 +286,6 @@ class QuietLog(RunLog):
     def say(self, line: str) -> None: ...
 
     def __exit__(self, *error: object) -> None: ...
-
-
-def _step_of(line: bytes) -> float:
-    """Step of a metrics line; infinite for one cut off by a crash."""
-    try:
-        return int(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return math.inf
 
 
 def _tensorboard(folder: Path, step: int) -> Any:

@@ -7,6 +7,7 @@ import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -22,10 +23,9 @@ def pick_device(config: Config) -> torch.device:
     # cuBLAS reads it when it starts, and repeats its results to the bit only with workspaces of its own
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if config.run.threads:
-        most = 4 * (os.cpu_count() or 1)
         require(
-            config.run.threads <= most,
-            f"--run.threads {config.run.threads} is more than this machine can use: at most {most}",
+            config.run.threads <= most_threads(),
+            f"--run.threads {config.run.threads} is more than this machine can use: at most {most_threads()}",
         )
         torch.set_num_threads(config.run.threads)
     available = torch.cuda.is_available()
@@ -35,6 +35,25 @@ def pick_device(config: Config) -> torch.device:
         )
     set_arithmetic(config)
     return torch.device("cuda" if available and config.run.device != "cpu" else "cpu")
+
+
+def most_threads() -> int:
+    """How many may be asked for here."""
+    return 4 * (os.cpu_count() or 1)
+
+
+def keep_threads(config: Config, progress: Mapping[str, float]) -> str:
+    """Go on with as many CPU threads as a run had so far, unless others are asked for.
+
+    Returns what must be said where that is not so, since sums in another order have other last bits.
+    """
+    had = int(progress.get("threads", 0))
+    if not config.run.threads and 0 < had <= most_threads():
+        torch.set_num_threads(had)
+    now = torch.get_num_threads()
+    if had in (0, now) or (config.run.device != "cpu" and torch.cuda.is_available()):
+        return ""
+    return f", with {now} CPU threads instead of {had}: its last bits will differ from an uninterrupted run's"
 
 
 def machine() -> dict[str, str]:

@@ -20,7 +20,7 @@ from a2mc_fast.evaluation.protocols import labelled
 from a2mc_fast.ranks import World
 from a2mc_fast.run import weights
 from a2mc_fast.run.checkpoint import Checkpoint
-from a2mc_fast.run.machine import pick_device
+from a2mc_fast.run.machine import most_threads, pick_device
 from a2mc_fast.skeleton import Skeleton
 
 
@@ -65,11 +65,13 @@ def read_run(
 ) -> tuple[Checkpoint, Config]:
     """The first half of `open_run`, which several ranks need before they can meet."""
     saved = weights.load(run)
+    # of a larger machine
+    threads = saved.config.run.threads if saved.config.run.threads <= most_threads() else 0
     config = replace(
         saved.config,
         data=data or saved.config.data,
         split=split or saved.config.split,
-        run=replace(saved.config.run, device=device),
+        run=replace(saved.config.run, device=device, threads=threads),
     )
     return saved, config
 
@@ -81,7 +83,7 @@ def with_clips(saved: Checkpoint, config: Config, world: World) -> Opened:
     """
     clips, where = load_clips(config, world.device), config.data or "the built-in set"
     check_skeleton(saved.path, saved.skeleton, saved.persons, clips, where)
-    changed = differing(saved.data, clips.identity)
+    changed = differing(saved.data, clips.identity) if saved.data else []
     # another set may be asked for by name
     if changed and world.main and (config.data == saved.config.data or "lengths" not in changed):
         tell(

@@ -23,7 +23,7 @@ from a2mc_fast.run import checkpoint, weights
 from a2mc_fast.run.checkpoint import Checkpoint
 from a2mc_fast.run.folder import open_folder
 from a2mc_fast.run.log import QuietLog, RunLog
-from a2mc_fast.run.machine import machine, peak_memory, pick_device
+from a2mc_fast.run.machine import keep_threads, machine, peak_memory, pick_device
 from a2mc_fast.run.opened import load_clips
 from a2mc_fast.run.saver import Saver
 from a2mc_fast.run.signals import leave, stop_on_signal
@@ -49,6 +49,7 @@ def _pretrain(
     config: Config, clips: Clips | None, folder: Path, resumed: Checkpoint | None, world: World
 ) -> None:
     """One rank's run. All ranks take the same steps; rank 0 prints and writes."""
+    other = keep_threads(config, resumed.progress) if resumed and world.alone else ""
     torch.compiler.reset()  # torch compiles a function so many times and no more, earlier runs included
     clips = load_clips(config, world.device) if clips is None else clips.to(world.device)
     trainer = Trainer(config, clips, world)
@@ -80,7 +81,7 @@ def _pretrain(
                 log.say(note)
             if resumed:
                 progress = resumed.progress
-                log.say(f"resumed after step {resumed.step}")
+                log.say(f"resumed after step {resumed.step}{other}")
             else:
                 progress = log.accuracy(trainer.knn_accuracy(), "_untrained")
         for step in range(log.step, total):
@@ -97,7 +98,11 @@ def _pretrain(
             if last or log.due(run.checkpoint_every, per_epoch):
                 with log.paused():
                     progress["loss"] = log.check(trainer, values)["loss"]
-                    progress["seconds"] = log.seconds
+                    progress |= {
+                        "seconds": log.seconds,
+                        "lines": log.lines,
+                        "threads": torch.get_num_threads(),
+                    }
                     state = trainer.state(log.step, progress)
                     if world.main:
                         saver.save(state, last=last)
