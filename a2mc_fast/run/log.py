@@ -7,7 +7,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +44,8 @@ class RunLog:
         self.folder, self.config, self.total_steps = folder, config, total_steps
         self.step = self._last_step = resumed.step if resumed else 0
         self._before = self._last_seconds = resumed.progress.get("seconds", 0.0) if resumed else 0.0
+        self.watch: Callable[[dict[str, Any]], None] | None = None
+        """Who else hears of every metrics line."""
         self._board = _tensorboard(folder, self.step + 1) if config.run.tensorboard else None
         for name in (FILE, "config.json", "metrics.jsonl", "result.json", "fault.json"):
             remove_leftovers(folder / name)
@@ -191,6 +193,8 @@ class RunLog:
         except OSError as error:
             if not waited:
                 self.say(f"{self._metrics} cannot be written ({os_reason(error)}): its lines wait in memory")
+        if self.watch is not None:
+            self.watch(record)
         if self._board is not None:
             for name, value in record.items():
                 if isinstance(value, float):

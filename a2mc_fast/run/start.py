@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -29,24 +29,33 @@ from a2mc_fast.run.saver import Saver
 from a2mc_fast.run.signals import leave, stop_on_signal
 from a2mc_fast.trainer import Trainer
 
+Watch = Callable[[dict[str, Any]], None]
 
-def pretrain(config: Config, clips: Clips | None = None, *, resume: bool = False) -> Path:
+
+def pretrain(
+    config: Config, clips: Clips | None = None, *, resume: bool = False, watch: Watch | None = None
+) -> Path:
     """Pretrain as configured, on `clips` instead of `config.data` if they are given; returns the run folder.
 
-    Raises `InputError` for what the user can mend.
+    `watch` hears of every line of metrics.jsonl, on rank 0. Raises `InputError` for what the user can mend.
     """
     config = located(config)
     with (
         join(config, lambda: pick_device(config)) as world,
         _opened(config, resume, world) as (folder, resumed),
     ):
-        _pretrain(config, clips, folder, resumed, world)
+        _pretrain(config, clips, folder, resumed, world, watch)
     gc.collect()  # a captured step and what it captured refer to each other
     return folder
 
 
 def _pretrain(
-    config: Config, clips: Clips | None, folder: Path, resumed: Checkpoint | None, world: World
+    config: Config,
+    clips: Clips | None,
+    folder: Path,
+    resumed: Checkpoint | None,
+    world: World,
+    watch: Watch | None,
 ) -> None:
     """One rank's run. All ranks take the same steps; rank 0 prints and writes."""
     other = keep_threads(config, resumed.progress) if resumed and world.alone else ""
@@ -70,7 +79,7 @@ def _pretrain(
         (RunLog if world.main else QuietLog)(folder, config, total, resumed) as log,
         Saver(folder, resumed, keep_last=run.keep_last, before=log.sync, warn=log.say) as saver,
     ):
-        trainer.say = log.say
+        trainer.say, log.watch = log.say, watch
         with log.paused():
             ranks = "" if world.alone else f"{world.size} x "
             log.say(
