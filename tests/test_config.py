@@ -37,6 +37,7 @@ from a2mc_fast.errors import InputError
 from a2mc_fast.evaluation import settings as asked
 from a2mc_fast.plots import __main__ as plots
 from a2mc_fast.predict import Predict
+from a2mc_fast.run.log import QuietLog
 from a2mc_fast.trainer import Trainer
 from a2mc_fast.typed import typed
 from tests.conftest import SMALL
@@ -171,3 +172,12 @@ def test_a_run_at_the_ends_of_the_ranges_stays_finite(make_clips: Callable[..., 
         for step in range(3):
             values = trainer.step(step)
         assert int(trainer.fault) == -1 and all(math.isfinite(value) for value in values.values()), part
+
+
+def test_the_warm_up_foretells_its_own_end_alone() -> None:
+    config = preset("demo")
+    log = QuietLog(Path(), config, config.warmup_steps + 500, None)
+    log.step = config.warmup_steps - 100
+    assert log._left(rate=10.0) == "10 s of warm-up left"
+    log.step += 100
+    assert log._left(rate=10.0) == "50 s left"

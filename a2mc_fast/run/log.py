@@ -63,7 +63,7 @@ class RunLog:
             initial=self.step,
             unit="step",
             dynamic_ncols=True,
-            bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+            bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
             disable=None,  # off where there is no terminal
         )
         self._started = self._last_console = time.perf_counter()
@@ -110,7 +110,9 @@ class RunLog:
             if concern not in self._concerns:
                 self._concerns.add(concern)
                 self.say(f"step {self.step}/{self.total_steps}  {concern}")
-        self._bar.set_postfix_str(self._state(record), refresh=False)
+        # 80 columns hold this
+        short = f"loss {record['loss']:.3f}  {self._speed(record)}  {self._left(rate)}"
+        self._bar.set_postfix_str(short, refresh=False)
         quiet_for = time.perf_counter() - self._last_console
         if (self._bar.disable and quiet_for > _CONSOLE_EVERY) or self.step == self.total_steps:
             self._last_console = time.perf_counter()
@@ -160,20 +162,22 @@ class RunLog:
 
     def _console_line(self, record: dict[str, Any], rate: float) -> str:
         """Fixed order, with units."""
-        left = (self.total_steps - self.step) / rate
         return (
-            f"step {self.step}/{self.total_steps}  {record['stage']}  {self._state(record)}  "
-            f"{1e3 / rate:.0f} ms/step  {left:.0f} s left"
+            f"step {self.step}/{self.total_steps}  {record['stage']}  loss {record['loss']:.3f} "
+            f"(L1 {record['loss_weak']:.3f}, L2 {record['loss_strong']:.3f}, L3 {record['loss_basic']:.3f})  "
+            f"lr {record['lr']:.1e}  {self._speed(record)}  {1e3 / rate:.0f} ms/step  {self._left(rate)}"
         )
 
     @staticmethod
-    def _state(record: dict[str, Any]) -> str:
-        """Loss and its parts, learning rate, speed and memory."""
-        return (
-            f"loss {record['loss']:.3f} (L1 {record['loss_weak']:.3f}, L2 {record['loss_strong']:.3f}, "
-            f"L3 {record['loss_basic']:.3f})  lr {record['lr']:.1e}  "
-            f"{record['clips_per_second']:.0f} clips/s  {record['memory_bytes'] / 2**30:.2f} GiB"
-        )
+    def _speed(record: dict[str, Any]) -> str:
+        return f"{record['clips_per_second']:.0f} clips/s  {record['memory_bytes'] / 2**30:.2f} GiB"
+
+    def _left(self, rate: float) -> str:
+        """The time left at `rate` steps per second. A step of the method proper takes several of the warm-up,
+        which therefore foretells its own end alone."""
+        warmup = self.config.warmup_steps
+        end, what = (warmup, "of warm-up ") if self.step < warmup else (self.total_steps, "")
+        return f"{(end - self.step) / rate:.0f} s {what}left"
 
     def accuracy(self, knn_top1: float | None, which: str = "") -> dict[str, float]:
         """A metrics line and a console line of an evaluation, after `step` steps; nothing without labels.
