@@ -20,10 +20,9 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.numpy import save_file
 from torch import Tensor
 
-from a2mc_fast.data import rules
+from a2mc_fast.data import memory, rules
 from a2mc_fast.data.identity import differing, identity
 from a2mc_fast.errors import InputError, require
 from a2mc_fast.files import atomic_path, parse_json, read_tensors
@@ -105,7 +104,7 @@ class Clips:
         )
         _check_frames(where, frames, length, skeleton)
         clips = cls(
-            frames=frames.to(device).permute(0, 3, 2, 1).contiguous(),
+            frames=memory.placed(frames, torch.device(device), where),
             lengths=length.to(device),
             labels=label.to(device),
             skeleton=skeleton,
@@ -180,7 +179,6 @@ class Clips:
         """Write the packed file, whole or not at all."""
         vars(self).pop("identity", None)  # what is written is what counts
         tensors = {
-            "joints": np.ascontiguousarray(self.frames.permute(0, 3, 2, 1).cpu().numpy()),
             "lengths": self.lengths.cpu().numpy(),
             "labels": self.labels.cpu().numpy(),
             "parents": np.asarray(self.skeleton.parents, np.int64),
@@ -203,7 +201,7 @@ class Clips:
             "identity": self.identity,
         }
         with atomic_path(Path(path)) as temporary:
-            save_file(tensors, temporary, metadata=header)
+            memory.write(temporary, self.frames.permute(0, 3, 2, 1), tensors, header)
 
     def to(self, device: torch.device | str) -> Clips:
         """The same clips on another device; on this one, themselves."""
