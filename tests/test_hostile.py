@@ -46,6 +46,7 @@ from a2mc_fast.data.rules import MAX_PROTOCOLS, UnusableError
 from a2mc_fast.data.source import Recording, Source
 from a2mc_fast.data.unpickle import as_array, load_pickle
 from a2mc_fast.errors import InputError, one_line
+from a2mc_fast.evaluation.tables import read_results
 from a2mc_fast.files import read_json
 from a2mc_fast.prepare import main
 from a2mc_fast.ranks import join
@@ -533,6 +534,13 @@ def test_what_is_no_file_is_skipped_at_once(tmp_path: Path, kind: str) -> None:
 # -- attacks through packed clips and JSON
 
 
+RESULT = {
+    "format": "a2mc-evaluation/1",
+    "run": "r",
+    **dict.fromkeys(("protocol", "data", "split", "stream", "encoder"), "x"),
+}
+
+
 def packed_tensors(**changes: Any) -> dict[str, torch.Tensor]:
     made = {
         "joints": torch.ones(15, 1, 5, 3),
@@ -602,6 +610,44 @@ def test_hostile_configuration(tmp_path: Path, text: str) -> None:
         typed(read_json(tmp_path / "config.json"), Config, "config")
 
 
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"stream": None}, "stream must be str, got None"),
+        ({"top1": float("inf")}, "is not JSON: the number Infinity is not finite"),
+        ({"top1": 10**400}, "top1 must be a finite number"),
+        ({"top1": 100.5}, r"top1 must be in \[0, 100\], got 100.5"),
+        ({"top1": "50"}, "top1 must be float, got '50'"),
+        ({"fractions": [{"top1_last": 5.0}]}, "fractions has no fraction"),
+        ({"fractions": 3}, "fractions must be a list"),
+        ({"untrained": {"fractions": [{"fraction": 0.5}] * 2}}, "other shares of labels"),
+        ({"untrained": []}, "untrained must be an object"),
+        ({"confusion": [["1"]]}, "confusion must be int, got '1'"),
+        ({"class_names": [None]}, "class_names must be str"),
+        ({"config": []}, "config must be an object"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_hostile_result(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(RESULT))
+    assert [result["run"] for result in read_results(tmp_path)] == ["r"]
+    path.write_text(json.dumps({**RESULT, **changes}))
+    with bounded(path.stat().st_size), pytest.raises(InputError, match=sentence):
+        list(read_results(path))
+
+
+def test_what_is_no_file_is_no_json(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        with bounded(0), pytest.raises(InputError, match="is not a file"):
+            read_json(path)
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(1 << 40)
+    with bounded(1 << 20), pytest.raises(InputError, match="has more than 32 MiB"):
+        read_json(tmp_path / "large")
+
+
 def test_paths_that_are_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = os.fsdecode(os.fsencode(tmp_path) + b"/in\xff\x1b")
     Path(folder).mkdir()
@@ -632,13 +678,8 @@ def ascii_terminal(*command: str) -> bytes:
 
 
 def test_names_that_a_terminal_lacks(tmp_path: Path) -> None:
-    result = {
-        "format": "a2mc-evaluation/1",
-        "run": "r\xfcn\x1b[2J\x07",
-        "data": "\udcff",
-        "fractions": [{"fraction": 0.5, "top1_last": 50.0, "top1_last_std": 1.0}],
-        **dict.fromkeys(("protocol", "split", "stream", "encoder"), "x"),
-    }
+    shares = [{"fraction": 0.5, "top1_last": 50.0, "top1_last_std": 1.0}]
+    result = {**RESULT, "run": "r\xfcn\x1b[2J\x07", "data": "\udcff", "fractions": shares}
     (tmp_path / "r.json").write_text(json.dumps(result))
     told = ascii_terminal("evaluate", "compare", str(tmp_path / "r.json"))
     assert b"r\\xfcn\\x1b[2J\\x07" in told and b"50.00 \\xb1 1.00" in told and b"\\udcff" in told

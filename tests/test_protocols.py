@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from a2mc_fast import rng
@@ -27,12 +31,11 @@ from a2mc_fast.evaluation.protocols import (
     training_crops,
 )
 from a2mc_fast.evaluation.scores import (
+    About,
     Outcome,
     Scores,
     accuracy,
-    confusion_matrix,
     details,
-    per_class,
     weighted_sum,
 )
 from a2mc_fast.evaluation.settings import FinetuneConfig, LinearConfig, SemiConfig
@@ -372,22 +375,28 @@ def test_confusion_by_hand_and_by_scikit_learn() -> None:
     from sklearn.metrics import confusion_matrix as expected
 
     truth, predicted = torch.tensor([0, 0, 1, 3]), torch.tensor([0, 1, 1, 0])
-    matrix = confusion_matrix(predicted, truth, 4)
-    assert matrix.tolist() == [[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]]
-    assert per_class(matrix) == [50.0, 100.0, None, 0.0] and details(matrix)["top1_macro"] == 50.0
+    found = details(predicted, truth, 4)
+    assert found["confusion"] == [[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]]
+    assert found["per_class"] == [50.0, 100.0, None, 0.0] and found["top1_macro"] == 50.0
+    many = details(predicted, truth, 60_000)  # whose matrix would take 29 GB
+    assert "confusion" not in many and many["top1_macro"] == 50.0
     truth, predicted = torch.randint(0, 5, (200,)), torch.randint(0, 5, (200,))
-    matrix = confusion_matrix(predicted, truth, 5)
-    assert matrix.tolist() == expected(truth, predicted).tolist()
-    assert details(matrix)["top1_macro"] == pytest.approx(100 * balanced_accuracy_score(truth, predicted))
-    assert accuracy(predicted, truth) == pytest.approx(100 * matrix.diagonal().sum().item() / 200)
+    found = details(predicted, truth, 5)
+    assert found["confusion"] == expected(truth, predicted).tolist()
+    assert found["top1_macro"] == pytest.approx(100 * balanced_accuracy_score(truth, predicted))
+    assert accuracy(predicted, truth) == pytest.approx(np.trace(found["confusion"]) / 2)
 
 
 def test_scores_survive_the_file_and_add_up(tmp_path: Path) -> None:
-    about = {"run": "r", "data": "d", "split": "s"}
-    labels, clips = torch.randint(0, 3, (9,)), torch.arange(9) * 2
+    about = About(
+        protocol="linear", run="r", data="d", split="s", stream="joint", encoder="e", class_names=["x"] * 3,
+        identity="i",
+    )  # fmt: skip
+    labels, clips, names = torch.randint(0, 3, (9,)), torch.arange(9) * 2, tuple("abcdefghi")
     streams = []
     for name in "jmb":
-        made = Scores(scores=torch.randn(9, 3), labels=labels, clips=clips, about=about | {"run": name})
+        here = About(**{**about, "run": name})  # type: ignore[typeddict-item]
+        made = Scores(scores=torch.randn(9, 3), labels=labels, clips=clips, names=names, about=here)
         made.save(tmp_path / f"{name}.safetensors")
         streams.append(Scores.load(tmp_path / f"{name}.safetensors"))
         assert torch.equal(streams[-1].scores, made.scores) and streams[-1].about["run"] == name
@@ -402,9 +411,49 @@ def test_scores_survive_the_file_and_add_up(tmp_path: Path) -> None:
         replace(streams[1], clips=clips + 1),
         replace(streams[1], labels=(labels + 1) % 3),
         replace(streams[1], scores=torch.randn(9, 4)),
+        replace(streams[1], names=names[::-1]),
+        replace(streams[1], about={**streams[1].about, "identity": "j"}),
     ):
         with pytest.raises(ValueError, match="j and m were not tested on the same clips"):
             weighted_sum([streams[0], other], (1, 1))
+    with pytest.raises(ValueError, match="not finite: lower --weights"):
+        weighted_sum([replace(streams[0], scores=torch.full((9, 3), 3e38))] * 2, (1, 1))
     (tmp_path / "j.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"j\.safetensors is damaged"):
         Scores.load(tmp_path / "j.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"scores": torch.tensor([[0.0, torch.nan]])}, "a score is not finite"),
+        ({"scores": torch.tensor([[0.0, torch.inf]])}, "a score is not finite"),
+        ({"scores": torch.zeros(1, 2, dtype=torch.float64)}, "must be float32"),
+        ({"scores": torch.zeros(0, 2)}, r"\[0, 2\] scores"),
+        ({"scores": torch.zeros(1, 60_000)}, r"\[1, 60000\] scores, .* 2 classes"),
+        ({"labels": torch.tensor([60_000_000])}, "a label is not of its 2 classes"),
+        ({"labels": torch.tensor([-1])}, "a label is not of its 2 classes"),
+        ({"labels": torch.tensor([0, 1])}, r"\[2\] labels"),
+        ({"clips": torch.tensor([1.0])}, "must be float32"),
+        ({"names": '["a", "b"]'}, "2 names"),
+        ({"names": "[[]]"}, "names must be str"),
+        ({"names": "NaN"}, "names is not JSON"),
+        ({"stream": "sum"}, "stream must be one of joint, motion, bone, got 'sum'"),
+        ({"class_names": 2}, "class_names must be a list"),
+        ({"run": None}, "about.run must be str, got None"),
+    ],
+    ids=str,
+)
+def test_scores_that_lie_are_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    about = dict.fromkeys(("protocol", "run", "data", "split", "encoder", "identity"), "x")
+    tensors = {"scores": torch.zeros(1, 2), "labels": torch.tensor([1]), "clips": torch.tensor([7])}
+    whole = {"names": '["a"]', **about, "stream": "bone", "class_names": ["a", "b"], **tensors}
+    for changed in ({}, changes):
+        content = {**whole, **changed}
+        header = {"format": "a2mc-scores/2", "names": content.pop("names")}
+        tensors = {name: content.pop(name) for name in tensors}
+        save_file(tensors, tmp_path / "s", {**header, "about": json.dumps(content)})
+        if not changed:
+            assert len(Scores.load(tmp_path / "s").scores) == 1
+    with pytest.raises(ValueError, match=words):
+        Scores.load(tmp_path / "s")

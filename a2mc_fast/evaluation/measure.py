@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from a2mc_fast.evaluation.protocols import (
     nearest,
     vote,
 )
-from a2mc_fast.evaluation.scores import Outcome, accuracy, confusion_matrix, details
+from a2mc_fast.evaluation.scores import Outcome, accuracy, details
 from a2mc_fast.evaluation.settings import AnyEvaluation, Finetune, Knn, Linear, Semi
 from a2mc_fast.evaluation.tables import mean_and_std
 from a2mc_fast.files import atomic_path, write_json
@@ -82,10 +82,8 @@ def _knn(options: Knn, branch: Branch, run: Opened) -> Measured:
     train, test = train[known], test[asked]
     _, rows = nearest(gallery[known], queries[asked], options.k)
     predicted, truth = vote(clips.labels[train][rows]), clips.labels[test]
-    confusion = confusion_matrix(predicted, truth, clips.num_classes)
-    return Measured(
-        {"top1": accuracy(predicted, truth), **_fresh("top1", predicted, run), **details(confusion)}
-    )
+    shown = details(predicted, truth, clips.num_classes)
+    return Measured({"top1": accuracy(predicted, truth), **_fresh("top1", predicted, run), **shown})
 
 
 def _semi(options: Semi, branch: Branch, run: Opened) -> Measured:
@@ -94,14 +92,13 @@ def _semi(options: Semi, branch: Branch, run: Opened) -> Measured:
     for share, clips, outcomes in shares:
         runs = [{"top1_best": o.best, "top1_last": o.last} for o in outcomes]
         seeds = range(options.seed, options.seed + options.seeds)
-        confusion = torch.stack([_confusion(o, run) for o in outcomes]).sum(0)
         entries.append(
             {
                 "fraction": share,
                 "training_clips": clips,
                 **mean_and_std(runs),
                 "runs": [{"seed": seed, **one} for seed, one in zip(seeds, runs)],
-                **details(confusion),
+                **_details(outcomes, run),
             }
         )
     return Measured({"fractions": entries})
@@ -111,7 +108,7 @@ def _classified(outcome: Outcome, run: Opened) -> Measured:
     """The result of one trained classifier; confusion and classes are those of the last epoch."""
     entries = {"top1_best": outcome.best, "top1_last": outcome.last}
     fresh = _fresh("top1_last", outcome.predicted, run)
-    return Measured({**entries, **fresh, **details(_confusion(outcome, run))}, outcome)
+    return Measured({**entries, **fresh, **_details([outcome], run)}, outcome)
 
 
 def _fresh(name: str, predicted: Tensor, run: Opened) -> dict[str, Any]:
@@ -124,9 +121,9 @@ def _fresh(name: str, predicted: Tensor, run: Opened) -> dict[str, Any]:
     return {f"{name}_fresh": accuracy(predicted[fresh], truth[fresh]), "fresh_test_clips": int(fresh.sum())}
 
 
-def _confusion(outcome: Outcome, run: Opened) -> Tensor:
-    truth = run.clips.labels[run.labelled("test")]
-    return confusion_matrix(outcome.predicted, truth, run.clips.num_classes)
+def _details(outcomes: Sequence[Outcome], run: Opened) -> dict[str, Any]:
+    truth = run.clips.labels[run.labelled("test")].repeat(len(outcomes))
+    return details(torch.cat([o.predicted for o in outcomes]), truth, run.clips.num_classes)
 
 
 def _write_neighbours(path: Path, clips: Clips, queries: Tensor, found: Tensor, similarity: Tensor) -> None:

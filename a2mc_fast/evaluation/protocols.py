@@ -146,8 +146,8 @@ class LinearClassifier:
 
     def train_epoch(self, features: Tensor, labels: Tensor, *, batch_size: int, lr: float) -> None:
         """One pass over features [n, F + 1] and labels [n] in their order."""
-        targets = F.one_hot(labels, len(self.weight)).float()
-        for x, target in zip(features.split(batch_size), targets.split(batch_size)):
+        for x, label in zip(features.split(batch_size), labels.split(batch_size)):
+            target = F.one_hot(label, len(self.weight))
             error = self.scores(x).softmax(1).sub_(target)  # the gradient of cross-entropy by the logits
             torch.addmm(self.velocity, error.T, x, beta=self.momentum, alpha=1 / len(x), out=self.velocity)
             self.weight.sub_(self.velocity, alpha=lr)

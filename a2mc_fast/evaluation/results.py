@@ -14,7 +14,7 @@ from a2mc_fast.config import to_dict
 from a2mc_fast.errors import one_speaks, require, tell
 from a2mc_fast.evaluation.measure import measure
 from a2mc_fast.evaluation.protocols import class_names
-from a2mc_fast.evaluation.scores import Scores, accuracy, confusion_matrix, details, weighted_sum
+from a2mc_fast.evaluation.scores import About, Scores, accuracy, details, weighted_sum
 from a2mc_fast.evaluation.settings import AnyEvaluation, Ensemble, Knn
 from a2mc_fast.evaluation.tables import FORMAT, accuracies, table
 from a2mc_fast.files import sha256, write_json
@@ -43,7 +43,7 @@ def evaluate(options: AnyEvaluation) -> dict[str, Any]:
 
 def _evaluate(options: AnyEvaluation, run: Opened) -> dict[str, Any]:
     saved, config = run.saved, run.config
-    about = {
+    about: About = {
         "protocol": options.protocol,
         "run": str(options.run),
         "data": config.data or "synthetic",
@@ -51,6 +51,7 @@ def _evaluate(options: AnyEvaluation, run: Opened) -> dict[str, Any]:
         "stream": config.stream,
         "encoder": config.encoder.name,
         "class_names": class_names(run.clips),
+        "identity": run.clips.identity,
     }
     start = time.perf_counter()
     branch = run.trained()
@@ -78,8 +79,10 @@ def _evaluate(options: AnyEvaluation, run: Opened) -> dict[str, Any]:
     path = Path(options.out) if options.out else saved.path.parent / f"{options.protocol}.json"
     if outcome is not None:
         test = run.labelled("test")
-        kept = Scores(scores=outcome.scores, labels=run.clips.labels[test], clips=test, about=about)
-        kept.save(path.with_suffix(".scores.safetensors"))
+        names = tuple(run.clips.names[number] for number in test.tolist())
+        Scores(
+            scores=outcome.scores, labels=run.clips.labels[test], clips=test, names=names, about=about
+        ).save(path.with_suffix(".scores.safetensors"))
         # with its encoder, which fine-tuning has changed, so that the file is all that predict needs
         checkpoint.write(
             path.with_suffix(".classifier.safetensors"),
@@ -122,7 +125,7 @@ def ensemble(options: Ensemble) -> dict[str, Any]:
         "class_names": first["class_names"],
         "options": {"protocol": options.protocol, "weights": list(weights), "of": options.of},
         "top1": accuracy(scores.argmax(1), truth),
-        **details(confusion_matrix(scores.argmax(1), truth, scores.shape[1])),
+        **details(scores.argmax(1), truth, scores.shape[1]),
         "members": [{**s.about, "top1_last": accuracy(s.scores.argmax(1), s.labels)} for s in streams],
         **machine(),
     }

@@ -1,7 +1,8 @@
 """What a protocol leaves behind: accuracies, the confusion matrix, and the test clips' scores in a file.
 
-Scores are logits [n, classes] float32 of the test clips. Their safetensors file also holds the clips' labels
-and numbers, so that streams trained apart can be added up later (`weighted_sum`). Accuracies are in percent.
+Scores are logits [n, classes] float32 of the test clips. Their safetensors file also holds the clips' labels,
+numbers and names, and the identity of the data, so that streams trained apart can be added up later
+(`weighted_sum`). Accuracies are in percent.
 """
 
 from __future__ import annotations
@@ -10,17 +11,18 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from a2mc_fast.errors import InputError, require
-from a2mc_fast.files import atomic_path
+from a2mc_fast.errors import require
+from a2mc_fast.files import atomic_path, parse_json, read_tensors
+from a2mc_fast.typed import typed
 
-FORMAT = "a2mc-scores/1"
+FORMAT = "a2mc-scores/2"
+_MATRIX = 1000  # classes up to which a result holds the counts of every pair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,28 +74,36 @@ def accuracy(predicted: Tensor, labels: Tensor) -> float:
     return 100 * (predicted == labels).double().mean().item()
 
 
-def confusion_matrix(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Counts, row = true class, column = predicted class. [n], [n] -> int64 [classes, classes]"""
-    counts = torch.bincount(labels * classes + predicted, minlength=classes * classes)
-    return counts.view(classes, classes)
+def details(predicted: Tensor, labels: Tensor, classes: int) -> dict[str, Any]:
+    """What a result's JSON says beside its accuracy, of predicted [n] and labels [n].
+
+    Each class's accuracy in percent (None without test clips), their mean, and, up to a thousand classes, the
+    counts: row = true class, column = predicted class.
+    """
+    total = torch.bincount(labels, minlength=classes)
+    right = torch.bincount(labels[predicted == labels], minlength=classes)
+    share = 100 * right.double() / total.clamp_min(1)
+    per_class = [value if count else None for value, count in zip(share.tolist(), total.tolist())]
+    known = [value for value in per_class if value is not None]
+    found: dict[str, Any] = {"top1_macro": sum(known) / len(known), "per_class": per_class}
+    if classes <= _MATRIX:
+        counts = torch.bincount(labels * classes + predicted, minlength=classes * classes)
+        found["confusion"] = counts.view(classes, classes).tolist()
+    return found
 
 
-def per_class(confusion: Tensor) -> list[float | None]:
-    """Accuracy of each class in percent; None for a class without test clips."""
-    total = confusion.sum(1)
-    share = 100 * confusion.diagonal().double() / total.clamp_min(1)
-    return [value if count else None for value, count in zip(share.tolist(), total.tolist())]
+class About(TypedDict):
+    """Where scores come from."""
 
-
-def details(confusion: Tensor) -> dict[str, Any]:
-    """What a result's JSON says beside its accuracy: the mean over classes, each class, and the matrix."""
-    classes = per_class(confusion)
-    known = [value for value in classes if value is not None]
-    return {
-        "top1_macro": sum(known) / len(known),
-        "per_class": classes,
-        "confusion": confusion.tolist(),
-    }
+    protocol: str
+    run: str
+    data: str
+    split: str
+    stream: Literal["joint", "motion", "bone"]
+    encoder: str
+    class_names: list[str]
+    identity: str
+    """Of the data, as `Clips.identity` tells it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,34 +116,45 @@ class Scores:
     """[n] int64."""
     clips: Tensor
     """Numbers of the clips in their data file, [n] int64."""
-    about: dict[str, Any]
-    """JSON: protocol, run, data, split, stream, encoder, class_names."""
+    names: tuple[str, ...]
+    """Their names, [n]."""
+    about: About
 
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all."""
         tensors = {"scores": self.scores.float(), "labels": self.labels, "clips": self.clips}
-        header = {"format": FORMAT, "about": json.dumps(self.about)}
+        header = {"format": FORMAT, "names": json.dumps(self.names), "about": json.dumps(self.about)}
         with atomic_path(path) as temporary:
             save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, temporary, metadata=header)
 
     @classmethod
     def load(cls, path: Path) -> Scores:
-        """Read a file that `save` wrote; `InputError` says what is wrong with it."""
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                header = file.metadata() or {}
-                require(header.get("format") == FORMAT, f"{path} is not a file of scores ({FORMAT})")
-                scores, labels, clips = (file.get_tensor(name) for name in ("scores", "labels", "clips"))
-            about = json.loads(header["about"])
-        except SafetensorError as error:
-            raise InputError(f"{path} is damaged or not a safetensors file ({error})") from None
-        except (KeyError, json.JSONDecodeError) as error:
-            raise InputError(f"{path} is not a complete file of scores ({error!r})") from None
+        """Read the file. `InputError` says what is wrong with it."""
+        header, tensors = read_tensors(path, FORMAT, "a file of scores")
+        missing = {"scores", "labels", "clips", "names", "about"} - {*header, *tensors}
+        require(not missing, f"{path} has no {', '.join(sorted(missing))}")
+        about: About = typed(parse_json(header["about"], f"{path}: about"), About, f"{path}: about")
+        names = typed(parse_json(header["names"], f"{path}: names"), tuple[str, ...], f"{path}: names")
+        scores, labels, clips = (tensors[name] for name in ("scores", "labels", "clips"))
         require(
-            scores.ndim == 2 and labels.shape == clips.shape == scores.shape[:1],
-            f"{path}: {list(scores.shape)} scores, {list(labels.shape)} labels, {list(clips.shape)} clips",
+            scores.ndim == 2
+            and labels.shape == clips.shape == scores.shape[:1] == (len(names),)
+            and scores.shape[1] == len(about["class_names"])
+            and scores.numel() > 0,
+            f"{path}: {list(scores.shape)} scores, {list(labels.shape)} labels, {list(clips.shape)} clips, "
+            f"{len(names)} names, {len(about['class_names'])} classes",
         )
-        return cls(scores=scores, labels=labels, clips=clips, about=about)
+        kinds = (scores.dtype, labels.dtype, clips.dtype)
+        require(
+            kinds == (torch.float32, torch.int64, torch.int64),
+            f"{path}: scores, labels and clips must be float32, int64 and int64, got {kinds}",
+        )
+        require(bool(scores.isfinite().all()), f"{path}: a score is not finite")
+        require(
+            int(labels.min()) >= 0 and int(labels.max()) < scores.shape[1],
+            f"{path}: a label is not of its {scores.shape[1]} classes",
+        )
+        return cls(scores=scores, labels=labels, clips=clips, names=names, about=about)
 
 
 def weighted_sum(
@@ -149,6 +170,8 @@ def weighted_sum(
     for other in streams[1:]:
         same = (
             other.scores.shape == first.scores.shape
+            and other.about["identity"] == first.about["identity"]
+            and other.names == first.names
             and torch.equal(other.clips, first.clips)
             and torch.equal(other.labels, first.labels)
         )
@@ -158,7 +181,9 @@ def weighted_sum(
             f"({_tested(first)}; {_tested(other)}): evaluate both on one --data and --split",
         )
     parts = [s.scores.softmax(1) if of == "softmax" else s.scores for s in streams]
-    return torch.stack([weight * part for weight, part in zip(weights, parts)]).sum(0)
+    total = torch.stack([weight * part for weight, part in zip(weights, parts)]).sum(0)
+    require(bool(total.isfinite().all()), "the sum of these scores is not finite: lower --weights")
+    return total
 
 
 def _tested(s: Scores) -> str:
