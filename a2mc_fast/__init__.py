@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     )
     from a2mc_fast.run.start import pretrain
 
+if os.name == "nt":
+    raise SystemExit("error: a2mc_fast needs Linux or macOS (it locks files): on Windows, run it in WSL")
 if not os.path.isdir(os.path.join(__path__[0], "kernels")):
     __path__.append(os.path.dirname(__path__[0]))  # in a clone the kernels lie beside this folder
 

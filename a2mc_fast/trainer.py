@@ -27,7 +27,7 @@ from a2mc_fast.data.identity import differing
 from a2mc_fast.encoders.bigru import BiGRU
 from a2mc_fast.encoders.branch import set_arithmetic
 from a2mc_fast.encoders.common import weights_held
-from a2mc_fast.encoders.recurrence import Recurrence, choose_recurrence
+from a2mc_fast.encoders.recurrence import Recurrence, choose_recurrence, no_triton, require_kernels
 from a2mc_fast.errors import require
 from a2mc_fast.evaluation.protocols import knn_accuracy
 from a2mc_fast.losses import Losses
@@ -49,6 +49,11 @@ class Trainer:
         )
         self.train_index, self.test_index = clips.split(config.split)
         self.steps_per_epoch = len(self.train_index) // config.optim.batch_size
+        require(
+            len(self.train_index) > 1,
+            f"protocol {config.split!r} has {len(self.train_index)} training clips: choose another with "
+            "--split, or prepare the data with one",
+        )
         require(
             self.steps_per_epoch > 0,
             f"protocol {config.split!r} has {len(self.train_index)} training clips, fewer than one batch: "
@@ -363,18 +368,14 @@ def choose_backend(model: A2MC, device: torch.device) -> tuple[Literal["triton",
     `auto` takes the Triton kernels on a GPU, once they have agreed with float64 there.
     """
     config = model.config
-    if config.run.backend == "triton" and device.type != "cuda":
-        from a2mc_fast.kernels.common import INTERPRET
-
-        require(
-            INTERPRET,
-            "--run.backend triton needs a GPU: use --run.backend auto or torch (Triton's interpreter, with "
-            "TRITON_INTERPRET=1, is for tests)",
-        )
+    if config.run.backend == "triton":
+        require_kernels("--run.backend triton", "use --run.backend auto or torch", device)
     if config.run.backend != "auto":
         return config.run.backend, ""
     if device.type != "cuda" or not config.fits_kernels:
         return "torch", ""
+    if no_triton():
+        return "torch", "loss and bank in plain torch, because triton is not installed"
     from a2mc_fast.kernels.verify import mismatch
 
     reason = mismatch(device, config.encoder.projection, model.settings, model.ascent)

@@ -33,6 +33,12 @@ def test_the_package_lists_its_commands_without_torch() -> None:
     assert [line.split()[2] for line in done.stdout.splitlines()[:-1]] == [f"a2mc_fast.{n}" for n in COMMANDS]
 
 
+def test_windows_is_refused_in_one_line() -> None:
+    code = "import os; os.name = 'nt'; import a2mc_fast"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "WSL" in done.stderr
+
+
 RUN = """
 import os, runpy, site, sys
 site.addsitedir(sys.argv[1])

@@ -229,12 +229,30 @@ def refused(main: Callable[[list[str]], None], args: list[str], capsys: pytest.C
     return said.err
 
 
+def test_without_triton_everything_runs_but_what_asks_for_it(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    pretrain(tiny(data, tmp_path / "run", epochs=1))
+    capsys.readouterr()
+    for flag in ("--run.backend triton", "--encoder.recurrence fused"):
+        args = ["demo", *FAST, "--data", str(data), "--run.out", str(tmp_path / "other"), *flag.split()]
+        error = refused(train_main, args, capsys)
+        assert f"{flag} needs triton, which is not installed" in error and error.count("\n") == 1
+
+
 def test_bad_input_is_one_sentence(trained: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, folder = ["demo", *FAST], trained.parent
     clips = Clips.load(data)
     clips.splits = {}
     clips.save(folder / "no-split.safetensors")
+    clips.splits = {"xsub": torch.zeros(len(clips), dtype=torch.bool)}
+    clips.save(folder / "no-training.safetensors")
     cases = [
+        (
+            [*run, "--data", str(folder / "no-training.safetensors")],
+            "protocol 'xsub' has 0 training clips: choose another with --split",
+        ),
         (["nothing"], "unknown preset 'nothing'"),
         (
             ["ntu60-xsub"],

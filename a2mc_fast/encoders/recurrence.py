@@ -6,6 +6,7 @@ does with them: the key's pass, the attack's with the gradient of its input, the
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Literal
 
@@ -21,6 +22,25 @@ Recurrence = Literal["torch", "fused", "resident"]
 _ROUNDS = 5
 
 
+def no_triton() -> bool:
+    """Whether Triton is missing, which builds of torch for GPUs bring."""
+    return importlib.util.find_spec("triton") is None
+
+
+def require_kernels(flag: str, otherwise: str, device: torch.device) -> None:
+    """`InputError` where the Triton kernels that a flag asks for cannot run."""
+    require(
+        not no_triton(), f"{flag} needs triton, which is not installed: pip install triton, or {otherwise}"
+    )
+    if device.type != "cuda":
+        from a2mc_fast.kernels.common import INTERPRET
+
+        require(
+            INTERPRET,
+            f"{flag} needs a GPU: {otherwise} (Triton's interpreter, with TRITON_INTERPRET=1, is for tests)",
+        )
+
+
 def choose_recurrence(
     config: Config, encoder: Encoder, device: torch.device, clips: int
 ) -> tuple[Recurrence, str]:
@@ -30,17 +50,11 @@ def choose_recurrence(
     so many `clips` of a batch on this device.
     """
     asked = config.encoder.recurrence
-    if asked in ("fused", "resident") and device.type != "cuda":
-        from a2mc_fast.kernels.common import INTERPRET
-
-        require(
-            INTERPRET,
-            f"--encoder.recurrence {asked} needs a GPU: leave it at auto (Triton's interpreter, with "
-            "TRITON_INTERPRET=1, is for tests)",
-        )
+    if asked in ("fused", "resident"):
+        require_kernels(f"--encoder.recurrence {asked}", "leave it at auto", device)
     if asked != "auto":
         return ("torch" if asked == "cudnn" else asked), ""
-    if device.type != "cuda" or not isinstance(encoder, BiGRU):
+    if device.type != "cuda" or not isinstance(encoder, BiGRU) or no_triton():
         return "torch", ""
     from a2mc_fast.kernels.verify import recurrence_mismatch
 
