@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg, subcommand
 
+from a2mc_fast.config.ranges import Count, Range, Share, check_ranges
 from a2mc_fast.errors import exit_on_error, one_line
 
 _LONGEST_COMMAND = 10_000  # characters
@@ -35,15 +36,15 @@ class Reading:
     """The packed file to write, e.g. ntu60.safetensors."""
     overwrite: bool = False
     """Replace OUTPUT if it exists."""
-    workers: int = 0
+    workers: Annotated[int, Range("[0, 1000]")] = 0
     """Processes that read; 0 for one per core."""
-    max_frames: int = 300
+    max_frames: Count = 300
     """Longer clips are cut to this many frames."""
-    persons: int = 0
+    persons: Annotated[int, Range("[0, 64]")] = 0
     """Persons of every clip: of more those that move most are kept; 0 for as many as the source has."""
-    scale: float = 1.0
+    scale: Annotated[float, Range("[1e-9, 1e9]")] = 1.0
     """Coordinates times this are metres: 0.001 for millimetres."""
-    confidence: float = 0.3
+    confidence: Share = 0.3
     """Joints below it, of those that have one, are missing."""
     nan_is_missing: bool = False
     """A joint that is not a number is missing, instead of losing its clip."""
@@ -188,6 +189,7 @@ def prepare(wanted: Reading | Synthetic, command: str = "") -> None:
     from a2mc_fast.data import preparation
     from a2mc_fast.data.pack import Handling
 
+    check_ranges(wanted)
     started = time.perf_counter()
     preparation.check_output(wanted.output, overwrite=wanted.overwrite)
     if isinstance(wanted, Synthetic):

@@ -263,11 +263,11 @@ def test_missing_or_foreign_input_writes_nothing(
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (("--workers", -1), "--workers must not be negative"),
-        (("--max-frames", 0), "--max-frames must be"),
-        (("--scale", 0), "--scale must be a positive number"),
-        (("--scale", "nan"), "--scale must be a positive number"),
-        (("--scale", "inf"), "--scale must be a positive number"),
+        (("--workers", -1), "workers must be in [0, 1000], got -1"),
+        (("--max-frames", 0), "max_frames must be in [1, 1e6], got 0"),
+        (("--persons", 65), "persons must be in [0, 64], got 65"),
+        (("--scale", "nan"), "scale must be in [1e-9, 1e9], got nan"),
+        (("--confidence", 1.5), "confidence must be in [0, 1], got 1.5"),
     ],
 )
 def test_flags_out_of_range(

@@ -27,6 +27,8 @@ def as_joints(points: np.ndarray, confidence: np.ndarray | None = None, least: f
     What is not a number or exactly (0, 0) was not detected either. `UnusableError` where no frame has a body.
     """
     points = np.array(points, np.float32)
+    if not points.size:
+        raise UnusableError("no frames")
     seen = points.any(-1) & ~np.isnan(points).any(-1)
     if confidence is not None:
         seen &= confidence >= least  # false for what is not a number

@@ -200,7 +200,7 @@ class _Work:
     def _metres(self, recording: Recording) -> tuple[np.ndarray, dict[str, int]]:
         """Joints [T, M, V, 3] in metres, and what is to be said of them."""
         joints = np.asarray(recording.joints, np.float32)
-        if joints.shape[-1] == 2 and joints.size:
+        if joints.shape[-1] == 2:
             joints = as_joints(joints, recording.confidence, self.handling.confidence)
         elif recording.confidence is not None:
             joints = np.where(

@@ -5,7 +5,6 @@ A recording that cannot be used is skipped and named in the report (the output w
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections import Counter
@@ -28,7 +27,6 @@ _NO_SPLIT = (
     "no split says which clips are for training: the set can be embedded, but not trained on; give one (npz: "
     "split_NAME, pyskl: 'split', openpose and csv: folders called train and val)"
 )
-_MOST_PERSONS = 64
 _NO_FAULT: tuple[Reason, ...] = ("excluded by the list", "listed twice")  # says nothing against the rest
 
 
@@ -70,15 +68,6 @@ class Choices:
     rotation: Rotation
     allow_skipped: bool
     """Whether a set of which most recordings are skipped may be packed."""
-
-    def __post_init__(self) -> None:
-        require(self.workers >= 0, f"--workers must not be negative, got {self.workers}")
-        require(self.max_frames >= 1, f"--max-frames must be at least 1, got {self.max_frames}")
-        scale, persons = self.handling.scale, self.handling.persons
-        require(0 < scale < math.inf, f"--scale must be a positive number, got {scale}")
-        require(0 <= persons <= _MOST_PERSONS, f"--persons must be 1 to {_MOST_PERSONS}, got {persons}")
-        confidence = self.handling.confidence
-        require(0 <= confidence <= 1, f"--confidence must lie within 0 and 1, got {confidence}")
 
 
 def pack_source(source: Source, where: Path, output: Path, choices: Choices, command: str) -> Packed:
