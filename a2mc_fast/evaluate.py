@@ -12,17 +12,9 @@ from typing import Annotated
 import tyro
 from tyro.conf import subcommand
 
-from a2mc_fast.errors import exit_on_error, one_speaks, require, tell
+from a2mc_fast.errors import exit_on_error, one_speaks
+from a2mc_fast.evaluation.comparison import compare
 from a2mc_fast.evaluation.settings import Compare, Ensemble, Finetune, Knn, Linear, Semi, Transfer
-from a2mc_fast.evaluation.tables import read_results, table
-
-
-def compare(options: Compare) -> None:
-    """Print one table of saved results."""
-    require(
-        len(options.results) >= 1, "compare needs at least one result: a JSON file or the folder of a run"
-    )
-    tell(table([result for path in options.results for result in read_results(path)]))
 
 
 def main(args: list[str] | None = None) -> None:
@@ -40,7 +32,7 @@ def main(args: list[str] | None = None) -> None:
         with one_speaks():
             chosen = tyro.cli(protocols, args=args, prog="python -m a2mc_fast.evaluate")
         if isinstance(chosen, Compare):
-            compare(chosen)
+            compare(chosen.results, chosen.out)
             return
         from a2mc_fast.evaluation.results import ensemble, evaluate
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -217,12 +218,37 @@ def test_compare_makes_one_table(folder: Path, tmp_path: Path, capsys: pytest.Ca
     for stream in ("joint", "motion"):
         main(["knn", str(folder / stream), *(["--untrained"] if stream == "joint" else [])])
     main(["linear", str(folder / "joint"), *SHORT, "--out", str(tmp_path / "l.json")])
+    plain = json.loads((folder / "bone" / "config.json").read_text())
+    for name, files in (("ended", ("config.json", "result.json")), ("begun", ("config.json",))):
+        (tmp_path / name).mkdir()
+        for file in files:
+            shutil.copy(folder / "bone" / file, tmp_path / name)
+    plain["optim"]["lr"], plain["seed"] = 0.125, 7
+    (tmp_path / "begun" / "config.json").write_text(json.dumps(plain))
     capsys.readouterr()
-    main(["compare", str(tmp_path / "l.json"), str(folder / "joint" / "knn.json"), str(folder / "motion")])
+    runs = [
+        tmp_path / "begun",
+        folder / "joint" / "knn.json",
+        tmp_path / "l.json",
+        folder / "motion" / "knn.json",
+    ]
+    main(["compare", *map(str, runs), str(tmp_path / "ended"), "--out", str(tmp_path / "table.csv")])
     lines = capsys.readouterr().out.splitlines()
-    assert "untrained %" in lines[0] and lines[1].split()[1] == "linear" and lines[2].split()[1] == "knn"
-    assert f"{result_of(tmp_path / 'l.json')['top1_best']:.2f}" in lines[1]
-    assert any(line.split()[1] == "knn" and "motion" in line for line in lines[3:])
+    with (tmp_path / "table.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    best = [result_of(folder / stream / "knn.json")["top1"] for stream in ("joint", "motion")]
+    order = ["joint", "motion"] if best[0] >= best[1] else ["motion", "joint"]
+    assert [row["protocol"] for row in rows] == ["knn", "knn", "knn in training", "linear", "unfinished"]
+    assert [row["stream"] for row in rows[:2]] == order and rows[2]["stream"] == "bone"
+    ended = result_of(folder / "bone" / "result.json")
+    assert rows[2]["last_percent"] == f"{ended['knn_top1']:.2f}" and rows[2]["steps"] == str(ended["steps"])
+    assert rows[2]["untrained_percent"] == f"{ended['knn_top1_untrained']:.2f}"
+    assert f"{result_of(tmp_path / 'l.json')['top1_best']:.2f}" == rows[3]["best_percent"]
+    assert [row["seed"] for row in rows] == ["0", "0", "0", "0", "7"]
+    assert {row["preset"] for row in rows} == {"demo"} and rows[4]["steps"] == ""
+    # what all runs share is no difference
+    assert [row["changed"] for row in rows] == ["optim.lr 0.05"] * 4 + ["optim.lr 0.125"]
+    assert "untrained %" in lines[0] and lines[1].split()[1] == "knn" and lines[5].endswith("optim.lr 0.125")
 
 
 def test_help_and_comparison_do_not_wait_for_torch() -> None:

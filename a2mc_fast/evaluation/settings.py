@@ -224,4 +224,10 @@ class Compare:
     """One table of many results."""
 
     results: Annotated[Positional[tuple[Path, ...]], arg(metavar="RESULT")]
-    """JSON files that a protocol wrote, or folders of runs: all results in them."""
+    """JSON files that a protocol wrote, or folders of runs: all results in them, or what the run itself says
+    if it was never evaluated."""
+    out: str = ""
+    """Also write the table to this .csv file."""
+
+    def __post_init__(self) -> None:
+        require(not self.out or self.out.endswith(".csv"), f"out must be a .csv file, got {self.out}")

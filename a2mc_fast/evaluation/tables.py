@@ -103,11 +103,16 @@ def read_result(path: Path) -> Result:
     return result
 
 
+def result_files(path: Path) -> list[Path]:
+    """A file itself, or all files of results in a folder, in the order of their names."""
+    if not path.is_dir():
+        return [path]
+    return [file for file in sorted(path.glob("*.json")) if _is_result(read_json(file))]
+
+
 def read_results(path: Path) -> Iterator[Result]:
-    """The result in a file, or all in a folder in the order of their names. `InputError` if there is none."""
-    files = [path]
-    if path.is_dir():
-        files = [file for file in sorted(path.glob("*.json")) if _is_result(read_json(file))]
+    """The result in a file, or all in a folder. `InputError` if there is none."""
+    files = result_files(path)
     require(bool(files), f"{path} holds no results: make one with python -m a2mc_fast.evaluate knn {path}")
     yield from map(read_result, files)
 
