@@ -45,7 +45,8 @@ def main(args: list[str] | None = None) -> None:
                 "a preset's name comes first, without a flag: python -m a2mc_fast.train own",
             )
             folder = _take(args, "--resume")
-            default = preset(name or "demo") if folder is None else _resumed(name, folder, args)
+            resume = folder is not None and not {"-h", "--help"} & set(args)
+            default = _resumed(name, folder or "", args) if resume else preset(name or "demo")
             config = tyro.cli(
                 Config,
                 default=default,
@@ -57,10 +58,10 @@ def main(args: list[str] | None = None) -> None:
             )
         from a2mc_fast.run import derive, start
 
-        if folder is None:
+        if not resume:
             with one_speaks():
                 config = derive.fitted(config, args)
-        start.pretrain(config, resume=folder is not None)
+        start.pretrain(config, resume=resume)
 
 
 def _take(args: list[str], flag: str) -> str | None:

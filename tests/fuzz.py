@@ -53,6 +53,7 @@ from a2mc_fast.errors import InputError
 from a2mc_fast.files import read_json, write_json
 from a2mc_fast.model import A2MC
 from a2mc_fast.run import checkpoint
+from a2mc_fast.run.metrics import read_metrics
 from a2mc_fast.typed import typed
 from tests.test_normalize import full_clip
 from tests.test_readers import (
@@ -355,6 +356,14 @@ def in_json(rng: random.Random, data: Data) -> Data:
     return damage_bytes(rng, out) if rng.random() < 0.2 else out[:LARGEST]
 
 
+def in_lines(rng: random.Random, data: Data) -> Data:
+    """JSON lines, one of them with odd values, or damaged bytes."""
+    lines = data.splitlines(keepends=True)
+    number = rng.randrange(len(lines))
+    lines[number] = in_json(rng, lines[number][:-1]) + b"\n"
+    return b"".join(lines)
+
+
 def in_safetensors(rng: random.Random, data: Data) -> Data:
     """A safetensors file with another header, or other bytes."""
     if rng.random() < 0.3:
@@ -476,6 +485,8 @@ def target_of(reader: str, folder: Path) -> Target:
     if reader == "checkpoint":
         _write_checkpoint(folder / "checkpoint.safetensors", clips)
     write_json(folder / "config.json", to_dict(Config()))
+    logged = ({"step": 0, "knn_top1": 5.0}, {"step": 2, "stage": "train", "lr": 0.1, "loss": 3.0})
+    (folder / "metrics.jsonl").write_bytes(b"".join(_json(line) + b"\n" for line in logged))
 
     def ready(path: Path, damage: Mutator, opener: Callable[[Path], Source]) -> Target:
         return Target(path, damage, _collected(opener, folder))
@@ -502,6 +513,7 @@ def target_of(reader: str, folder: Path) -> Target:
         "config": Target(
             folder / "config.json", in_json, lambda path: typed(read_json(path), Config, str(path))
         ),
+        "metrics": Target(folder / "metrics.jsonl", in_lines, lambda path: read_metrics(path.parent)),
         "checkpoint": Target(folder / "checkpoint.safetensors", in_checkpoint, checkpoint.load),
     }
     return targets[reader]
@@ -521,7 +533,7 @@ def damage_npy(rng: random.Random, data: Data) -> Data:
 
 READERS = (
     "skeleton", "exclude-list", "pku-skeleton", "pku-label", "pku-split", "agcn-data", "agcn-frames",
-    "agcn-labels", "ctrgcn", "npz", "pyskl", "openpose", "csv", "clips", "config", "checkpoint",
+    "agcn-labels", "ctrgcn", "npz", "pyskl", "openpose", "csv", "clips", "config", "checkpoint", "metrics",
 )  # fmt: skip
 
 

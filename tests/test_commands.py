@@ -86,7 +86,6 @@ def test_closed_streams_reach_no_file(tmp_path: Path) -> None:
     )
     train = f"PYTHON -m a2mc_fast.train demo --data clips.safetensors {tiny} >&- 2>&-"
     assert shell(train, tmp_path).returncode == 0 and (tmp_path / "run/result.json").exists()
-    assert shell(train, tmp_path).returncode == 2  # it exists
 
 
 STOPPED = """
