@@ -103,9 +103,10 @@ def own_data() -> Config:
         data="clips.safetensors",
         views=ViewConfig(frames=32),
         encoder=EncoderConfig(hidden=64, layers=1, pool="mean"),
-        bank=BankConfig(size=296, lr=12.0, temperature=0.07, warmup_steps=450, refresh=30),
-        optim=OptimConfig(lr=0.3, epochs=170, milestones=(), ramp_steps=60, ema=0.99),
-        run=RunConfig(eval_every=14, checkpoint_every=7),
+        loss=LossConfig(mix=(0.1,)),
+        bank=BankConfig(size=296, lr=12.0, temperature=0.07, warmup_steps=300, refresh=30),
+        optim=OptimConfig(lr=0.3, epochs=113, milestones=(), ramp_steps=40, ema=0.99),
+        run=RunConfig(eval_every=9, checkpoint_every=5),
     )
 
 

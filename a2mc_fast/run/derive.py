@@ -8,26 +8,29 @@ towards the paper's.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
-from a2mc_fast.config import Config
+from a2mc_fast.config import Config, LossConfig
 from a2mc_fast.data import Clips
 from a2mc_fast.errors import tell
 from a2mc_fast.run.opened import load_clips
 
 _SHARE = 0.3  # bank rows per training clip
 _LIFE = 10  # steps after which a key has replaced a row, where the batch has enough keys
-_STEPS = 3000  # of a set of up to 1,000 clips
+_STEPS = 2000  # of a set of up to 1,000 clips
 _WARMUP, _RAMP = 0.15, 0.02  # of all steps
 _LARGEST_BANK = 16384  # the paper's
+_MIX, _MANY = (0.1,), 10_000  # one share λ below so many clips, and from there on the paper's four
 _RATE = 0.3  # of the BiGRU; the other encoders take a tenth of it
 
 DERIVED = (
     "views.frames",
+    "loss.mix",
     "encoder.hidden",
     "bank.size",
     "bank.warmup_steps",
@@ -73,8 +76,11 @@ def derive(config: Config, known: Facts, given: Collection[str] = ()) -> Config:
     total = round(_STEPS * max(1.0, math.sqrt(clips / 1000)))
     warmup = chosen("bank.warmup_steps", max(math.ceil(rows / batch), round(_WARMUP * total)))
     epochs = chosen("optim.epochs", max(1, round((total - warmup) / max(clips // batch, 1))))
+    # rows without mixing stay so
+    mix = LossConfig().mix if clips >= _MANY else _MIX
     return replace(
         config,
+        loss=replace(config.loss, mix=chosen("loss.mix", mix if config.loss.mix else ())),
         views=replace(config.views, frames=frames),
         encoder=replace(config.encoder, hidden=chosen("encoder.hidden", _width(clips))),
         bank=replace(
@@ -107,14 +113,18 @@ def _width(clips: int) -> int:
 def sentence(config: Config, known: Facts) -> str:
     """What was derived from what, as flags: what a run prints first."""
     flags = " ".join(
-        f"--{name.replace('_', '-')} {getattr(getattr(config, name.split('.')[0]), name.split('.')[1])}"
-        for name in DERIVED
+        f"--{name.replace('_', '-')} {_written(operator.attrgetter(name)(config))}" for name in DERIVED
     )
     persons = "one person" if known.persons == 1 else f"{known.persons} persons"
     return (
         f"derived from {known.clips} training clips of {known.frames} frames (median), {known.joints} joints "
         f"and {persons}: {flags}"
     )
+
+
+def _written(value: Any) -> str:
+    """As a command line takes it."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def given_flags(args: Sequence[str]) -> frozenset[str]:
