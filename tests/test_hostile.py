@@ -681,7 +681,8 @@ def test_names_that_a_terminal_lacks(tmp_path: Path) -> None:
     shares = [{"fraction": 0.5, "top1_last": 50.0, "top1_last_std": 1.0}]
     result = {**RESULT, "run": "r\xfcn\x1b[2J\x07", "data": "\udcff", "fractions": shares}
     (tmp_path / "r.json").write_text(json.dumps(result))
-    told = ascii_terminal("evaluate", "compare", str(tmp_path / "r.json"))
+    told = ascii_terminal("evaluate", "compare", str(tmp_path / "r.json"), "--out", str(tmp_path / "t.csv"))
+    assert "\x1b" not in (tmp_path / "t.csv").read_text()
     assert b"r\\xfcn\\x1b[2J\\x07" in told and b"50.00 \\xb1 1.00" in told and b"\\udcff" in told
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from a2mc_fast.config import PRESETS, Config, to_dict
-from a2mc_fast.errors import require, tell
+from a2mc_fast.errors import one_line, require, tell
 from a2mc_fast.evaluation.tables import (
     Result,
     align,
@@ -52,7 +52,7 @@ def compare(paths: Sequence[Path], out: str = "") -> None:
     )
     changed = _changed([row.result for row in rows])
     head = (*_TEXT, *_NUMBERS)
-    cells = [head, *(_cells(row) for row in rows)]
+    cells = [head, *(tuple(map(one_line, _cells(row))) for row in rows)]
     shown = [number for number in range(len(head)) if any(line[number] for line in cells[1:])]
     text = sum(number < len(_TEXT) for number in shown)
     lines = align([tuple(line[number] for number in shown) for line in cells], text).split("\n")
@@ -135,7 +135,7 @@ def _changed(results: Sequence[Result]) -> list[str]:
         changed = [name for name in mine if name in preset and mine[name] != preset[name]]
         if len({result["run"] for result in results}) > 1:
             changed = [name for name in changed if any(other.get(name) != mine[name] for other in settings)]
-        notes.append(", ".join(f"{name} {mine[name]}" for name in changed))
+        notes.append(one_line(", ".join(f"{name} {mine[name]}" for name in changed)))
     return notes
 
 
