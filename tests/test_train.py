@@ -323,7 +323,9 @@ def test_other_data_under_the_same_name_is_noticed(
     clips.save(data)
     with pytest.raises(InputError, match="trained on other data: the frames and labels are not those of now"):
         pretrain(tiny(data, trained), resume=True)
-    evaluate_main(["knn", str(trained)])
+    error = refused(evaluate_main, ["knn", str(trained)], capsys)
+    assert "does not hold the recordings" in error and "name the data with --data" in error
+    evaluate_main(["knn", str(trained), "--data", str(data)])
     assert "its frames and labels differ" in capsys.readouterr().err
     clips.lengths, clips.frames = clips.lengths.flip(0), clips.frames.flip(0)
     clips.save(trained.parent / "other.safetensors")

@@ -38,7 +38,7 @@ def evaluate(options: AnyEvaluation) -> dict[str, Any]:
             world.alone or options.encodes,
             f"{options.protocol} trains the encoder on one process: start it without torchrun",
         )
-        return _evaluate(options, with_clips(saved, config, world))
+        return _evaluate(options, with_clips(saved, config, world, named=bool(options.data)))
 
 
 def _evaluate(options: AnyEvaluation, run: Opened) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def open_run(
 ) -> Opened:
     """A run's folder or checkpoint with the data and protocol it was trained on, unless others are named."""
     saved, config = read_run(run, data, split, device)
-    return with_clips(saved, config, World(device=pick_device(config)))
+    return with_clips(saved, config, World(device=pick_device(config)), named=bool(data))
 
 
 def read_run(
@@ -76,16 +76,21 @@ def read_run(
     return saved, config
 
 
-def with_clips(saved: Checkpoint, config: Config, world: World) -> Opened:
+def with_clips(saved: Checkpoint, config: Config, world: World, *, named: bool) -> Opened:
     """The second half of `open_run`. `InputError` if the clips have another skeleton.
 
-    If they look like those of the run and are not, standard error says so.
+    A checkpoint may come from anywhere, so a file that it names, and not the user, must hold the recordings
+    that it was trained on. Where labels or splits are others, standard error says so.
     """
     clips, where = load_clips(config, world.device), config.data or "the built-in set"
     check_skeleton(saved.path, saved.skeleton, saved.persons, clips, where)
-    changed = differing(saved.data, clips.identity) if saved.data else []
+    changed = differing(saved.data, clips.identity)
+    require(
+        named or not config.data or "frames" not in changed,
+        f"{where} does not hold the recordings that {saved.path} was trained on: name the data with --data",
+    )
     # another set may be asked for by name
-    if changed and world.main and (config.data == saved.config.data or "lengths" not in changed):
+    if changed and world.main and "lengths" not in changed:
         tell(
             f"notice: {where} is not what {saved.path} was trained on, its {' and '.join(changed)} differ",
             error=True,
