@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import re
 import shutil
 import statistics
 import subprocess
@@ -157,6 +158,21 @@ def test_semi_supervised_reports_mean_and_spread_and_repeats(folder: Path, tmp_p
         assert torch.tensor(entry["confusion"]).sum() == 3 * 12
         assert entry["top1_last"] == pytest.approx(entry["top1_macro"])  # classes are equally frequent
     assert " ± " in table([first]) and "semi 25 %" in table([first])
+
+
+def test_trainings_are_told_as_they_begin_and_go(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = str(folder / "joint"), ["--out", str(tmp_path / "out.json")]
+    main(["linear", run, *SHORT, *out, "--untrained", "--validate-every", "1", "--seed", "4"])
+    lines = re.sub(r"\d+\.\d+ %  \d+ s(, \d+ s left)?", "...", capsys.readouterr().err).splitlines()
+    said = "36 training and 12 test clips, 2 epochs, seed 4"
+    for name, part in (("linear", lines[:3]), ("linear, untrained encoder", lines[3:])):
+        assert part == [f"{name}: {said}", *(f"{name}: epoch {epoch}/2  top-1 ..." for epoch in (1, 2))]
+    main(["semi", run, *SHORT, *out, "--fractions", "0.25", "--seeds", "2"])
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "semi: 25 % of the labels, 8 training clips, 2 epochs, seed 0"
+    assert lines[2] == "semi: 25 % of the labels, 8 training clips, 2 epochs, seed 1" and len(lines) == 4
 
 
 def test_transfer_to_another_label_set(folder: Path, tmp_path: Path) -> None:

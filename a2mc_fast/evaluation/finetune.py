@@ -83,9 +83,11 @@ def semi_supervised(
     split: str,
     config: SemiConfig,
     *,
-    progress: Callable[[int, float], None] = lambda epoch, accuracy: None,
+    begins: Callable[[float, int, int], Callable[[int, float], None]] = lambda *_: lambda *_: None,
 ) -> Iterator[tuple[float, int, list[Outcome]]]:
     """Fine-tune copies of `branch` on shares of the training clips.
+
+    `begins` hears of each training, (share, training clips, seed), and gives what hears of its tests.
 
     Yields (share, training clips, one outcome per seed). All subsets are drawn and checked before the first
     training.
@@ -110,7 +112,7 @@ def semi_supervised(
                 subsets[share, seed],
                 test,
                 replace(config, seed=seed),
-                progress=progress,
+                progress=begins(share, len(subsets[share, seed]), seed),
             )
             for seed in seeds
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,30 +39,39 @@ class Measured(NamedTuple):
     outcome: Outcome | None = None
 
 
-def measure(options: AnyEvaluation, branch: Branch, run: Opened) -> Measured:
-    """Accuracies in percent and what belongs to them. May train `branch`, which is not used again."""
-    match options:
-        case Knn():
-            return _knn(options, branch, run)
-        case Linear():
-            outcome = linear_evaluation(branch, run.views, run.config.split, options, progress=_tell(options))
-            return _classified(outcome, run)
-        case Finetune():
-            split = run.config.split
-            train, test = labelled_split(run.views, split)
-            check_classes(run.views, train, test, f"protocol {split!r}", options.allow_missing)
-            outcome = finetune(branch, run.views, train, test, options, progress=_tell(options))
-            return _classified(outcome, run)
-        case Semi():
-            return _semi(options, branch, run)
+def measure(options: AnyEvaluation, branch: Branch, run: Opened, which: str = "") -> Measured:
+    """Accuracies in percent and what belongs to them. May train `branch`, which is not used again; `which`
+    encoder it is, the user is told."""
+    if isinstance(options, Knn):
+        return _knn(options, branch, run)
+    name = f"{options.protocol}{which and ', ' + which}"
+    if isinstance(options, Semi):
+        return _semi(options, branch, run, name)
+    split = run.config.split
+    train, test = labelled_split(run.views, split)
+    check_classes(run.views, train, test, f"protocol {split!r}", options.allow_missing)
+    report = _begins(options, name, f"{len(train)} training and {len(test)} test clips", options.seed)
+    if isinstance(options, Linear):
+        outcome = linear_evaluation(branch, run.views, split, options, progress=report)
+    else:
+        outcome = finetune(branch, run.views, train, test, options, progress=report)
+    return _classified(outcome, run)
 
 
-def _tell(options: Linear | Finetune | Semi) -> Callable[[int, float], None]:
-    """Tells the user on standard error how a training goes; of many trainings, only how each one ended."""
+def _begins(
+    options: Linear | Finetune | Semi, name: str, what: str, seed: int
+) -> Callable[[int, float], None]:
+    """Tells on standard error that a training begins. Returns what tells how it goes, (epoch, accuracy); of
+    many trainings, only how each one ended."""
+    tell(f"{name}: {what}, {options.epochs} epochs, seed {seed}", error=True)
+    start = time.perf_counter()
 
     def report(epoch: int, accuracy: float) -> None:
+        seconds = time.perf_counter() - start
+        left = seconds * (options.epochs / epoch - 1)
         if not isinstance(options, Semi) or epoch == options.epochs:
-            tell(f"{options.protocol}: epoch {epoch}  top-1 {accuracy:.2f} %", error=True)
+            times = f"{seconds:.0f} s" + (f", {left:.0f} s left" if epoch < options.epochs else "")
+            tell(f"{name}: epoch {epoch}/{options.epochs}  top-1 {accuracy:.2f} %  {times}", error=True)
 
     return report
 
@@ -86,9 +96,12 @@ def _knn(options: Knn, branch: Branch, run: Opened) -> Measured:
     return Measured({"top1": accuracy(predicted, truth), **_fresh("top1", predicted, run), **shown})
 
 
-def _semi(options: Semi, branch: Branch, run: Opened) -> Measured:
+def _semi(options: Semi, branch: Branch, run: Opened, name: str) -> Measured:
+    def begins(share: float, clips: int, seed: int) -> Callable[[int, float], None]:
+        return _begins(options, name, f"{100 * share:g} % of the labels, {clips} training clips", seed)
+
     entries = []
-    shares = semi_supervised(branch, run.views, run.config.split, options, progress=_tell(options))
+    shares = semi_supervised(branch, run.views, run.config.split, options, begins=begins)
     for share, clips, outcomes in shares:
         runs = [{"top1_best": o.best, "top1_last": o.last} for o in outcomes]
         seeds = range(options.seed, options.seed + options.seeds)

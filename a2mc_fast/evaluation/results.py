@@ -68,7 +68,7 @@ def _evaluate(options: AnyEvaluation, run: Opened) -> dict[str, Any]:
     if options.untrained:
         # the list of neighbours is the trained encoder's
         plain = replace(options, neighbours="") if isinstance(options, Knn) else options
-        result["untrained"] = accuracies(measure(plain, run.untrained(), run).entries)
+        result["untrained"] = accuracies(measure(plain, run.untrained(), run, "untrained encoder").entries)
     result |= {
         "checkpoint_sha256": sha256(saved.path),
         "config": to_dict(saved.config),
