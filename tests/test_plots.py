@@ -26,7 +26,7 @@ from a2mc_fast.errors import InputError
 from a2mc_fast.evaluation.protocols import encode
 from a2mc_fast.plots import style
 from a2mc_fast.plots.__main__ import main
-from a2mc_fast.plots.attack import attack, attacked_stages, find_clip
+from a2mc_fast.plots.attack import _bars, attack, attacked_stages, find_clip
 from a2mc_fast.plots.confusion import confusion
 from a2mc_fast.plots.curves import curves, running_mean
 from a2mc_fast.plots.neighbours import nearest, neighbours, spread_over_classes
@@ -214,6 +214,27 @@ def test_curves_mark_the_warm_up_and_the_drops(tmp_path: Path) -> None:
     assert [text.get_text() for text in losses.texts] == ["×0.1"]
 
 
+def test_the_methods_phase_has_room_after_a_long_warm_up(tmp_path: Path) -> None:
+    losses = curves([write_log(tmp_path / "run", logged(40, warmup=30))]).axes[0]
+    places = losses.transData.transform([(step, 1) for step in (0, 15, 30, 35, 40)])[:, 0]
+    np.testing.assert_allclose((places - places[0]) / (places[-1] - places[0]), [0, 1 / 6, 1 / 3, 2 / 3, 1])
+    assert set(losses.get_xticks()) == {0, 30, 33, 36, 39}
+
+
+def test_drops_stand_on_lines_of_their_own_and_a_cosine_has_none(tmp_path: Path) -> None:
+    for name, rates in (("two", (0.1, 0.05, 0.01)), ("cosine", np.linspace(0.1, 0, 30))):
+        lines = [
+            {**line, "lr": float(rates[min(len(rates) - 1, (int(line["step"]) - 1) * len(rates) // 30)])}  # type: ignore[call-overload]
+            if "loss" in line
+            else line
+            for line in logged()
+        ]
+        losses = curves([write_log(tmp_path / name, lines)]).axes[0]
+        marks = [text for text in losses.texts if text.get_text().startswith("×")]
+        assert [text.get_text() for text in marks] == (["×0.5", "×0.2"] if name == "two" else [])
+        assert len({text.xyann[1] for text in marks}) == len(marks)  # type: ignore[attr-defined]
+
+
 def test_curves_count_epochs_after_the_warm_up(ntu_run: Path) -> None:
     steps = json.loads((ntu_run / "result.json").read_text())["steps"]
     (axis,) = curves([ntu_run]).axes[0].child_axes
@@ -341,6 +362,29 @@ def test_confusion_of_some_classes_keeps_the_whole_row(result: Callable[..., Pat
     ax = confusion([result(ROWS)], classes=[1]).axes[0]
     np.testing.assert_allclose(ax.images[0].get_array(), [[75]])
     assert [t.get_text() for t in ax.get_xticklabels()] == ["1"]
+
+
+def test_a_folder_stands_for_the_results_in_it(result: Callable[..., Path], tmp_path: Path) -> None:
+    (folder,) = {result(ROWS, name=f"{name}.json").parent for name in ("knn", "linear", "semi")}
+    for file in ("semi.json", "config.json"):
+        content = json.loads((folder / "semi.json").read_text())
+        content.pop("confusion", None), content.pop("format" if file == "config.json" else "", None)
+        (folder / file).write_text(json.dumps(content))
+    assert len(confusion([folder]).axes) == 3  # two and the colours
+    for file in ("knn.json", "linear.json"):
+        (folder / file).unlink()
+    with pytest.raises(InputError, match="holds no result with a confusion matrix"):
+        confusion([folder])
+
+
+def test_numbers_of_bars_do_not_collide() -> None:
+    figure = Figure()
+    probability = torch.full((60,), 0.005)
+    probability[torch.tensor([20, 21, 22, 40, 41])] = torch.tensor([0.10, 0.101, 0.102, 0.10, 0.04])
+    _bars(figure.subplots(), probability, 0.102)
+    at = {text.get_text(): text.xy for text in figure.axes[0].texts}  # type: ignore[attr-defined]
+    assert at["20"][1] + 0.9 < at["21"][1] and at["21"][1] + 0.9 < at["22"][1]
+    assert at["40"][1] == pytest.approx(10) and at["41"][1] == pytest.approx(4)  # far enough apart
 
 
 def test_confusions_stand_side_by_side_on_one_scale(result: Callable[..., Path]) -> None:

@@ -35,7 +35,7 @@ class Confusion:
     """Confusion matrices of evaluation results (Fig. 10)."""
 
     results: tyro.conf.Positional[tuple[Path, ...]]
-    """One to four JSON files of a2mc_fast.evaluate."""
+    """JSON files of a2mc_fast.evaluate, or folders of runs for all results in them; one to four in all."""
     classes: tuple[CountOrNone, ...] = ()
     """Show these classes only; none = all."""
     out: Path = Path("confusion.png")

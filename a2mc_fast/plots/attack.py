@@ -3,6 +3,7 @@ paper's Fig. 3)."""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from a2mc_fast.plots.style import GREY, SKY, class_label, figure, shorten
 from a2mc_fast.run.opened import Opened
 
 _TOP = 5
+_NUMBER_WIDTH = 0.09  # of the axis, that a bar's number takes
 
 
 class Stage(NamedTuple):
@@ -109,16 +111,21 @@ def _bars(ax: Axes, probability: Tensor, highest: float) -> None:
     percent = 100 * probability
     classes = len(percent)
     bars = ax.bar(range(classes), percent.tolist(), width=0.8, color="#DCDCDC", edgecolor=GREY, linewidth=0.4)
-    for place in percent.topk(min(_TOP, classes)).indices.tolist():
+    line, before, level = 9 * highest, -math.inf, -math.inf
+    for place in sorted(percent.topk(min(_TOP, classes)).indices.tolist()):
         bars[place].set(facecolor=SKY, edgecolor="black", hatch="////", linewidth=0.6)
+        height = float(percent[place])
+        if place - before < _NUMBER_WIDTH * classes and abs(height - level) < line:
+            height = level + line  # above the number of its neighbour
+        before, level = place, height
         ax.annotate(
-            str(place), (place, float(percent[place])), (0, 1), textcoords="offset points", ha="center",
+            str(place), (place, height), (0, 1), textcoords="offset points", ha="center",
             va="bottom", fontsize=6.5, path_effects=[withStroke(linewidth=1.5, foreground="white")], zorder=4,
         )  # fmt: skip
     ax.axhline(100 / classes, color="black", lw=0.8, linestyle=(0, (4, 2)))
     distance = float((probability - 1 / classes).square().sum())
     ax.set_title(f"Σ (p − 1/C)² = {distance:.4f}")
-    ax.set_ylim(0, 115 * highest)
+    ax.set_ylim(0, 150 * highest)  # room for five numbers one above the other
     ax.set_xlim(-0.8, classes - 0.2)
     ax.set_xticks([])
     ax.set_ylabel("probability (%)")

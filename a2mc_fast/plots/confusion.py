@@ -14,7 +14,7 @@ from matplotlib.image import AxesImage
 from numpy.typing import NDArray
 
 from a2mc_fast.errors import InputError, require
-from a2mc_fast.evaluation.tables import read_result
+from a2mc_fast.evaluation.tables import read_result, result_files
 from a2mc_fast.plots.style import GREY, class_label, figure, shorten
 
 _MOST_RESULTS = 4
@@ -37,12 +37,13 @@ def confusion(results: Sequence[Path], classes: Sequence[int] = ()) -> Figure:
     With `classes`, only their rows and columns are shown; percents are still of all predictions. Raises
     `InputError` where a file holds no confusion matrix or lacks a class.
     """
+    files = [file for path in results for file in _files(path)]
     require(
-        1 <= len(results) <= _MOST_RESULTS,
-        f"confusion shows 1 to {_MOST_RESULTS} results, got {len(results)}",
+        1 <= len(files) <= _MOST_RESULTS,
+        f"confusion shows 1 to {_MOST_RESULTS} results, got {len(files)}",
     )
-    loaded = [read_confusion(path) for path in results]
-    for path, one in zip(results, loaded):
+    loaded = [read_confusion(path) for path in files]
+    for path, one in zip(files, loaded):
         wrong = [c for c in classes if not 0 <= c < len(one.counts)]
         require(
             not wrong,
@@ -61,6 +62,13 @@ def confusion(results: Sequence[Path], classes: Sequence[int] = ()) -> Figure:
         image, ax=panels[: len(loaded)], shrink=0.6, aspect=30, label="share of the true class's clips (%)"
     )
     return picture
+
+
+def _files(path: Path) -> list[Path]:
+    """A result's file, or those with a matrix in the folder of a run. `InputError` if it has none."""
+    found = [file for file in result_files(path) if file == path or "confusion" in read_result(file)]
+    require(bool(found), f"{path} holds no result with a confusion matrix")
+    return found
 
 
 def _panel(ax: Axes, one: Confusion, shown: list[int], *, crowded: bool) -> AxesImage:

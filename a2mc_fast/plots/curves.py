@@ -42,6 +42,8 @@ _LOOKS: dict[str, tuple[str, Any, float, float]] = {
     "loss_basic": (VERMILION, LINES[0], 1.1, 2.2),
 }
 _MOST_RUNS = 4
+_MOST_DROPS = 6
+_NARROW = 1 / 3  # of the width, for a warm-up that is most of the run
 _SMOOTH = 60  # windows per run over which the bold line averages
 
 
@@ -65,7 +67,7 @@ def curves(runs: Sequence[Path]) -> Figure:
             _stages(ax, steps, name_them=ax is loss, factors=ax is loss and len(runs) <= 2)
             ax.set_xlim(0, log[-1]["step"])
             _gaps(ax, log)
-        _epochs(loss, run, steps)
+        _epochs(loss, run, steps, _narrow(loss, steps, log[-1]["step"]))
         loss.set_title(shorten(run.absolute().name, 40), pad=8)
         knn.set_xlabel("training step")
     grid[0][0].set_ylabel("loss")
@@ -134,6 +136,8 @@ def _stages(ax: Axes, steps: list[Record], *, name_them: bool, factors: bool) ->
         ax.axvspan(0, end, color="#EFEFEF", lw=0, zorder=0, label="warm-up (MoCo)" if name_them else None)
     rates = [(record["step"], record["lr"]) for record in steps if "lr" in record]
     drops = [(step, old, new) for (step, old), (_, new) in pairwise(rates) if new < old]
+    if len(drops) > _MOST_DROPS:
+        drops = []  # a cosine falls at every step
     for number, (step, _, _) in enumerate(drops):
         ax.axvline(
             step, color=GREY, lw=0.9, linestyle=(0, (1, 1)), zorder=0.5,
@@ -141,13 +145,33 @@ def _stages(ax: Axes, steps: list[Record], *, name_them: bool, factors: bool) ->
         )  # fmt: skip
     if factors:
         last = rates[-1][0] if rates else 0
-        for step, old, new in drops:
+        for number, (step, old, new) in enumerate(drops):
             side = -1 if step > 0.9 * last else 1
             ax.annotate(
-                f"×{new / old:.2g}", (step, 1), (2 * side, -2), xycoords=("data", "axes fraction"),
-                textcoords="offset points", ha="left" if side > 0 else "right", va="top", fontsize=7,
+                f"×{new / old:.2g}", (step, 1), (2 * side, -2 - 8 * number),
+                xycoords=("data", "axes fraction"), textcoords="offset points",
+                ha="left" if side > 0 else "right", va="top", fontsize=7,
                 color="#5A5A5A",
             )  # fmt: skip
+
+
+def _narrow(ax: Axes, steps: list[Record], last: int) -> Any:
+    """Give the method's phase room beside a warm-up of most steps. Returns where the axis has a step."""
+    warmup = max((r["step"] for r in steps if r.get("stage") == "warm-up"), default=0)
+    if not last / 2 < warmup < last:
+        return lambda step: step
+    knots, places = (0, warmup, last), (0, _NARROW, 1)
+
+    def along(x: Any, source: Sequence[float], target: Sequence[float]) -> Any:
+        first, second = ((target[i + 1] - target[i]) / (source[i + 1] - source[i]) for i in (0, 1))
+        return target[1] + (x - source[1]) * np.where(x < source[1], first, second)
+
+    ax.set_xscale(
+        "function", functions=(lambda x: along(x, knots, places), lambda x: along(x, places, knots))
+    )
+    later = [tick for tick in MaxNLocator(4, integer=True).tick_values(warmup, last) if warmup < tick <= last]
+    ax.set_xticks([0, warmup, *(tick for tick in later if tick - warmup > 0.1 * (last - warmup))])
+    return lambda x: along(x, knots, places)
 
 
 def _gaps(ax: Axes, log: list[Record]) -> None:
@@ -159,8 +183,9 @@ def _gaps(ax: Axes, log: list[Record]) -> None:
         ax.axvspan(at[number], at[number + 1], fill=False, ec=GREY, lw=0, hatch="///", zorder=0, label=label)
 
 
-def _epochs(ax: Axes, run: Path, steps: list[Record]) -> None:
-    """A second axis in epochs after the warm-up, once the run has ended and so tells their length."""
+def _epochs(ax: Axes, run: Path, steps: list[Record], place: Any) -> None:
+    """A second axis in epochs after the warm-up, once the run has ended and so tells their length; `place`
+    is where the first one has a step."""
     settings, result = Path(run) / "config.json", Path(run) / "result.json"
     if not (settings.is_file() and result.is_file()):
         return
@@ -170,7 +195,7 @@ def _epochs(ax: Axes, run: Path, steps: list[Record]) -> None:
     per_epoch = (total - warmup) / epochs
     if per_epoch > 0:
         there: Any = lambda step: (step - warmup) / per_epoch  # noqa: E731
-        back: Any = lambda epoch: epoch * per_epoch + warmup  # noqa: E731
+        back: Any = lambda epoch: place(epoch * per_epoch + warmup)  # noqa: E731
         axis = ax.secondary_xaxis("top", functions=(there, back))
         axis.set_xlabel("epoch after the warm-up", labelpad=3)
         ticks = MaxNLocator(4, integer=True).tick_values(0, epochs)
