@@ -18,7 +18,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg, subcommand
 
 from a2mc_fast.config.ranges import Count, Range, Share, check_ranges
-from a2mc_fast.errors import exit_on_error, one_line
+from a2mc_fast.errors import exit_on_error, one_line, tell
 
 _LONGEST_COMMAND = 10_000  # characters
 
@@ -259,18 +259,18 @@ def _print(report: Mapping[str, Any], path: Path, size: int, speed: str) -> None
         "time": speed,
     }
     for name, value in rows.items():
-        print(one_line(f"{name:<10}{value}"))
+        tell(one_line(f"{name:<10}{value}"))
     for sentence in (*report.get("differences", ()), *report.get("notes", ())):
-        print(one_line(sentence))
+        tell(one_line(sentence))
     for name, count in report["repeated"].items():
         tested = report["splits"][name]["test"]
-        print(one_line(f"{name}: {count:,} of {tested:,} test clips equal a training clip, bit for bit"))
+        tell(one_line(f"{name}: {count:,} of {tested:,} test clips equal a training clip, bit for bit"))
     for what, remark in report.get("remarks", {}).items():
-        print(one_line(f"{remark['clips']:,} clips, {remark['frames']:,} frames: {what}"))
+        tell(one_line(f"{remark['clips']:,} clips, {remark['frames']:,} frames: {what}"))
     if report["doubt"]:
-        print(report["doubt"])
+        tell(report["doubt"])
     if report.get("shortened"):
-        print(f"{report['shortened']:,} clips were cut to the frame limit")
+        tell(f"{report['shortened']:,} clips were cut to the frame limit")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from a2mc_fast.config import Config
-from a2mc_fast.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError, launched, one_speaks, rank, require
+from a2mc_fast.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_INTERRUPTED,
+    InputError,
+    launched,
+    one_speaks,
+    rank,
+    require,
+    tell,
+)
 
 _MAIN_FIRST = 0.5  # seconds that the others leave rank 0 to say what has gone wrong for all
 _LINGER = 3.0  # seconds before a rank that has lost another one ends: the launcher shall see who went first
@@ -249,10 +258,9 @@ def _say_once(error: BaseException, world: World, store: dist.Store, timeout: fl
     if not first:
         raise SystemExit(EXIT_BAD_INPUT if isinstance(error, InputError) else 1) from None
     if lost:
-        print(
+        tell(
             f"error: rank {world.rank} has lost another rank, which died or did not answer for {timeout:g} s "
-            f"({_first_line(error)}): the run continues from its last checkpoint with --resume",
-            flush=True,
+            f"({_first_line(error)}): the run continues from its last checkpoint with --resume"
         )
         time.sleep(_LINGER)
         raise SystemExit(1) from None
