@@ -38,7 +38,8 @@ ABLATIONS = (
 )
 # the bank of the paper, in four blocks
 WHOLE_BANK = ("losses ntu60-xsub torch 16384",)
-ENCODERS = ("encoder stgcn", "encoder dsta", "encoder scd")
+# three views of SCD-Net are three times its modules in one graph, which takes Inductor over 10 minutes
+ENCODERS = ("encoder stgcn", "encoder dsta", "encoder scd 1")
 FIRST = (*CHECKS, *VIEWS, *LOSSES)
 
 Outcome = dict[str, Any]
@@ -148,8 +149,10 @@ def test_encoders_in_bf16(outcomes: Callable[..., dict[str, Outcome]], case: str
     outcome = outcomes(90, case)[case]
     check(outcome, backward=True)
     directions = [graph["backward"] for graph in outcome["graphs"]]
-    # forward: basic views, keys, attack, whole views, queries, loss; backward: attack, loss, queries
-    assert (directions.count(False), directions.count(True)) == (6, 3)
+    # forward: basic views, keys, attack, whole views for the other queries, queries, loss
+    assert directions.count(False) == (5 if case.endswith(" 1") else 6)
+    # backward: attack, loss, queries
+    assert directions.count(True) == 3
     # all but views and loss
     assert sum(graph["low"] for graph in outcome["graphs"]) == 5
 

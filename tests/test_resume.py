@@ -652,12 +652,12 @@ def test_a_fault_between_log_lines_is_found_before_a_save(
 def test_out_of_memory_says_what_to_lower(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A GPU's error, by injection; a CPU's, by asking for a bank of 6 petabytes."""
+    """A GPU's error, by injection; a CPU's, by asking for a bank of 40 terabytes."""
     code, said = run(flags(data, tmp_path / "run"), tmp_path / "said", "out of memory", 3)
     assert code == 2 and "Traceback" not in said
     assert "error: out of memory (CUDA out of memory. Tried to allocate 20.00 GiB.): lower --optim.b" in said
     with pytest.raises(SystemExit) as stop:
-        main([*flags(data, tmp_path / "huge"), "--bank.size", str(10**14)])
+        main([*flags(data, tmp_path / "huge"), "--bank.size", str(10**8), "--encoder.projection", str(10**5)])
     said = capsys.readouterr().err
     assert stop.value.code == 2 and said.startswith("error: out of memory (") and "--bank.size" in said
     assert not (tmp_path / "huge").exists()
