@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -228,3 +229,21 @@ def test_mirroring_twice_changes_nothing() -> None:
     assert torch.equal(MIRROR[MIRROR], torch.arange(25))
     swapped = {(5, 9), (6, 10), (7, 11), (8, 12), (13, 17), (14, 18), (15, 19), (16, 20), (22, 24), (23, 25)}
     assert {(i + 1, m + 1) for i, m in enumerate(NTU25.mirror) if i < m} == swapped
+
+
+@pytest.mark.parametrize("kind", ["none", "weak", "strong"])
+def test_views_of_flat_clips_stay_in_their_plane(
+    make_clips: Callable[..., Clips], kind: Literal["none", "weak", "strong"]
+) -> None:
+    clips = make_clips([20, 30])
+    index, rho = torch.tensor([0, 1]), torch.randn(2, 8, 3, 25, 2)
+    config = ViewConfig(frames=8)
+
+    def made() -> torch.Tensor:
+        views = Views(clips, config, 0)
+        return views.make(index, kind, views.draw(3, 2)[0], 3, rho)
+
+    assert made()[:, :, 2].any()
+    clips.frames[:, 2] = 0
+    flat = made()
+    assert not flat[:, :, 2].any() and flat[:, :, 0].any()

@@ -55,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         split_xsub=np.arange(40) // 4 % 4 != 3,
         class_names=np.array(["sit", "stand", "wave", "jump"]),
     )
-    prepare(["npz", str(folder / "raw.npz"), str(folder / "data.safetensors"), "--workers", "1"])
+    prepare(["npz", str(folder / "raw.npz"), str(folder / "data.safetensors"), "--max-frames", "60"])
     pretrain(tiny_config(folder / "data.safetensors", folder / "run", stream="motion"))
     return folder
 
@@ -136,6 +136,14 @@ def test_loading_takes_three_lines(folder: Path) -> None:
 def test_the_package_itself_stays_without_torch() -> None:
     code = "import sys, a2mc_fast; assert 'torch' not in sys.modules; a2mc_fast.load_encoder; import torch"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_recording_is_cut_as_the_training_clips_were(folder: Path) -> None:
+    encoder = load_encoder(folder / "run")
+    joints = np.random.default_rng(0).standard_normal((100, 2, 5, 3), np.float32)
+    feature = embed_recording(encoder, joints)
+    torch.testing.assert_close(feature, embed_recording(encoder, joints[:60]))
+    assert not torch.allclose(feature, embed_recording(encoder, joints[:59]))
 
 
 def test_a_recording_is_embedded_as_prepare_would(folder: Path) -> None:

@@ -184,8 +184,12 @@ def test_pyskl_pickle_of_keypoints(tmp_path: Path, protocol: int) -> None:
     annotations[3]["keypoint_score"][0, 2, 9] = 0.1
     content = {"annotations": annotations, "split": {"train": {"a", "b"}, "val": {"c"}, "train1": ["d"]}}
     path.write_bytes(pickle.dumps(content, protocol))
-    made = collect(open_pyskl(path))
+    source = open_pyskl(path)
+    made = collect(source)
     clips = made.clips
+    assert source.notes == (
+        "2-D keypoints of 17 joints, taken for coco17; --skeleton names another skeleton",
+    )
     assert clips.skeleton == replace(SKELETONS["coco17"], rotation="none") and clips.num_persons == 2
     assert {name: mask.tolist() for name, mask in clips.splits.items()} == {
         "split": [True, True, False, False],

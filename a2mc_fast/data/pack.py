@@ -159,7 +159,10 @@ def most_frequent(skipped: Sequence[Skip]) -> str:
     ((reason, _),) = Counter(skip.reason for skip in skipped).most_common(1)
     example = str(next(skip for skip in skipped if skip.reason == reason))
     if reason == "beyond 1,000 m":
-        example += ": are these millimetres or pixels? --scale 0.001 makes metres of millimetres"
+        example += (
+            ": are these millimetres or pixels? --scale 0.001 makes metres of millimetres; 2-D keypoints are "
+            "joints [F, M, V, 2], or have axes x, y, confidence"
+        )
     return example
 
 

@@ -72,6 +72,9 @@ def open_pyskl(file: str | Path, skeleton_name: str = "") -> Source:
     name = skeleton_name or _SKELETONS.get((joints, axes), "")
     require(bool(name), f"{path}: which {joints} joints ({axes}-D) are these? Tell it with --skeleton")
     unlisted = len({job.name for job in jobs} - frozenset().union(*listed.values())) if listed else 0
+    notes = [f"{unlisted:,} clips are in no split and count as test"] if unlisted else []
+    if axes == 2 and not skeleton_name:
+        notes.append(f"2-D keypoints of {joints} joints, taken for {name}; --skeleton names another skeleton")
     return Source(
         name="pyskl",
         jobs=sorted(jobs, key=lambda job: job.name),
@@ -82,7 +85,7 @@ def open_pyskl(file: str | Path, skeleton_name: str = "") -> Source:
         skeleton=skeleton_of(name),
         unit="clips",
         skipped=tuple(skipped),
-        notes=(f"{unlisted:,} clips are in no split and count as test",) if unlisted else (),
+        notes=tuple(notes),
     )
 
 
