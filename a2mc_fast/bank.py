@@ -61,15 +61,17 @@ class MemoryBank(Queue):
         self.velocity.index_fill_(0, places, 0.0)
 
     def ascend(
-        self, features: Features, settings: Contrast, *, weight: float = 1.0, triton: bool = False
-    ) -> Ascent:
+        self, features: Features, settings: Contrast, *, weight: float = 1.0, triton: bool = False,
+        sums: Tensor | None = None,
+    ) -> Ascent:  # fmt: skip
         """One step up `weight` times the batch mean of L1 + L2 + L3, through the rows' normalisation.
 
-        With `triton` in one pass of the fused kernels over rows and velocity, else by autograd.
+        With `triton` in one pass of the fused kernels over rows and velocity, else by autograd. `sums` are
+        what the loss left of the same features and rows for this temperature.
         """
         if triton:
             from a2mc_fast.kernels.bank_ascent import bank_ascent
         else:
             bank_ascent = reference.bank_ascent
         step = self.step._replace(weight=weight)
-        return bank_ascent(self.rows, self.velocity, features.detach(), settings, step)
+        return bank_ascent(self.rows, self.velocity, features.detach(), settings, step, sums)

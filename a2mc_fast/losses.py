@@ -19,7 +19,7 @@ from torch import Tensor
 
 from a2mc_fast.errors import require
 from a2mc_fast.kernels import reference
-from a2mc_fast.kernels.problem import Contrast, Features
+from a2mc_fast.kernels.problem import Contrast, Contrasted, Features
 
 PAPER_MIX = (0.4, 0.3, 0.2, 0.1)
 
@@ -28,12 +28,18 @@ Backend = Literal["auto", "triton", "torch"]
 
 
 class Losses(NamedTuple):
-    """Scalars, or [N] per clip; a term that is off is zero."""
+    """Scalars, batch means; a term that is off is zero."""
 
     total: Tensor
     weak: Tensor  # L1
     strong: Tensor  # L2
     basic: Tensor  # L3
+
+    @classmethod
+    def of(cls, parts: Tensor) -> Losses:
+        """From the parts [3], in the order of the features: basic, weak, strong."""
+        basic, weak, strong = parts.unbind()
+        return cls(parts.sum(), weak, strong, basic)
 
 
 def mixing_contrast(
@@ -53,23 +59,21 @@ def mixing_contrast(
     `weak` or `strong` their terms are off. Raises `ValueError` for shapes and values.
     """
     features = Features(key, basic, weak, strong)
-    parts = contrasted(features, bank, Contrast(tuple(mix), temperature), backend)
-    return Losses(*(part.mean() for part in parts))
+    return Losses.of(contrasted(features, bank, Contrast(tuple(mix), temperature), backend).losses)
 
 
-def contrasted(features: Features, bank: Tensor, settings: Contrast, backend: Backend = "auto") -> Losses:
-    """`mixing_contrast` per clip, [N] each, under any settings."""
+def contrasted(features: Features, bank: Tensor, settings: Contrast, backend: Backend = "auto") -> Contrasted:
+    """The parts of `mixing_contrast` under any settings, and what an ascent can use of them."""
     _check(features, bank, settings)
     require(backend in ("auto", "triton", "torch"), f"mixing_contrast: unknown backend {backend!r}")
     if backend == "auto":
         fused = bank.is_cuda and not bank.requires_grad and bank.shape[1] <= 256
         backend = "triton" if fused else "torch"
     if backend == "triton":
-        from a2mc_fast.kernels.mixing_contrast import mixing_contrast as terms
+        from a2mc_fast.kernels.mixing_contrast import mixing_contrast as form
     else:
-        terms = reference.mixing_contrast
-    weak, strong, basic = terms(features, bank, settings)
-    return Losses(weak + strong + basic, weak, strong, basic)
+        form = reference.mixing_contrast
+    return form(features, bank, settings)
 
 
 def _check(features: Features, bank: Tensor, settings: Contrast) -> None:

@@ -33,6 +33,9 @@ from a2mc_fast.losses import Losses, contrasted
 from a2mc_fast.ranks import ALONE, World
 from a2mc_fast.skeleton import Skeleton
 
+Sums = dict[str, Tensor | None]
+"""By bank, what its loss leaves for its ascent."""
+
 
 class A2MC(nn.Module):
     """The whole method; `Trainer` calls its parts in the order of the paper."""
@@ -123,20 +126,20 @@ class A2MC(nn.Module):
             for name, all_four in features.items()
         }
 
-    def losses(self, features: dict[str, Features], *, warmup: bool = False) -> Losses:
-        """L1, L2, L3 and their sum (Eq. 9), batch means, summed over the pairs of levels.
+    def losses(self, features: dict[str, Features], *, warmup: bool = False) -> tuple[Losses, Sums]:
+        """L1, L2, L3 and their sum (Eq. 9), batch means, summed over the pairs of levels; and what the banks'
+        ascents can use of them, where they meet the same features.
 
         During the warm-up it is MoCo on the bank as it fills: InfoNCE of f3 (Eq. 1), without mixing.
         """
         settings = self.settings._replace(mix=()) if warmup else self.settings
-        per_bank = [
-            [
-                self.depth[name] * part.mean()
-                for part in contrasted(f, self.bank(name).rows, settings, self.backend)
-            ]
-            for name, f in features.items()
-        ]
-        return Losses(*(torch.stack(parts).sum() for parts in zip(*per_bank, strict=True)))
+        if not warmup and self.config.bank.kind != "fifo" and self.world.alone:
+            settings = settings._replace(climb=self.ascent.temperature)
+        found = {
+            name: contrasted(f, self.bank(name).rows, settings, self.backend) for name, f in features.items()
+        }
+        parts = torch.stack([self.depth[name] * each.losses for name, each in found.items()]).sum(0)
+        return Losses.of(parts), {name: each.sums for name, each in found.items()}
 
     def bank(self, level: str | None = None) -> Queue:
         """The bank of a key level, by default that of the whole feature."""
@@ -163,8 +166,9 @@ class A2MC(nn.Module):
         for name, f in features.items():
             self.bank(name).write(f.key[: len(f.key) // self.depth[name]][:most])
 
-    def update_banks(self, features: dict[str, Features]) -> dict[str, Tensor]:
-        """Ascend the loss (Eq. 7), or queue the keys, with the features from before the optimiser step.
+    def update_banks(self, features: dict[str, Features], sums: Sums) -> dict[str, Tensor]:
+        """Ascend the loss (Eq. 7), or queue the keys, with the features from before the optimiser step and
+        what `losses` left of them.
 
         Returns, on the device and averaged over banks, what shows a bank that runs away or sleeps: the mean
         row norm, how far unit rows moved, and the share of f3's softmax that lies on negatives at the
@@ -177,8 +181,8 @@ class A2MC(nn.Module):
         for name, f in features.items():
             bank = self.bank(name)
             assert isinstance(bank, MemoryBank)
-            fused = self.backend == "triton"
-            ascents.append(bank.ascend(f, self.ascent, weight=self.depth[name], triton=fused))
+            fused, weight = self.backend == "triton", self.depth[name]
+            ascents.append(bank.ascend(f, self.ascent, weight=weight, triton=fused, sums=sums.get(name)))
         norm, movement, negatives = (torch.stack(values).mean() for values in zip(*ascents, strict=True))
         if self.config.bank.refresh:
             self.write_keys(features, self.config.bank.refresh)

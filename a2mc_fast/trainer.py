@@ -209,7 +209,7 @@ class Trainer:
         with record_function("ranks"):
             joint = model.gathered(features)
         with record_function("loss"):
-            losses = model.losses(features, warmup=True)
+            losses, _ = model.losses(features, warmup=True)
         losses = self._optimize(losses)
         with record_function("bank"):
             model.write_keys(joint)
@@ -240,12 +240,12 @@ class Trainer:
         with record_function("ranks"):
             joint = model.gathered(features)
         with record_function("loss"):
-            losses = self._losses(features)
+            losses, sums = self._losses(features)
         losses = self._optimize(losses)
 
         # the banks move with the features, and from the rows, that the loss has seen
         with record_function("bank"):
-            bank = model.update_banks(joint)
+            bank = model.update_banks(joint, sums)
         return _to_log(losses) | bank | model.spread(joint)
 
     def _optimize(self, losses: Losses) -> Losses:

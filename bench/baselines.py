@@ -30,8 +30,8 @@ def literal_mixing_contrast(
     mix: Sequence[float],
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """L1, L2 and L3 (Eq. 9-11), batch means, with every mixed bank and every logit stored: (weak, strong,
-    basic)."""
+    """L3, L1 and L2 (Eq. 9-11), batch means, with every mixed bank and every logit stored: (basic, weak,
+    strong)."""
 
     def logits(query: Tensor, columns: Tensor) -> Tensor:
         negatives = torch.einsum("nd,nkd->nk", query, columns)
@@ -46,7 +46,7 @@ def literal_mixing_contrast(
     columns = literal_mixed_bank(strong, bank, mix)
     target = logits(basic, columns).softmax(1).detach()
     distill = -(target * logits(strong, columns).log_softmax(1)).sum(1).mean()
-    return contrast(weak), distill, contrast(basic)
+    return contrast(basic), contrast(weak), distill
 
 
 def whole_logits_mixing_contrast(
@@ -74,7 +74,7 @@ def whole_logits_mixing_contrast(
 
     target = logits(basic, strong).softmax(1).detach()
     distill = -(target * logits(strong, strong).log_softmax(1)).sum(1).mean()
-    return contrast(weak), distill, contrast(basic)
+    return contrast(basic), contrast(weak), distill
 
 
 def feeder_pair(

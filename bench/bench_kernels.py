@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from a2mc_fast.kernels import reference
 from a2mc_fast.kernels.bank_ascent import bank_ascent
 from a2mc_fast.kernels.mixing_contrast import mixing_contrast
-from a2mc_fast.kernels.problem import Contrast, Features, Step
+from a2mc_fast.kernels.problem import Contrast, Contrasted, Features, Step
 from torch import Tensor
 
 from bench.baselines import literal_mixing_contrast, whole_logits_mixing_contrast
@@ -27,6 +27,7 @@ from bench.records import Recorder
 
 D, PAPER_MIX = 128, (0.4, 0.3, 0.2, 0.1)
 KERNELS = CUDA or TOY  # a rehearsal runs them in Triton's interpreter
+Loss = Callable[..., Tensor]
 LITERAL_LIMIT = 30e9 if CUDA else 3e9  # bytes of mixed banks beyond which the literal form is left out
 
 
@@ -53,12 +54,22 @@ SWEEP = [
 ]
 
 
-def ours(form: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+def ours(form: Callable[..., Contrasted]) -> Loss:
     """An operation that is called as the forms of `baselines` are."""
 
-    def called(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def called(*args: Any) -> Tensor:
         *features, bank, mix, temperature = args
-        return form(Features(*features), bank, Contrast(mix, temperature))
+        return form(Features(*features), bank, Contrast(mix, temperature)).losses.sum()
+
+    return called
+
+
+def summed(form: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Loss:
+    """L of one of the `baselines`."""
+
+    def called(*args: Any) -> Tensor:
+        basic, weak, strong = form(*args)
+        return basic + weak + strong
 
     return called
 
@@ -79,27 +90,22 @@ class Problem:
         self.anchors = [unit(size.n).requires_grad_() for _ in range(3)]  # basic, weak, strong
         self.bank, self.rows = unit(size.k), 2 * unit(size.k)
         self.velocity = torch.zeros_like(self.rows)
-        self.compiled = compiled(self.whole_logits)
+        self.compiled = compiled(summed(whole_logits_mixing_contrast))
 
-    def gradients(self, form: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
+    def gradients(self, form: Loss) -> list[Tensor]:
         """Gradients of L with respect to the anchors."""
-        weak, strong, basic = form(self.key, *self.anchors, self.bank, self.size.mix, 0.07)
-        return list(torch.autograd.grad(weak.mean() + strong.mean() + basic.mean(), self.anchors))
-
-    @staticmethod
-    def whole_logits(*args: object) -> tuple[Tensor, Tensor, Tensor]:
-        """The plain form that a compiler can fuse."""
-        return whole_logits_mixing_contrast(*args)  # type: ignore[arg-type]
+        loss = form(self.key, *self.anchors, self.bank, self.size.mix, 0.07)
+        return list(torch.autograd.grad(loss, self.anchors))
 
     def losses(self) -> dict[str, Callable[[], list[Tensor]]]:
         """Loss with feature gradients, by form."""
-        forms: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = (
+        forms: dict[str, Loss] = (
             {"ours": ours(mixing_contrast), "compiled": self.compiled, "eager": EAGER}
             if KERNELS
             else {"ours": EAGER, "compiled": self.compiled}
         )
         if 4 * self.size.n * self.size.k * D * (1 + len(self.size.mix)) * 3 < LITERAL_LIMIT:
-            forms["literal"] = literal_mixing_contrast
+            forms["literal"] = summed(literal_mixing_contrast)
         return {name: lambda form=form: self.gradients(form) for name, form in forms.items()}  # type: ignore[misc]
 
     def ascents(self) -> dict[str, Callable[[], object]]:
@@ -107,11 +113,9 @@ class Problem:
         key, mix = self.key, self.size.mix
         basic, weak, strong = (a.detach() for a in self.anchors)
 
-        def plain(form: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> object:
+        def plain(form: Loss) -> object:
             unit = F.normalize(self.rows, dim=1).requires_grad_()
-            parts = form(key, basic, weak, strong, unit, mix, 0.03)
-            weak_, strong_, basic_ = (part.mean() for part in parts)
-            (gradient,) = torch.autograd.grad(weak_ + strong_ + basic_, unit)
+            (gradient,) = torch.autograd.grad(form(key, basic, weak, strong, unit, mix, 0.03), unit)
             return reference.bank_step(self.rows, self.velocity, gradient, Step())
 
         def triton() -> object:

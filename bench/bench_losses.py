@@ -33,10 +33,11 @@ Loss = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 def ours(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """L1, L2, L3 in one pass over the bank, batch means."""
+    """L3, L1, L2 in one pass over the bank, batch means."""
     *features, bank, mix, temperature = args
-    weak, strong, basic = reference.mixing_contrast(Features(*features), bank, Contrast(mix, temperature))
-    return weak.mean(), strong.mean(), basic.mean()
+    found = reference.mixing_contrast(Features(*features), bank, Contrast(mix, temperature))
+    basic, weak, strong = found.losses.unbind()
+    return basic, weak, strong
 
 
 FORMS: dict[str, Loss] = {

@@ -1,8 +1,8 @@
 """One ascent step of the bank on the whole loss (A²MC Eq. 7), without storing its gradient.
 
-`bank_pass_kernel` (a first reading of the rows) and `row_softmax_kernel` find, per clip and term, what
-normalises the softmax over the positive and all K rows. Then each program of `ascent_kernel` owns a block of
-bank rows W: with unit rows m = W / |W|,
+`bank_pass_kernel` and `row_softmax_kernel` find, per clip and term, what normalises the softmax over the
+positive and all K rows; where the loss has met the same rows, its pass has left the sums. Then each program
+of `ascent_kernel` owns a block of bank rows W: with unit rows m = W / |W|,
 
     g = dL/dm = 1/(N τ) sum_n [w1_n f1_n + (w2_n - wT_n) f2_n + w3_n f3_n]   w: (1-λ)-weighted probabilities
     v <- momentum v - (g - m (m·g)) / |W| + decay W,    W <- W - lr v        (AdCo's descent on -L)
@@ -25,17 +25,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bank_pass import Tile, has_target, inverse_norm, job_feature, plan_pass, present, product
+from .bank_pass import (
+    PLANES,
+    Tile,
+    has_target,
+    inverse_norm,
+    job_feature,
+    plan_pass,
+    product,
+    shared_arguments,
+)
 from .common import Call, check_problem, launch_all, require, width
 from .problem import Ascent, Contrast, Features, Step, contrast_from
-from .row_softmax import plan_softmax, row_weights
+from .row_softmax import ROW_PLANES, UP, plan_softmax, row_weights
 
 # the step itself holds rows, velocity and gradient in registers, which is what limits the blocks
 _TILES = {
     ("tf32", 16): Tile(64, 64, 16, 4, 1),
     ("tf32", 32): Tile(64, 64, 32, 8, 1),
     ("tf32", 64): Tile(32, 64, 64, 4, 1),
-    ("tf32", 128): Tile(32, 64, 128, 8, 1),
+    ("tf32", 128): Tile(64, 32, 128, 4, 1),
     ("tf32", 256): Tile(32, 32, 256, 8, 1),
     ("ieee", 16): Tile(32, 32, 16, 8, 1, 255),
     ("ieee", 32): Tile(32, 32, 32, 8, 1, 255),
@@ -47,17 +56,17 @@ _TILES = {
 
 @triton.jit
 def ascent_kernel(
+    basic_ptr,
     weak_ptr,
     strong_ptr,
-    basic_ptr,
     rows_ptr,
     velocity_ptr,
-    softmax_ptr,  # [J, PLANES, N]
+    softmax_ptr,  # [J, ROW_PLANES, N]
     partial_ptr,  # [2, B]: sums of row norms and of movements
     N,
     K,
     scale,
-    gain,  # weight of the sum over clips and terms in the objective, over τ
+    gain,  # weight of the sum over clips and terms in the objective, over τ, and over 2^UP
     lr,
     momentum,
     weight_decay,
@@ -89,8 +98,8 @@ def ascent_kernel(
     gradient = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     # a loop at run time, because the registers of all jobs at once would spill
     for job in range(len(QUERY)):
-        query_ptr = job_feature(job, QUERY, weak_ptr, strong_ptr, basic_ptr)
-        partner_ptr = job_feature(job, PARTNER, weak_ptr, strong_ptr, basic_ptr)
+        query_ptr = job_feature(job, QUERY, basic_ptr, weak_ptr, strong_ptr)
+        partner_ptr = job_feature(job, PARTNER, basic_ptr, weak_ptr, strong_ptr)
         for begin in range(0, N, BLOCK_N):
             n = begin + tl.arange(0, BLOCK_N)
             tile = n[:, None] * D + d[None, :]
@@ -105,6 +114,8 @@ def ascent_kernel(
                 w = -w
             # clips beyond N have zero features, so their weights do not matter
             partner = tl.load(partner_ptr + tile, mask=here, other=0.0).to(tl.float32)
+            if PRECISION == "tf32":
+                w, partner = w.to(tl.float16), partner.to(tl.float16)
             gradient = tl.dot(w, partner, gradient, input_precision=PRECISION)
     # read again: cheaper than registers held through the products
     rows = tl.load(rows_ptr + at, mask=inside, other=0.0)
@@ -158,27 +169,26 @@ def summary_kernel(
 
 
 def plan(
-    rows: Tensor, velocity: Tensor, features: Features, settings: Contrast, step: Step
-) -> tuple[list[Call], Tensor]:
+    rows: Tensor, velocity: Tensor, features: Features, settings: Contrast, step: Step,
+    stats: Tensor | None = None,
+) -> tuple[list[Call], Tensor]:  # fmt: skip
     """The launches for contiguous inputs, and the summary [3] that they fill."""
-    bank_pass = plan_pass(features, rows, settings._replace(normalize=True), with_sums=False)
-    normalise, softmax = plan_softmax(bank_pass, features.key)
+    shared, calls, total = shared_arguments(features, settings), [], 4
+    if stats is None:
+        bank_pass = plan_pass(features, rows, settings._replace(normalize=True, climb=0), with_sums=False)
+        calls, stats, total = [bank_pass.call], bank_pass.stats, 2
+    normalise, softmax = plan_softmax(shared, features.key, stats, total)
     (n, d), k = features.key.shape, len(rows)
     tile = _TILES[settings.precision, width(d)]
-    known, blocks = bank_pass.call.arguments, triton.cdiv(k, tile.bank)
+    blocks = triton.cdiv(k, tile.bank)
     partial, summary = rows.new_empty(2, blocks), rows.new_empty(3)
-    names = (
-        "weak_ptr", "strong_ptr", "basic_ptr", "N", "scale", "D", "QUERY", "PARTNER",
-        "MIX", "LARGEST", "EVEN",
-    )  # fmt: skip
-    ascend = {
-        **{name: known[name] for name in names},
+    ascend = shared | {
         "rows_ptr": rows,
         "velocity_ptr": velocity,
         "softmax_ptr": softmax,
         "partial_ptr": partial,
         "K": k,
-        "gain": step.weight / (n * settings.temperature),
+        "gain": step.weight / (n * settings.temperature * 2**UP.value),
         "lr": step.lr,
         "momentum": step.momentum,
         "weight_decay": step.weight_decay,
@@ -191,16 +201,14 @@ def plan(
     }
     summarise = {
         "partial_ptr": partial,
-        # of the basic feature, the last one beside the target
-        "positive_ptr": softmax[len(present(features)) - 1, 3],
+        "positive_ptr": softmax[0, ROW_PLANES.value - 1],  # of the basic feature
         "summary_ptr": summary,
         "N": n,
         "K": k,
         "B": blocks,
         "BLOCK": 256,
     }
-    calls = [
-        bank_pass.call,
+    calls += [
         normalise,
         Call(ascent_kernel, (blocks,), ascend, *tile[3:]),
         Call(summary_kernel, (1,), summarise),
@@ -212,11 +220,11 @@ def plan(
 def _op(
     rows: Tensor, velocity: Tensor,
     key: Tensor, basic: Tensor, weak: Tensor | None, strong: Tensor | None,
-    settings: Sequence[float], step: Sequence[float],
+    settings: Sequence[float], step: Sequence[float], sums: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Steps rows and velocity in place -> [3]: what is in an `Ascent`."""
     features = Features(key, basic, weak, strong)
-    calls, summary = plan(rows, velocity, features, contrast_from(settings), Step(*step))
+    calls, summary = plan(rows, velocity, features, contrast_from(settings), Step(*step), sums)
     launch_all(calls, rows.device)
     return summary
 
@@ -227,11 +235,15 @@ def _(rows: Tensor, *_: Any) -> Tensor:
 
 
 @torch.no_grad()
-def bank_ascent(rows: Tensor, velocity: Tensor, features: Features, settings: Contrast, step: Step) -> Ascent:
+def bank_ascent(
+    rows: Tensor, velocity: Tensor, features: Features, settings: Contrast, step: Step,
+    sums: Tensor | None = None,
+) -> Ascent:  # fmt: skip
     """Step raw rows and velocity [K, D] float32 in place, up the batch mean of L1 + L2 + L3.
 
     Features [N, D]; a term whose feature is None takes no part. It is the unit rows that count, whatever
-    `settings.normalize` says.
+    `settings.normalize` says. `sums` are those of a loss of the same features, rows and settings whose
+    `climb` was this temperature; without them the rows are read once more.
     """
     check_problem("bank_ascent", features, rows, settings)
     require(
@@ -243,6 +255,11 @@ def bank_ascent(rows: Tensor, velocity: Tensor, features: Features, settings: Co
         rows.is_contiguous() and velocity.is_contiguous(),
         "bank_ascent: rows and velocity are stepped in place and must be contiguous",
     )
+    jobs = len(shared_arguments(features, settings)["QUERY"])
+    require(
+        sums is None or sums.shape[1:] == (jobs, PLANES.value, len(features.key)),
+        "bank_ascent: the sums are of another loss: its features must be these",
+    )
     ready = [None if f is None else f.contiguous() for f in features]
-    summary = _op(rows, velocity, *ready, settings.numbers(), list(map(float, step)))
+    summary = _op(rows, velocity, *ready, settings.numbers(), list(map(float, step)), sums)
     return Ascent(*summary.unbind())

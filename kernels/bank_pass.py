@@ -4,7 +4,7 @@ Every term of A²MC (Eq. 9-11) is a softmax over {u·f0, λ a + (1-λ) s_k for e
 s_k = u·m_k and a = u·f is the inner product of the query u with the feature f mixed into the bank
 (`reference` has the algebra). So the pass knows only rows (u, a), up to four per clip, called jobs here:
 
-    weak    u = f1, a = f1·f1        strong  u = f2, a = f2·f2        basic   u = f3, a = f3·f3
+    basic   u = f3, a = f3·f3        weak    u = f1, a = f1·f1        strong  u = f2, a = f2·f2
     target  u = f3, a = f3·f2        the distribution that L2 pulls f2 to
 
 and is laid out like flash attention: a program owns a tile of rows of one job and a slab of bank rows, keeps
@@ -13,7 +13,9 @@ reads the sums adds the slabs in a fixed order. Nothing of size [N, K] leaves th
 added atomically: two runs give the same bits.
 
 Exponents are base 2: scale = log2(e) / τ. The largest logit of all banks is `level(top)`, so no exponential
-exceeds one, whatever τ and the lengths of the rows.
+exceeds one, whatever τ and the lengths of the rows. All are kept times 2^SHIFT, that fp16 may hold w: it has
+the ten bits of tf32, and tensor cores take it in either order of rows and columns. The sums at a second
+temperature, that of the ascent, cost its exponentials alone.
 Legend: N batch · K bank rows · D feature dim · S slabs · J jobs.
 """
 
@@ -24,8 +26,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -33,10 +36,13 @@ from torch import Tensor
 from .common import Call, resident_programs, width
 from .problem import Contrast, Features
 
-WEAK, STRONG, BASIC = 0, 1, 2
+BASIC, WEAK, STRONG = 0, 1, 2
 LOW = tl.constexpr(-1e30)  # below every similarity, yet its multiples are finite
 LN2 = tl.constexpr(math.log(2))
-PLANES = tl.constexpr(4)  # top, a, sum of e, sum of w: what a slab keeps of each row, beside w @ bank
+# what a slab keeps of each row, beside the mean of the bank under w: top, a, sum of e, sum of w, and sum of e
+# at the second temperature
+PLANES = tl.constexpr(5)
+SHIFT = tl.constexpr(10)  # see `common.MOST_SHARES`
 
 
 class Tile(NamedTuple):
@@ -55,7 +61,7 @@ _TILES = {
     ("tf32", 16): Tile(64, 64, 16, 4, 3),
     ("tf32", 32): Tile(64, 64, 32, 4, 3),
     ("tf32", 64): Tile(64, 64, 64, 4, 3),
-    ("tf32", 128): Tile(64, 32, 128, 4, 2),
+    ("tf32", 128): Tile(64, 64, 128, 4, 2),
     ("tf32", 256): Tile(32, 32, 256, 4, 2),
     ("ieee", 16): Tile(32, 32, 16, 8, 1, 255),
     ("ieee", 32): Tile(32, 32, 32, 8, 1, 255),
@@ -132,30 +138,42 @@ def product(left_ptr, left_in, right_ptr, right_in, D: tl.constexpr, DEPTH: tl.c
 
 
 @triton.jit
-def job_feature(job, FEATURES: tl.constexpr, weak_ptr, strong_ptr, basic_ptr):
+def job_feature(job, FEATURES: tl.constexpr, basic_ptr, weak_ptr, strong_ptr):
     """Where the feature of one job begins, given each job's."""
     chosen_ptr = basic_ptr
     for j in tl.static_range(len(FEATURES)):
         if job == j:
-            if FEATURES[j] == 0:
+            if FEATURES[j] == 1:
                 chosen_ptr = weak_ptr
-            elif FEATURES[j] == 1:
+            elif FEATURES[j] == 2:
                 chosen_ptr = strong_ptr
     return chosen_ptr
 
 
 @triton.jit
+def exponentials(s, top, a, reach, scale, MIX: tl.constexpr, LARGEST: tl.constexpr, EVEN: tl.constexpr):
+    """e and w of a tile of similarities [N, K], times 2^SHIFT, from the rows' top, a and level [N]."""
+    offset = (reach - top) * scale - SHIFT
+    if EVEN:
+        e, w = even_exponentials(s, top[:, None], a[:, None], offset[:, None], scale, LARGEST, len(MIX))
+    else:
+        e, w = mixed_exponentials(s, top[:, None], a[:, None], offset[:, None], scale, MIX)
+    return e, w
+
+
+@triton.jit
 def bank_pass_kernel(
+    basic_ptr,
     weak_ptr,
     strong_ptr,
-    basic_ptr,
     bank_ptr,
     stats_ptr,  # [S, J, PLANES, N]
-    sums_ptr,  # [S, J, N, D], unused unless SUMS
+    means_ptr,  # [S, J, N, D] w @ bank / sum of w, with SUMS
     N,
     K,
     slab,  # bank rows per program
     scale,
+    second,  # the scale of the second temperature, with SECOND
     D: tl.constexpr,
     QUERY: tl.constexpr,  # which feature each job's u is
     PARTNER: tl.constexpr,  # and which is mixed into its bank
@@ -164,6 +182,7 @@ def bank_pass_kernel(
     EVEN: tl.constexpr,
     NORMALIZE: tl.constexpr,
     SUMS: tl.constexpr,
+    SECOND: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -171,8 +190,8 @@ def bank_pass_kernel(
     DEPTH: tl.constexpr,
 ):
     job = tl.program_id(0)
-    query_ptr = job_feature(job, QUERY, weak_ptr, strong_ptr, basic_ptr)
-    partner_ptr = job_feature(job, PARTNER, weak_ptr, strong_ptr, basic_ptr)
+    query_ptr = job_feature(job, QUERY, basic_ptr, weak_ptr, strong_ptr)
+    partner_ptr = job_feature(job, PARTNER, basic_ptr, weak_ptr, strong_ptr)
     n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     inside = (n[:, None] < N) & (d[None, :] < D)
@@ -183,6 +202,7 @@ def bank_pass_kernel(
 
     top = tl.full((BLOCK_N,), LOW, tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
+    total_2 = tl.zeros((BLOCK_N,), tl.float32)
     mass = tl.zeros((BLOCK_N,), tl.float32)
     sums = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     start = tl.program_id(2).to(tl.int64) * slab
@@ -202,19 +222,19 @@ def bank_pass_kernel(
         s = tl.where(valid[None, :], s, LOW)
         higher = tl.maximum(top, tl.max(s, 1))
         reach = level(higher, a, LARGEST)
-        keep = tl.exp2((level(top, a, LARGEST) - reach) * scale)
-        offset = (reach - higher) * scale
-        if EVEN:
-            e, w = even_exponentials(
-                s, higher[:, None], a[:, None], offset[:, None], scale, LARGEST, len(MIX)
-            )
-        else:
-            e, w = mixed_exponentials(s, higher[:, None], a[:, None], offset[:, None], scale, MIX)
+        fall = level(top, a, LARGEST) - reach
+        if SECOND:
+            e, _ = exponentials(s, higher, a, reach, second, MIX, LARGEST, EVEN)
+            total_2 = total_2 * tl.exp2(fall * second) + tl.sum(e, 1)
+        keep = tl.exp2(fall * scale)
+        e, w = exponentials(s, higher, a, reach, scale, MIX, LARGEST, EVEN)
         total = total * keep + tl.sum(e, 1)
         if SUMS:
             mass = mass * keep + tl.sum(w, 1)
             if NORMALIZE:
-                w *= inverse[None, :]
+                rows *= inverse[:, None]
+            if PRECISION == "tf32":
+                w, rows = w.to(tl.float16), rows.to(tl.float16)
             sums = tl.dot(w, rows, sums * keep[:, None], input_precision=PRECISION)
         top = higher
         rows_ptr += BLOCK_K * D
@@ -226,7 +246,10 @@ def bank_pass_kernel(
     tl.store(stats_ptr + 2 * N, total, mask=n < N)
     if SUMS:
         tl.store(stats_ptr + 3 * N, mass, mask=n < N)
-        tl.store(sums_ptr + place * N * D + at, sums, mask=inside)
+        means = (sums / mass[:, None]).to(means_ptr.dtype.element_ty)
+        tl.store(means_ptr + place * N * D + at, means, mask=inside)
+    if SECOND:
+        tl.store(stats_ptr + 4 * N, total_2, mask=n < N)
 
 
 class BankPass(NamedTuple):
@@ -234,55 +257,67 @@ class BankPass(NamedTuple):
 
     call: Call
     stats: Tensor  # [S, J, PLANES, N]
-    sums: Tensor  # [S, J, N, D], one element if not asked for
+    means: Tensor  # [S, J, N, D], one element if not asked for
 
 
-def plan_pass(features: Features, bank: Tensor, settings: Contrast, *, with_sums: bool) -> BankPass:
-    """Plan `bank_pass_kernel` for contiguous features [N, D] and bank [K, D].
-
-    The jobs are the features given, then with `settings.distill` the target.
-    """
+def shared_arguments(features: Features, settings: Contrast) -> dict[str, Any]:
+    """What all kernels are told of contiguous features [N, D]: the jobs are the features given, then with
+    `settings.distill` the target."""
     own, like, mix = present(features), features.basic, settings.mix
     target = has_target(features, settings)
-    (n, d), k = like.shape, len(bank)
-    tile = _TILES[settings.precision, width(d)]
-    jobs, blocks = len(own) + target, triton.cdiv(n, tile.rows)
-    splits = max(1, resident_programs(bank.device) // (jobs * blocks))
-    slab = triton.cdiv(triton.cdiv(k, splits), tile.bank) * tile.bank
-    splits = triton.cdiv(k, slab)
-    stats = bank.new_empty(splits, jobs, PLANES.value, n)
-    sums = bank.new_empty((splits, jobs, n, d) if with_sums else (1,))
-    arguments = {
+    return {
+        "basic_ptr": like,
         "weak_ptr": like if features.weak is None else features.weak,
         "strong_ptr": like if features.strong is None else features.strong,
-        "basic_ptr": like,
-        "bank_ptr": bank,
-        "stats_ptr": stats,
-        "sums_ptr": sums,
-        "N": n,
-        "K": k,
-        "slab": slab,
-        "scale": 1 / (settings.temperature * LN2.value),
-        "D": d,
+        "N": len(like),
+        "scale": _scale(settings.temperature),
+        "D": like.shape[1],
         "QUERY": own + (BASIC,) * target,
         "PARTNER": own + (STRONG,) * target,
         "MIX": tuple(mix),
         "LARGEST": max(mix, default=0.0),
         "EVEN": evenly_spaced(mix),
+    }
+
+
+def plan_pass(features: Features, bank: Tensor, settings: Contrast, *, with_sums: bool) -> BankPass:
+    """Plan `bank_pass_kernel` for contiguous features [N, D] and bank [K, D]."""
+    shared = shared_arguments(features, settings)
+    (n, d), k = features.basic.shape, len(bank)
+    tile = _TILES[settings.precision, width(d)]
+    jobs, blocks = len(shared["QUERY"]), triton.cdiv(n, tile.rows)
+    splits = max(1, resident_programs(bank.device) // (jobs * blocks))
+    slab = triton.cdiv(triton.cdiv(k, splits), tile.bank) * tile.bank
+    splits = triton.cdiv(k, slab)
+    stats = bank.new_empty(splits, jobs, PLANES.value, n)
+    kind = torch.float32 if settings.precision == "ieee" else torch.float16
+    means = bank.new_empty((splits, jobs, n, d) if with_sums else (1,), dtype=kind)
+    arguments = shared | {
+        "bank_ptr": bank,
+        "stats_ptr": stats,
+        "means_ptr": means,
+        "K": k,
+        "slab": slab,
+        "second": _scale(settings.climb) if settings.climb else 0.0,
         "NORMALIZE": settings.normalize,
         "SUMS": with_sums,
+        "SECOND": settings.climb > 0,
         "PRECISION": settings.precision,
         "BLOCK_N": tile.rows,
         "BLOCK_K": tile.bank,
         "BLOCK_D": width(d),
         "DEPTH": tile.depth,
     }
-    return BankPass(Call(bank_pass_kernel, (jobs, blocks, splits), arguments, *tile[3:]), stats, sums)
+    return BankPass(Call(bank_pass_kernel, (jobs, blocks, splits), arguments, *tile[3:]), stats, means)
+
+
+def _scale(temperature: float) -> float:
+    return 1 / (temperature * LN2.value)
 
 
 def present(features: Features) -> tuple[int, ...]:
-    """Which of WEAK, STRONG and BASIC are given."""
-    return (WEAK,) * (features.weak is not None) + (STRONG,) * (features.strong is not None) + (BASIC,)
+    """Which of BASIC, WEAK and STRONG are given."""
+    return (BASIC,) + (WEAK,) * (features.weak is not None) + (STRONG,) * (features.strong is not None)
 
 
 def has_target(features: Features, settings: Contrast) -> bool:

@@ -15,6 +15,7 @@ INTERPRET: bool = triton.knobs.runtime.interpret
 """Whether kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1 before the first import."""
 
 MAX_DIM = 256
+MOST_SHARES = 60  # so many exponentials, times 2^10 as `bank_pass` keeps them, add up to what fp16 holds
 FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -111,5 +112,7 @@ def check_problem(name: str, features: Features, bank: Tensor, settings: Contras
     require(settings.temperature > 0, f"{name}: temperature must be > 0, got {settings.temperature}")
     in_range = all(0 < share < 1 for share in settings.mix)
     require(in_range, f"{name}: mix must lie in (0, 1), got {tuple(settings.mix)}")
+    shares = len(settings.mix)
+    require(shares <= MOST_SHARES, f"{name}: mix may have {MOST_SHARES} shares, got {shares}")
     known = settings.precision in ("tf32", "ieee")
     require(known, f"{name}: precision must be tf32 or ieee, got {settings.precision!r}")

@@ -1,27 +1,29 @@
-"""A pair of GRUs, the two directions of a layer, as one operation: sequence [T, N, W] -> states [T, N, 2H].
+"""Pairs of GRUs, each the two directions of a layer, as one operation: sequences [G, T, N, W] -> states.
 
-One matrix product gives what both directions read of the input; then the time steps run by the kernels of
-`gru_steps`. What is kept for the backward pass are the gates, in the place of the input's products, and the
-states; its other products run over all frames at once. Only gradients of the weights need the input and what
-the state's products receive at every frame: where the input's gradient is all that is wanted, as in the
-attack, neither is kept.
+One matrix product for each group gives what both directions read of its input; then the time steps of all
+groups run by the kernels of `gru_steps`. What is kept for the backward pass are the gates, in the place of
+the input's products, and the states; its other products run over all frames at once. Only gradients of the
+weights need the input and what the state's products receive at every frame: where the input's gradient is all
+that is wanted, as in the attack, neither is kept.
 
-The operation multiplies with copies of the parameters in the sequence's type, stacked, and one of them
+The operation multiplies with copies of the parameters in the sequences' type, stacked, and one of them
 transposed. They are made once and serve as long as the parameters stay as they are.
-Legend: T frames · N batch · W width of the input · H hidden units.
+Legend: G groups, each a pair with weights of its own, of which gradients reach the first · T frames · N batch
+· W width of the input · H hidden units.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .common import FEATURE_DTYPES, INTERPRET, launch_all, require
-from .gru_resident import available, plan_resident_forward
-from .gru_steps import plan_backward, plan_forward, tile_for
+from .gru_plan import Backward, Forward, plan_backward, plan_forward
+from .gru_resident import fits
 from .problem import Precision
 
 PARAMETERS = 8  # of both directions: input's weights, state's weights, input's biases, state's biases
@@ -30,122 +32,150 @@ PARAMETERS = 8  # of both directions: input's weights, state's weights, input's 
 class Operands(NamedTuple):
     """What the passes multiply with."""
 
-    input: Tensor  # [6H, W] W_ih of both directions
-    state: Tensor  # [2, 3H, H] W_hh
-    bias: Tensor  # [2, 2, 3H] float32: b_ih, b_hh
-    back: Tensor | None  # [2, H, 3H] W_hh transposed, for the backward pass
+    input: Tensor  # [G, 6H, W] W_ih of both directions
+    state: Tensor  # [G, 2, 3H, H] W_hh
+    bias: Tensor  # [G, 2, 2, 3H] float32: b_ih, b_hh
+    back: Tensor | None  # [1, 2, H, 3H] W_hh transposed, of the first group, for the backward pass
+
+    def group(self, number: int) -> Operands:
+        """Those of one group, which lie where they lay."""
+        one = slice(number, number + 1)
+        return Operands(self.input[one], self.state[one], self.bias[one], None if number else self.back)
 
 
 def make_operands(parameters: Sequence[Tensor], dtype: torch.dtype, *, backward: bool = True) -> Operands:
-    """Copies of a pair's parameters in the type of its sequences; `backward`: for a backward pass as well."""
+    """Copies of the parameters of one pair after another in the type of their sequences; `backward`: for a
+    backward pass as well."""
     (gates, width), hidden, device = parameters[0].shape, parameters[2].shape[1], parameters[0].device
+    groups = len(parameters) // PARAMETERS
     operands = Operands(
-        torch.empty(2 * gates, width, dtype=dtype, device=device),
-        torch.empty(2, gates, hidden, dtype=dtype, device=device),
-        torch.empty(2, 2, gates, dtype=torch.float32, device=device),
-        torch.empty(2, hidden, gates, dtype=dtype, device=device) if backward else None,
+        torch.empty(groups, 2 * gates, width, dtype=dtype, device=device),
+        torch.empty(groups, 2, gates, hidden, dtype=dtype, device=device),
+        torch.empty(groups, 2, 2, gates, dtype=torch.float32, device=device),
+        torch.empty(1, 2, hidden, gates, dtype=dtype, device=device) if backward else None,
     )
-    places = [*operands.input.chunk(2), *operands.state.unbind(), *operands.bias.flatten(0, 1).unbind()]
+    places = [
+        place
+        for each, state, bias in zip(operands.input, operands.state, operands.bias, strict=True)
+        for place in (*each.chunk(2), *state.unbind(), *bias.flatten(0, 1).unbind())
+    ]
     with torch.no_grad():
         torch._foreach_copy_(places, list(parameters))
         if operands.back is not None:
-            operands.back.copy_(operands.state.transpose(1, 2))
+            operands.back.copy_(operands.state[:1].transpose(2, 3))
     return operands
 
 
-@torch.library.custom_op("a2mc::gru_pair", mutates_args=())
+Plan = TypeVar("Plan", Forward, Backward)
+_stays: dict[tuple[Any, ...], bool] = {}
+
+
+def _planned(plan: Callable[..., Plan], *given: Tensor | None, resident: bool, **how: Any) -> Plan:
+    """With `resident` one launch for all steps, where the device can run it; else one per step."""
+    form = *(None if x is None else (x.shape, x.dtype, x.device) for x in given), *sorted(how.items())
+    if resident and _stays.get(form, True):
+        found = plan(*given, resident=True, **how)
+        if form not in _stays:
+            _stays[form] = fits(found.calls[0])
+        if _stays[form]:
+            return found
+    return plan(*given, **how)
+
+
+@torch.library.custom_op("a2mc::gru_pairs", mutates_args=())
 def _op(
-    sequence: Tensor, parameters: Sequence[Tensor], input_weight: Tensor, state_weight: Tensor, bias: Tensor,
+    sequences: Tensor, parameters: Sequence[Tensor], input_weight: Tensor, state_weight: Tensor, bias: Tensor,
     back: Tensor | None, reverse: bool, final: bool, keep: bool, precision: str, resident: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """States [T, N, 2H], those after the last step [N, 2H], and for the backward pass, with `keep`, gates
-    [T, N, 2, 3H] and inner products [T, N, 2, H]. With `final` and not `keep` states are of two frames."""
-    (steps, n, _), h = sequence.shape, state_weight.shape[-1]
-    gates = torch.mm(sequence.flatten(0, 1), input_weight.T).view(1, steps, n, 2, 3 * h)
-    slots = min(2, steps) if final and not keep else steps
-    plan = (plan_resident_forward if resident else plan_forward)(
-        gates, state_weight[None], bias[None],
-        reverse=reverse, keep=keep, slots=slots, precision=precision,
+    """States [G, T, N, 2H], those after the last step [G, N, 2H], and with `keep`, for the first group's
+    backward pass, gates [1, T, N, 2, 3H] and inner products [1, T, N, 2, H]. With `final` and not `keep`
+    states are of two frames."""
+    (groups, steps, n, _), h = sequences.shape, state_weight.shape[-1]
+    gates = sequences.new_empty(groups, steps, n, 2, 3 * h)
+    for sequence, weight, out in zip(sequences, input_weight, gates, strict=True):
+        torch.mm(sequence.flatten(0, 1), weight.T, out=out.view(steps * n, 6 * h))
+    plan = _planned(
+        plan_forward, gates, state_weight, bias, resident=resident and steps > 1, reverse=reverse,
+        followed=int(keep), slots=min(2, steps) if final and not keep else steps, precision=precision,
     )  # fmt: skip
-    launch_all(plan.calls, sequence.device)
-    kept = gates[0] if keep else gates.new_empty(0)
-    return plan.states[0], plan.final[0], kept, plan.inner[0] if keep else gates.new_empty(0)
+    launch_all(plan.calls, sequences.device)
+    return plan.states, plan.final, gates[:1] if keep else gates.new_empty(0), plan.inner
 
 
 @_op.register_fake
 def _(
-    sequence: Tensor, parameters: Sequence[Tensor], input_weight: Tensor, state_weight: Tensor, bias: Tensor,
+    sequences: Tensor, parameters: Sequence[Tensor], input_weight: Tensor, state_weight: Tensor, bias: Tensor,
     back: Tensor | None, reverse: bool, final: bool, keep: bool, precision: str, resident: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    (steps, n, _), h = sequence.shape, state_weight.shape[-1]
+    (groups, steps, n, _), h = sequences.shape, state_weight.shape[-1]
     slots = min(2, steps) if final and not keep else steps
     return (
-        sequence.new_empty(slots, n, 2 * h),
-        sequence.new_empty(n, 2 * h),
-        sequence.new_empty((steps, n, 2, 3 * h) if keep else (0,)),
-        sequence.new_empty((steps, n, 2, h) if keep else (0,)),
+        sequences.new_empty(groups, slots, n, 2 * h),
+        sequences.new_empty(groups, n, 2 * h),
+        sequences.new_empty((1, steps, n, 2, 3 * h) if keep else (0,)),
+        sequences.new_empty(int(keep), steps, n, 2, h),
     )
 
 
-@torch.library.custom_op("a2mc::gru_pair_backward", mutates_args=())
+@torch.library.custom_op("a2mc::gru_pairs_backward", mutates_args=())
 def _backward_op(
     grad: Tensor | None, grad_final: Tensor | None, back: Tensor, states: Tensor, gates: Tensor,
-    inner: Tensor, reverse: bool, with_weights: bool, precision: str,
+    inner: Tensor, reverse: bool, with_weights: bool, precision: str, resident: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of the input's products [T, N, 2, 3H] and, `with_weights`, of the state's, and the sums of
-    both over clips and frames as [B, 2, 4H] float32: r, z, n of the input, n of the state."""
-    plan = plan_backward(
-        None if grad is None else grad[None], None if grad_final is None else grad_final[None],
-        back[None], states[None], gates[None], inner[None],
-        reverse=reverse, slots=len(states) if with_weights else min(2, len(states)),
-        with_bias=with_weights, precision=precision,
+    """Of the first group: gradients of the input's products [1, T, N, 2, 3H] and, `with_weights`, of the
+    state's, and the sums of both over clips and frames as [1, 2, 4H] float32: r, z, n of the input, n of the
+    state."""
+    steps, states = states.shape[1], states[:1]
+    grad, grad_final = (None if x is None else x[:1] for x in (grad, grad_final))
+    plan = _planned(
+        plan_backward, grad, grad_final, back, states, gates, inner, resident=resident and steps > 1,
+        reverse=reverse, slots=steps if with_weights else min(2, steps), with_bias=with_weights,
+        precision=precision,
     )  # fmt: skip
     launch_all(plan.calls, states.device)
-    return plan.input[0], plan.state[0] if with_weights else gates.new_empty(0), plan.bias[0]
+    if with_weights:
+        return plan.input, plan.state, plan.bias.sum(1)
+    return plan.input, gates.new_empty(0), gates.new_empty(0, dtype=torch.float32)
 
 
 @_backward_op.register_fake
 def _(
     grad: Tensor | None, grad_final: Tensor | None, back: Tensor, states: Tensor, gates: Tensor,
-    inner: Tensor, reverse: bool, with_weights: bool, precision: str,
+    inner: Tensor, reverse: bool, with_weights: bool, precision: str, resident: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    (_, n, _), h = states.shape, back.shape[1]
-    blocks = -(-n // tile_for("backward", n, h, gates.dtype, precision).rows) if with_weights else 0
-    return (
-        torch.empty_like(gates),
-        torch.empty_like(gates) if with_weights else gates.new_empty(0),
-        gates.new_empty(blocks, 2, 4 * h, dtype=torch.float32),
-    )
+    sums = gates.new_empty((1, 2, 4 * back.shape[2]) if with_weights else (0,), dtype=torch.float32)
+    return torch.empty_like(gates), torch.empty_like(gates) if with_weights else gates.new_empty(0), sums
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    sequence, parameters, input_weight, _, _, back, reverse, _, _, precision, _ = inputs
+    sequences, parameters, input_weight, _, _, back, reverse, _, _, precision, resident = inputs
     states, _, gates, inner = output
     ctx.with_weights = any(p.requires_grad for p in parameters)
-    ctx.save_for_backward(sequence if ctx.with_weights else None, input_weight, back, states, gates, inner)
-    ctx.reverse, ctx.precision = reverse, precision
+    ctx.save_for_backward(sequences if ctx.with_weights else None, input_weight, back, states, gates, inner)
+    ctx.groups, ctx.reverse, ctx.how = len(sequences), reverse, (precision, resident)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad: Tensor | None, grad_final: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    sequence, input_weight, back, states, gates, inner = ctx.saved_tensors
+    sequences, input_weight, back, states, gates, inner = ctx.saved_tensors
     of_input, of_state, bias = _backward_op(
         None if grad is None else grad.contiguous(),
         None if grad_final is None else grad_final.contiguous(),
-        back, states, gates, inner, ctx.reverse, ctx.with_weights, ctx.precision,
+        back, states, gates, inner, ctx.reverse, ctx.with_weights, *ctx.how,
     )  # fmt: skip
-    rows = of_input.flatten(2).flatten(0, 1)
-    of_sequence = None
+    rows, others = of_input[0].flatten(2).flatten(0, 1), ctx.groups - 1
+    of_sequences = None
     if ctx.needs_input_grad[0]:
-        of_sequence = (rows @ input_weight).view(*gates.shape[:2], -1)
+        of_sequences = (rows @ input_weight[0]).view(*gates.shape[:3], -1)
+        of_sequences = F.pad(of_sequences, (0, 0) * 3 + (0, others)) if others else of_sequences
     parameters: list[Tensor | None] = [None] * PARAMETERS
     if ctx.with_weights:
         parameters = [
-            *(rows.T @ sequence.flatten(0, 1)).float().chunk(2),
-            *(_state_weight(of_state, states, direction, ctx.reverse) for direction in range(2)),
-            *_biases(bias.sum(0)),
+            *(rows.T @ sequences[0].flatten(0, 1)).float().chunk(2),
+            *(_state_weight(of_state[0], states[0], direction, ctx.reverse) for direction in range(2)),
+            *_biases(bias[0]),
         ]
-    return of_sequence, parameters, *[None] * 9
+    return of_sequences, parameters + [None] * (PARAMETERS * others), *[None] * 9
 
 
 def _state_weight(of_state: Tensor, states: Tensor, direction: int, reverse: bool) -> Tensor:
@@ -171,7 +201,14 @@ _op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def gru_pair(
-    sequence: Tensor,
+    sequence: Tensor, parameters: Sequence[Tensor], operands: Operands | None = None, **how: Any
+) -> Tensor:
+    """`gru_pairs` of one: sequence [T, N, W] -> states [T, N, 2H], or with `final` [N, 2H]."""
+    return gru_pairs(sequence.unsqueeze(0), parameters, operands, **how).squeeze(0)
+
+
+def gru_pairs(
+    sequences: Tensor,
     parameters: Sequence[Tensor],
     operands: Operands | None = None,
     *,
@@ -180,60 +217,65 @@ def gru_pair(
     precision: Precision = "tf32",
     resident: bool = False,
 ) -> Tensor:
-    """Both directions' states [T, N, 2H], or with `final` those after each one's last step, [N, 2H].
+    """Both directions' states [G, T, N, 2H], or with `final` those after each one's last step, [G, N, 2H].
 
-    sequence [T, N, W] is float32, bfloat16 or float16, as are the results. The float32 parameters, to which
-    gradients flow, are W_ih [3H, W], W_hh [3H, H], b_ih [3H] and b_hh [3H], each of both directions in turn,
-    gates in the order r, z, n (torch.nn.GRU). `reverse`: direction 1 walks from the last frame to the first.
-    `operands` are what `make_operands` gave for this type; without them they are made here. `resident`: all
-    steps of the forward pass in one launch, where the device can run it (`gru_resident`).
+    Sequences [G, T, N, W] are float32, bfloat16 or float16, as are the results. A group's float32 parameters
+    are W_ih [3H, W], W_hh [3H, H], b_ih [3H] and b_hh [3H], each of both directions in turn, gates in the
+    order r, z, n (torch.nn.GRU). Gradients flow to the first group alone: the sequences of the others, whose
+    parameters must not require any, are constants. `reverse`: direction 1 walks from the last frame to the
+    first. `operands` are what `make_operands` gave for this type; without them they are made here.
+    `resident`: all steps in one launch, where the device can run it (`gru_resident`).
     """
-    _check(sequence, parameters, operands)
-    learns = sequence.requires_grad or any(p.requires_grad for p in parameters)
+    _check(sequences, parameters, operands)
+    learns = sequences.requires_grad or any(p.requires_grad for p in parameters)
     keep = learns and torch.is_grad_enabled()
     if operands is None:
-        operands = make_operands(parameters, sequence.dtype, backward=keep)
+        operands = make_operands(parameters, sequences.dtype, backward=keep)
     require(
         operands.back is not None or not keep,
-        "gru_pair: these operands are for passes without gradients: make them with backward=True",
+        "gru_pairs: these operands are for passes without gradients: make them with backward=True",
     )
     states, last, *_ = _op(
-        sequence.contiguous(), list(parameters), *operands,
-        reverse, final, keep, precision,
-        resident and available(sequence, operands.state, reverse=reverse, keep=keep, precision=precision),
-    )  # fmt: skip
+        sequences.contiguous(), list(parameters), *operands, reverse, final, keep, precision, resident
+    )
     return last if final else states
 
 
-def _check(sequence: Tensor, parameters: Sequence[Tensor], operands: Operands | None) -> None:
+def _check(sequences: Tensor, parameters: Sequence[Tensor], operands: Operands | None) -> None:
     require(
-        sequence.ndim == 3 and min(sequence.shape) > 0,
-        f"gru_pair: expected a sequence [T, N, W], got {list(sequence.shape)}",
+        sequences.ndim == 4 and min(sequences.shape) > 0,
+        f"gru_pairs: expected sequences [G, T, N, W], got {list(sequences.shape)}",
     )
     require(
-        sequence.dtype in FEATURE_DTYPES,
-        f"gru_pair: the sequence must be float32, bfloat16 or float16, got {sequence.dtype}",
+        sequences.dtype in FEATURE_DTYPES,
+        f"gru_pairs: sequences must be float32, bfloat16 or float16, got {sequences.dtype}",
         TypeError,
     )
+    groups, width = len(sequences), sequences.shape[-1]
     require(
-        len(parameters) == PARAMETERS,
-        f"gru_pair: expected {PARAMETERS} parameters, four of each direction, got {len(parameters)}",
+        len(parameters) == PARAMETERS * groups,
+        f"gru_pairs: expected {PARAMETERS} parameters of each group, four of each direction, got "
+        f"{len(parameters)} for {groups}",
     )
-    width, hidden = sequence.shape[-1], parameters[2].shape[-1]
+    require(
+        not any(p.requires_grad for p in parameters[PARAMETERS:]),
+        "gru_pairs: the parameters of the first group alone may require gradients",
+    )
+    hidden = parameters[2].shape[-1]
     shapes = [(3 * hidden, width)] * 2 + [(3 * hidden, hidden)] * 2 + [(3 * hidden,)] * 4
-    for parameter, shape in zip(parameters, shapes, strict=True):
+    for parameter, shape in zip(parameters, shapes * groups, strict=True):
         require(
             parameter.shape == shape and parameter.dtype == torch.float32,
-            f"gru_pair: expected a float32 parameter {list(shape)}, got {parameter.dtype} "
+            f"gru_pairs: expected a float32 parameter {list(shape)}, got {parameter.dtype} "
             f"{list(parameter.shape)}",
         )
     if operands is not None:
         require(
-            operands.state.dtype == sequence.dtype,
-            f"gru_pair: operands must be {sequence.dtype}, as the sequence, got {operands.state.dtype}",
+            operands.state.dtype == sequences.dtype,
+            f"gru_pairs: operands must be {sequences.dtype}, as the sequences, got {operands.state.dtype}",
             TypeError,
         )
     require(
-        INTERPRET or sequence.device.type != "cpu",
-        "gru_pair: the kernels need a GPU: use torch.nn.GRU on a CPU",
+        INTERPRET or sequences.device.type != "cpu",
+        "gru_pairs: the kernels need a GPU: use torch.nn.GRU on a CPU",
     )

@@ -4,8 +4,8 @@
 With the (1-λ)-weighted sums w come the probabilities of the mixed features, because sum(λ e) = e - w, and the
 mean of f2's similarity under the target, because sum_k w_k (m_k·f2) = (w @ bank)·f2.
 
-Legend: N batch · K bank rows · D feature dim · S slabs · J jobs · T terms present, in the order weak, strong,
-basic.
+Losses and gradients are those of the batch mean. Legend: N batch · K bank rows · D feature dim · S slabs ·
+J jobs · T terms present, in the order basic, weak, strong.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -21,15 +21,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bank_pass import BASIC, LN2, LOW, PLANES, STRONG, WEAK, has_target, level, plan_pass, present
+from .bank_pass import LN2, LOW, PLANES, SHIFT, has_target, level, plan_pass, present
 from .common import Call, check_problem, launch_all, require, width
-from .problem import Contrast, Features, contrast_from
+from .problem import Contrast, Contrasted, Features, contrast_from
 from .row_softmax import merged_stats
+
+_CHUNK = 64  # slabs that are read at once
 
 
 @triton.jit
 def _slab_sums(
-    stats_ptr, sums_ptr, n, job, a, reach, N, S, scale,
+    stats_ptr, means_ptr, n, job, a, reach, N, S, scale,
     D: tl.constexpr, JOBS: tl.constexpr, LARGEST: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One row's sums over the slabs, in units of 2^(scale * reach) -> (e - w, w @ bank [D])."""
@@ -42,19 +44,19 @@ def _slab_sums(
         place = s.to(tl.int64) * JOBS + job
         at = stats_ptr + place * PLANES * N + n
         top = tl.load(at, mask=s < S, other=LOW)
-        factor = tl.exp2((level(top, a, LARGEST) - reach) * scale)
+        factor = tl.exp2((level(top, a, LARGEST) - reach) * scale - SHIFT)
         total = tl.load(at + 2 * N, mask=s < S, other=0.0)
         mass = tl.load(at + 3 * N, mask=s < S, other=0.0)
         share += tl.sum((total - mass) * factor, 0)
         inside = (s[:, None] < S) & (d[None, :] < D)
-        sums = tl.load(sums_ptr + (place * N + n)[:, None] * D + d[None, :], mask=inside, other=0.0)
-        row += tl.sum(sums * factor[:, None], 0)
+        means = tl.load(means_ptr + (place * N + n)[:, None] * D + d[None, :], mask=inside, other=0.0)
+        row += tl.sum(means.to(tl.float32) * (mass * factor)[:, None], 0)
     return share, row
 
 
 @triton.jit
 def _distribution(
-    query, key, stats_ptr, sums_ptr, n, job, N, S, scale,
+    query, key, stats_ptr, means_ptr, n, job, N, S, scale,
     D: tl.constexpr, JOBS: tl.constexpr, LARGEST: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -62,11 +64,11 @@ def _distribution(
     probability of the positive, sum of λ times the probability, sum of w / z times the bank rows [D])."""
     positive = tl.sum(query * key, 0)
     _, a, reach, high, first, z = merged_stats(
-        stats_ptr, n, job, positive, N, S, scale, JOBS, LARGEST, BLOCK_S
+        stats_ptr, n, job, positive, N, S, scale, 2, JOBS, LARGEST, BLOCK_S
     )
     to_probability = tl.exp2(-high) / z
     share, row = _slab_sums(
-        stats_ptr, sums_ptr, n, job, a, reach, N, S, scale, D, JOBS, LARGEST, BLOCK_D, CHUNK
+        stats_ptr, means_ptr, n, job, a, reach, N, S, scale, D, JOBS, LARGEST, BLOCK_D, CHUNK
     )
     log = tl.log2(z) + high
     return log, reach, positive, a, first / z, share * to_probability, row * to_probability
@@ -74,14 +76,14 @@ def _distribution(
 
 @triton.jit
 def combine_kernel(
+    basic_ptr,
     weak_ptr,
     strong_ptr,
-    basic_ptr,
     key_ptr,
     stats_ptr,  # [S, J, PLANES, N]
-    sums_ptr,  # [S, J, N, D]
-    losses_ptr,  # [T, N]
-    gradients_ptr,  # [T, N, D]
+    means_ptr,  # [S, J, N, D]
+    losses_ptr,  # [3, N]
+    gradients_ptr,  # [T, N, D] of the mean over clips
     N,
     S,
     scale,
@@ -101,16 +103,16 @@ def combine_kernel(
     # one branch per term, because the strong one differs
     for term in tl.static_range(len(TERMS)):
         if tl.program_id(0) == term:
-            anchor_ptr = weak_ptr if TERMS[term] == 0 else strong_ptr if TERMS[term] == 1 else basic_ptr
+            anchor_ptr = basic_ptr if TERMS[term] == 0 else weak_ptr if TERMS[term] == 1 else strong_ptr
             anchor = tl.load(anchor_ptr + at, mask=d < D, other=0.0).to(tl.float32)
             lse, reach, positive, a, first, share, row = _distribution(
-                anchor, key, stats_ptr, sums_ptr, n, term, N, S, scale,
+                anchor, key, stats_ptr, means_ptr, n, term, N, S, scale,
                 D, JOBS, LARGEST, BLOCK_S, BLOCK_D, CHUNK,
             )  # fmt: skip
-            if DISTILL and TERMS[term] == 1:
+            if DISTILL and TERMS[term] == 2:
                 teacher = tl.load(basic_ptr + at, mask=d < D, other=0.0).to(tl.float32)
                 _, _, _, _, first_t, share_t, row_t = _distribution(
-                    teacher, key, stats_ptr, sums_ptr, n, len(TERMS), N, S, scale,
+                    teacher, key, stats_ptr, means_ptr, n, len(TERMS), N, S, scale,
                     D, JOBS, LARGEST, BLOCK_S, BLOCK_D, CHUNK,
                 )  # fmt: skip
                 mean = first_t * positive + share_t * a + tl.sum(row_t * anchor, 0)
@@ -120,24 +122,23 @@ def combine_kernel(
                 gradient = (first - 1.0) * key + row + 2.0 * share * anchor
             # the mean logit of the target, or the positive, is what the log-partition is compared with
             loss = (lse + (reach - mean) * scale) * LN2
-            tl.store(losses_ptr + (n + term * N), loss)
+            tl.store(losses_ptr + (n + TERMS[term] * N), loss)
             out = gradients_ptr + (n + term * N) * D + d
-            tl.store(out, gradient * (scale * LN2), mask=d < D)
+            tl.store(out, gradient * (scale * LN2 / N), mask=d < D)
 
 
-def plan(features: Features, bank: Tensor, settings: Contrast) -> tuple[list[Call], Tensor, Tensor]:
-    """The launches for contiguous inputs, and what they fill: losses [T, N], gradients [T, N, D]."""
+def plan(features: Features, bank: Tensor, settings: Contrast) -> tuple[list[Call], Tensor, Tensor, Tensor]:
+    """The launches for contiguous inputs, and what they fill: losses [3, N], gradients [T, N, D], and the
+    pass's sums [S, J, PLANES, N]."""
     terms = present(features)
     bank_pass = plan_pass(features, bank, settings, with_sums=True)
     n, d = features.key.shape
-    losses, gradients = bank.new_empty(len(terms), n), bank.new_empty(len(terms), n, d)
+    losses = bank.new_empty(3, n) if len(terms) == 3 else bank.new_zeros(3, n)
+    gradients = bank.new_empty(len(terms), n, d)
     known = bank_pass.call.arguments
-    names = ("weak_ptr", "strong_ptr", "basic_ptr", "N", "scale", "D", "LARGEST")
-    combine = {
-        **{name: known[name] for name in names},
+    names = ("basic_ptr", "weak_ptr", "strong_ptr", "N", "scale", "D", "LARGEST", "stats_ptr", "means_ptr")
+    combine = {name: known[name] for name in names} | {
         "key_ptr": features.key,
-        "stats_ptr": bank_pass.stats,
-        "sums_ptr": bank_pass.sums,
         "losses_ptr": losses,
         "gradients_ptr": gradients,
         "S": len(bank_pass.stats),
@@ -145,54 +146,58 @@ def plan(features: Features, bank: Tensor, settings: Contrast) -> tuple[list[Cal
         "DISTILL": has_target(features, settings),
         "BLOCK_S": triton.next_power_of_2(len(bank_pass.stats)),
         "BLOCK_D": width(d),
-        "CHUNK": 32,
+        "CHUNK": _CHUNK,
     }
     calls = [bank_pass.call, Call(combine_kernel, (len(terms), n), combine)]
-    return calls, losses, gradients
+    return calls, losses, gradients, bank_pass.stats
 
 
 @torch.library.custom_op("a2mc::mixing_contrast", mutates_args=())
 def _op(
     key: Tensor, basic: Tensor, weak: Tensor | None, strong: Tensor | None, bank: Tensor,
     settings: Sequence[float],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Losses [T, N] and gradients [T, N, D], both float32, of the terms present."""
-    features = Features(key, basic, weak, strong)
-    calls, losses, gradients = plan(features, bank, contrast_from(settings))
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Mean losses [3] and their gradients [T, N, D], of the terms present, both float32, and with a `climb`
+    the pass's sums [S, J, PLANES, N]."""
+    features, contrast = Features(key, basic, weak, strong), contrast_from(settings)
+    calls, losses, gradients, sums = plan(features, bank, contrast)
     launch_all(calls, bank.device)
-    return losses, gradients
+    return losses.mean(1), gradients, sums if contrast.climb else sums.new_empty(0)
 
 
 @_op.register_fake
-def _(*inputs: Any) -> tuple[Tensor, Tensor]:
-    *features, bank, _ = inputs
-    terms = len(present(Features(*features)))
-    return bank.new_empty(terms, len(features[0])), bank.new_empty(terms, *features[0].shape)
+def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *features, bank, settings = inputs
+    given, contrast = Features(*features), contrast_from(settings)
+    sums = bank.new_empty(0)
+    if contrast.climb:
+        sums = plan_pass(given, bank, contrast, with_sums=True).stats
+    return bank.new_empty(3), bank.new_empty(len(present(given)), *given.key.shape), sums
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(output[1])
     ctx.dtype = inputs[1].dtype
     ctx.terms = present(Features(*inputs[:4]))
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     (gradients,) = ctx.saved_tensors
-
-    def anchor(position: int, feature: int) -> Tensor | None:
-        if not ctx.needs_input_grad[position]:
-            return None
-        term = ctx.terms.index(feature)
-        return (grad[term].unsqueeze(1) * gradients[term]).to(ctx.dtype)
-
-    return None, anchor(1, BASIC), anchor(2, WEAK), anchor(3, STRONG), None, None
+    own = grad if len(ctx.terms) == len(grad) else torch.stack([grad[term] for term in ctx.terms])
+    scaled = (own[:, None, None] * gradients).to(ctx.dtype)
+    anchors: list[Tensor | None] = [None] * 3
+    for term, gradient in zip(ctx.terms, scaled, strict=True):
+        if ctx.needs_input_grad[1 + term]:
+            anchors[term] = gradient
+    return None, *anchors, None, None
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def mixing_contrast(features: Features, bank: Tensor, settings: Contrast) -> tuple[Tensor, Tensor, Tensor]:
-    """L1, L2, L3 per clip: features [N, D], bank [K, D] float32 -> (weak, strong, basic), each [N] float32.
+def mixing_contrast(features: Features, bank: Tensor, settings: Contrast) -> Contrasted:
+    """Batch means of L3, L1, L2, and the sums for the ascent: features [N, D], bank [K, D] float32.
 
     Differentiable in basic, weak and strong, not in key and bank: the bank's ascent is `bank_ascent`. A term
     whose feature is None is zero.
@@ -203,9 +208,10 @@ def mixing_contrast(features: Features, bank: Tensor, settings: Contrast) -> tup
         "mixing_contrast: bank requires grad, which this operation does not give: detach it, or use "
         "reference.mixing_contrast",
     )
+    require(
+        settings.normalize or not settings.climb,
+        "mixing_contrast: the ascent's sums are of unit rows: set normalize, too",
+    )
     ready = [None if f is None else f.contiguous() for f in (features.key.detach(), *features[1:])]
-    losses, _ = _op(*ready, bank.contiguous(), settings.numbers())
-    given = iter(losses.unbind())
-    off = losses.new_zeros(len(features.key))
-    first, second = (off if f is None else next(given) for f in (features.weak, features.strong))
-    return first, second, next(given)
+    losses, _, sums = _op(*ready, bank.contiguous(), settings.numbers())
+    return Contrasted(losses, sums.detach() if settings.climb else None)

@@ -8,7 +8,8 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 Precision = Literal["tf32", "ieee"]
-"""How float32 operands are multiplied: on tensor cores with 10-bit mantissas, or in full float32."""
+"""How float32 operands are multiplied: on tensor cores with 10-bit mantissas (as fp16 where unit rows are
+weighted), or in full float32."""
 
 
 class Features(NamedTuple):
@@ -31,17 +32,26 @@ class Contrast(NamedTuple):
     distill: bool = True  # L2 pulls f2's distribution to f3's; else it is a contrast like L1
     normalize: bool = False  # the bank's rows are raw: it is their unit rows that count
     precision: Precision = "tf32"  # of the kernels alone
+    climb: float = 0.0  # the ascent's τ, where its sums shall come of the same pass; 0 where they need not
 
     def numbers(self) -> list[float]:
         """The same as an operation of torch's can take it."""
         flags = (self.distill, self.normalize, self.precision == "ieee")
-        return [self.temperature, *map(float, flags), *self.mix]
+        return [self.temperature, self.climb, *map(float, flags), *self.mix]
 
 
 def contrast_from(numbers: Sequence[float]) -> Contrast:
     """What `Contrast.numbers` has told."""
-    temperature, distill, normalize, exact, *mix = numbers
-    return Contrast(tuple(mix), temperature, bool(distill), bool(normalize), "ieee" if exact else "tf32")
+    temperature, climb, distill, normalize, exact, *mix = numbers
+    precision: Precision = "ieee" if exact else "tf32"
+    return Contrast(tuple(mix), temperature, bool(distill), bool(normalize), precision, climb)
+
+
+class Contrasted(NamedTuple):
+    """What features and bank say of each other."""
+
+    losses: Tensor  # [3] batch means of L3, L1 and L2, of basic, weak and strong; zero where a term is off
+    sums: Tensor | None = None  # of the pass over the bank, for an ascent at the temperature `climb`
 
 
 class Step(NamedTuple):

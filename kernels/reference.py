@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .problem import Ascent, Contrast, Features, Step
+from .problem import Ascent, Contrast, Contrasted, Features, Step
 
 _BLOCK = 4096  # bank rows per pass: a [64, 4096] float32 block stays in a core's second-level cache
 
@@ -175,31 +175,41 @@ def distillation(anchor: Tensor, teacher: Tensor, key: Tensor, bank: Tensor, set
     return _Distill.apply(anchor, teacher.detach(), key.detach(), bank, mix, inv_tau)
 
 
-def mixing_contrast(features: Features, bank: Tensor, settings: Contrast) -> tuple[Tensor, Tensor, Tensor]:
-    """L1, L2 and L3 of A²MC (Eq. 9-11) per clip: features [N, D], bank [K, D] -> (weak, strong, basic), each
-    [N].
+def losses_per_clip(
+    features: Features, bank: Tensor, settings: Contrast
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """L3, L1 and L2 of A²MC (Eq. 9-11): features [N, D], bank [K, D] -> (basic, weak, strong), each [N].
 
-    A term whose feature is None is zero.
+    A term whose feature is None is, too.
     """
     key, basic, weak, strong = features
     rows = torch.nn.functional.normalize(bank, dim=1) if settings.normalize else bank
-    first = second = basic.new_zeros(len(basic))
-    if weak is not None:
-        first = contrast(weak, key, rows, settings)
-    if strong is not None and settings.distill:
-        second = distillation(strong, basic, key, rows, settings)
-    elif strong is not None:
-        second = contrast(strong, key, rows, settings)
-    return first, second, contrast(basic, key, rows, settings)
+    first, second = (None if x is None else contrast(x, key, rows, settings) for x in (basic, weak))
+    assert first is not None
+    if strong is None:
+        return first, second, None
+    if settings.distill:
+        return first, second, distillation(strong, basic, key, rows, settings)
+    return first, second, contrast(strong, key, rows, settings)
 
 
-def bank_ascent(rows: Tensor, velocity: Tensor, features: Features, settings: Contrast, step: Step) -> Ascent:
+def mixing_contrast(features: Features, bank: Tensor, settings: Contrast) -> Contrasted:
+    """Batch means of L3, L1 and L2, zero where a feature is None: features [N, D], bank [K, D]."""
+    parts = losses_per_clip(features, bank, settings)
+    off = features.basic.new_zeros(())
+    return Contrasted(torch.stack([off if part is None else part.mean() for part in parts]))
+
+
+def bank_ascent(
+    rows: Tensor, velocity: Tensor, features: Features, settings: Contrast, step: Step,
+    sums: Tensor | None = None,
+) -> Ascent:  # fmt: skip
     """One step up the batch mean of L1 + L2 + L3 (A²MC Eq. 7), in place. rows, velocity [K, D], features
-    [N, D]."""
+    [N, D]; `sums` are for the kernels."""
     unit = torch.nn.functional.normalize(rows, dim=1).requires_grad_()
     with torch.enable_grad():
-        weak, strong, basic = mixing_contrast(features, unit, settings._replace(normalize=False))
-        value = step.weight * (weak + strong + basic).mean()
+        basic, *others = losses_per_clip(features, unit, settings._replace(normalize=False))
+        value = step.weight * (basic + sum(part for part in others if part is not None)).mean()
         (gradient,) = torch.autograd.grad(value, unit)
     with torch.no_grad():
         norm, movement = bank_step(rows, velocity, gradient, step)

@@ -8,22 +8,28 @@ Legend: N batch · D feature dim · S slabs · J jobs, as in `bank_pass`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bank_pass import LOW, PLANES, BankPass, even_exponentials, job_feature, level, mixed_exponentials
+from .bank_pass import LOW, PLANES, SHIFT, even_exponentials, job_feature, level, mixed_exponentials
 from .common import Call, width
+
+ROW_PLANES = tl.constexpr(4)  # top, a, offset that normalises the exponentials, positive's probability
+UP = tl.constexpr(15)  # weights are kept times 2^UP, that fp16 may hold those of rows far from a clip
 
 
 @triton.jit
 def merged_stats(
-    stats_ptr, n, job, positive, N, S, scale, JOBS: tl.constexpr, LARGEST: tl.constexpr, BLOCK_S: tl.constexpr
-):
+    stats_ptr, n, job, positive, N, S, scale,
+    TOTAL: tl.constexpr, JOBS: tl.constexpr, LARGEST: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
     """One row's softmax over its positive and all slabs -> (top, a, reach, high, first, z).
 
-    n is int64. In units of 2^(scale * reach + high), `first` is the positive's exponential and z the
-    partition.
+    n is int64, TOTAL the plane of the sums of e. In units of 2^(scale * reach + high), `first` is the
+    positive's exponential and z the partition.
     """
     s = tl.arange(0, BLOCK_S)
     at = stats_ptr + (s.to(tl.int64) * JOBS + job) * PLANES * N + n
@@ -31,8 +37,8 @@ def merged_stats(
     tops = tl.load(at, mask=s < S, other=LOW)
     top = tl.max(tops, 0)
     reach = level(top, a, LARGEST)
-    factor = tl.exp2((level(tops, a, LARGEST) - reach) * scale)
-    total = tl.sum(tl.load(at + 2 * N, mask=s < S, other=0.0) * factor, 0)
+    factor = tl.exp2((level(tops, a, LARGEST) - reach) * scale - SHIFT)
+    total = tl.sum(tl.load(at + TOTAL * N, mask=s < S, other=0.0) * factor, 0)
     gap = (positive - reach) * scale
     high = tl.maximum(gap, 0.0)
     first = tl.exp2(gap - high)
@@ -41,33 +47,34 @@ def merged_stats(
 
 @triton.jit
 def row_softmax_kernel(
+    basic_ptr,
     weak_ptr,
     strong_ptr,
-    basic_ptr,
     key_ptr,
     stats_ptr,  # [S, J, PLANES, N]
-    softmax_ptr,  # [J, PLANES, N]: top, a, offset that normalises the exponentials, positive's probability
+    softmax_ptr,  # [J, ROW_PLANES, N]
     N,
     S,
     scale,
     D: tl.constexpr,
     QUERY: tl.constexpr,
     LARGEST: tl.constexpr,
+    TOTAL: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     job, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    query_ptr = job_feature(job, QUERY, weak_ptr, strong_ptr, basic_ptr)
+    query_ptr = job_feature(job, QUERY, basic_ptr, weak_ptr, strong_ptr)
     d = tl.arange(0, BLOCK_D)
     query = tl.load(query_ptr + n * D + d, mask=d < D, other=0.0).to(tl.float32)
     key = tl.load(key_ptr + n * D + d, mask=d < D, other=0.0).to(tl.float32)
     top, a, reach, high, first, z = merged_stats(
-        stats_ptr, n, job, tl.sum(query * key, 0), N, S, scale, len(QUERY), LARGEST, BLOCK_S
+        stats_ptr, n, job, tl.sum(query * key, 0), N, S, scale, TOTAL, len(QUERY), LARGEST, BLOCK_S
     )
-    out = softmax_ptr + job * PLANES * N + n
+    out = softmax_ptr + job * ROW_PLANES * N + n
     tl.store(out, top)
     tl.store(out + N, a)
-    tl.store(out + 2 * N, (reach - top) * scale + high + tl.log2(z))
+    tl.store(out + 2 * N, (reach - top) * scale + high + tl.log2(z) - UP)
     tl.store(out + 3 * N, first / z)
 
 
@@ -75,8 +82,9 @@ def row_softmax_kernel(
 def row_weights(
     s, softmax_ptr, job, n, N, scale, MIX: tl.constexpr, LARGEST: tl.constexpr, EVEN: tl.constexpr
 ):
-    """Probabilities of bank rows [K] for clips n [N] from their similarities s [K, N], weighted by 1-λ."""
-    at = softmax_ptr + job * PLANES * N + n
+    """Probabilities of bank rows [K] for clips n [N] from their similarities s [K, N], weighted by 1-λ, times
+    2^UP."""
+    at = softmax_ptr + job * ROW_PLANES * N + n
     top = tl.load(at, mask=n < N, other=0.0)
     a = tl.load(at + N, mask=n < N, other=0.0)
     offset = tl.load(at + 2 * N, mask=n < N, other=0.0)
@@ -87,18 +95,17 @@ def row_weights(
     return w
 
 
-def plan_softmax(bank_pass: BankPass, key: Tensor) -> tuple[Call, Tensor]:
-    """Plan `row_softmax_kernel` after the pass -> (call, softmax [J, PLANES, N])."""
-    known, stats = bank_pass.call.arguments, bank_pass.stats
-    (n, d), jobs = key.shape, len(known["QUERY"])
-    softmax = stats.new_empty(jobs, PLANES.value, n)
-    names = ("weak_ptr", "strong_ptr", "basic_ptr", "N", "scale", "D", "QUERY", "LARGEST")
-    arguments = {
-        **{name: known[name] for name in names},
+def plan_softmax(shared: dict[str, Any], key: Tensor, stats: Tensor, total: int) -> tuple[Call, Tensor]:
+    """Plan `row_softmax_kernel` after the pass, whose sums of e lie in the plane `total` -> (call, softmax
+    [J, ROW_PLANES, N])."""
+    (n, d), jobs = key.shape, len(shared["QUERY"])
+    softmax = stats.new_empty(jobs, ROW_PLANES.value, n)
+    arguments = {name: shared[name] for name in shared if name not in ("PARTNER", "MIX", "EVEN")} | {
         "key_ptr": key,
         "stats_ptr": stats,
         "softmax_ptr": softmax,
         "S": len(stats),
+        "TOTAL": total,
         "BLOCK_S": triton.next_power_of_2(len(stats)),
         "BLOCK_D": width(d),
     }

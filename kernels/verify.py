@@ -82,8 +82,8 @@ def _compare_losses(
     for form, dtype in ((mixing_contrast, torch.float32), (reference.mixing_contrast, torch.float64)):
         key, *anchors = (x.to(dtype, copy=True).requires_grad_() for x in features if x is not None)
         with torch.enable_grad():
-            total = torch.stack(form(Features(key, *anchors), bank.to(dtype), settings))
-            results.append([total.detach(), *torch.autograd.grad(total.sum(), anchors)])
+            losses = form(Features(key, *anchors), bank.to(dtype), settings).losses
+            results.append([losses.detach(), *torch.autograd.grad(losses.sum(), anchors)])
     names = ("the loss", "the gradient of basic", "the gradient of weak", "the gradient of strong")
     yield from zip(names, *results, strict=True)
 

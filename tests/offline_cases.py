@@ -109,7 +109,7 @@ def losses(name: str, backend: str, rows: str = "1024") -> None:
     key, *anchors = (torch.empty(shape, device=GPU, requires_grad=i > 0) for i in range(4))
     used = (True, config.loss.weak != "off", config.loss.strong != "off")
     anchors = [a if u else None for a, u in zip(anchors, used)]
-    compiled(model.losses, {model.main: Features(key, *anchors)}).total.backward()
+    compiled(model.losses, {model.main: Features(key, *anchors)})[0].total.backward()
     for anchor in anchors:
         assert anchor is None or anchor.grad.shape == shape
 

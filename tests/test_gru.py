@@ -19,8 +19,8 @@ if DEVICE == "cpu":
 
 pytest.importorskip("triton")
 
-from a2mc_fast.kernels import common, gru, gru_steps, reference, verify  # noqa: E402
-from a2mc_fast.kernels.gru import gru_pair, make_operands  # noqa: E402
+from a2mc_fast.kernels import common, gru, gru_plan, reference, verify  # noqa: E402
+from a2mc_fast.kernels.gru import gru_pair, gru_pairs, make_operands  # noqa: E402
 
 assert DEVICE == "cuda" or common.INTERPRET, "the kernels were imported before TRITON_INTERPRET was set"
 pytestmark = [pytest.mark.anywhere, pytest.mark.usefixtures("memory_starts_as_nan")]
@@ -36,9 +36,9 @@ ERROR = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter takes its time for each program, and next to none for each number."""
     if DEVICE == "cpu":
-        tile = gru_steps.Tile(64, 64, 64, 4, 1)
-        monkeypatch.setattr(gru_steps, "_TILES", dict.fromkeys(gru_steps._TILES, tile))
-        monkeypatch.setattr(gru_steps, "_FULL", tile)
+        tile = gru_plan.Tile(64, 64, 64, 4, 1)
+        monkeypatch.setattr(gru_plan, "_TILES", dict.fromkeys(gru_plan._TILES, tile))
+        monkeypatch.setattr(gru_plan, "_FULL", tile)
 
 
 def directions(width: int, hidden: int) -> list[nn.GRU]:
@@ -138,9 +138,9 @@ def test_without_gradients_nothing_is_kept(final: bool, reverse: bool) -> None:
     assert not alone.requires_grad
     assert torch.equal(alone, gru_pair(x, weights, reverse=reverse, final=final))
     operands = make_operands(weights, x.dtype, backward=True)
-    states, last, gates, inner = gru._op(x, weights, *operands, reverse, final, False, "ieee", False)
+    states, last, gates, inner = gru._op(x[None], weights, *operands, reverse, final, False, "ieee", False)
     assert gates.numel() == inner.numel() == 0
-    assert len(states) == (2 if final else 5) and last.shape == (3, 32)
+    assert states.shape == (1, 2 if final else 5, 3, 32) and last.shape == (1, 3, 32)
 
 
 def test_the_input_alone_keeps_neither_the_input_nor_its_own_gates() -> None:
@@ -161,9 +161,9 @@ def test_the_input_alone_keeps_neither_the_input_nor_its_own_gates() -> None:
             gru_pair(x, weights)
         assert any(tensor.data_ptr() == x.data_ptr() for tensor in kept) is learn
     of_input, of_state, bias = gru._backward_op(
-        torch.zeros(4, 3, 32, device=DEVICE), None, *kept[-4:], False, False, "ieee"
+        torch.zeros(1, 4, 3, 32, device=DEVICE), None, *kept[-4:], False, False, "ieee", False
     )
-    assert of_input.shape == (4, 3, 2, 48) and of_state.numel() == bias.numel() == 0
+    assert of_input.shape == (1, 4, 3, 2, 48) and of_state.numel() == bias.numel() == 0
 
 
 def test_groups_are_independent() -> None:
@@ -175,11 +175,11 @@ def test_groups_are_independent() -> None:
 
     def run(of: slice) -> list[Tensor]:
         gates = products[of].clone()
-        ahead = gru_steps.plan_forward(
-            gates, weight[of], bias[of], reverse=True, keep=True, slots=t, precision="ieee"
+        ahead = gru_plan.plan_forward(
+            gates, weight[of], bias[of], reverse=True, followed=len(gates), slots=t, precision="ieee"
         )
         common.launch_all(ahead.calls, gates.device)
-        behind = gru_steps.plan_backward(
+        behind = gru_plan.plan_backward(
             grad[of], None, back[of], ahead.states, gates, ahead.inner,
             reverse=True, slots=t, with_bias=True, precision="ieee",
         )  # fmt: skip
@@ -190,6 +190,24 @@ def test_groups_are_independent() -> None:
     for one in range(2):
         for both, alone in zip(together, run(slice(one, one + 1)), strict=True):
             assert torch.equal(both[one], alone[0])
+
+
+def test_gradients_reach_the_first_of_two_groups_alone() -> None:
+    """Which gives what it gives alone, to the bit, as does the one that rides along."""
+    first, other = parameters(directions(5, 16)), [p.detach() for p in parameters(directions(5, 16))]
+    both = torch.randn(2, 3, 4, 5, device=DEVICE, requires_grad=True)
+    for final in (False, True):
+        states = gru_pairs(both, [*first, *other], final=final)
+        of_input, *of_weights = torch.autograd.grad(states[0].square().sum(), [both, *first])
+        with torch.no_grad():
+            assert torch.equal(states[1], gru_pair(both[1], other, final=final))
+        assert not of_input[1].any()
+        alone = gru_pair(both[0], first, final=final)
+        truth = torch.autograd.grad(alone.square().sum(), [both, *first])
+        for got, want in zip((states[0], of_input, *of_weights), (alone, *truth), strict=True):
+            assert torch.equal(got, want)
+    with pytest.raises(ValueError, match="the first group alone may require gradients"):
+        gru_pairs(both, [*first, *(p.clone().requires_grad_() for p in other)])
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")
@@ -226,7 +244,7 @@ def test_a_sequence_in_any_layout_and_two_backward_passes() -> None:
     "final, reverse, keep", [(False, False, True), (True, True, True), (True, False, False)]
 )
 def test_opcheck(final: bool, reverse: bool, keep: bool) -> None:
-    x = torch.randn(3, 2, 5, device=DEVICE, requires_grad=keep)
+    x = torch.randn(1, 3, 2, 5, device=DEVICE, requires_grad=keep)
     weights = [p.requires_grad_(keep) for p in parameters(directions(5, 16))]
     operands = make_operands(weights, x.dtype, backward=True)
     arguments = (x, weights, *operands, reverse, final, keep, "ieee", False)
@@ -236,7 +254,7 @@ def test_opcheck(final: bool, reverse: bool, keep: bool) -> None:
         with torch.no_grad():
             states, last, gates, inner = gru._op(*arguments)
         for grads in ((torch.ones_like(states), None), (None, torch.ones_like(last))):
-            arguments = (*grads, operands.back, states, gates, inner, reverse, final, "ieee")
+            arguments = (*grads, operands.back, states, gates, inner, reverse, final, "ieee", False)
             torch.library.opcheck(gru._backward_op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -257,12 +275,12 @@ def test_it_compiles_without_a_graph_break(backend: str, final: bool) -> None:
 @pytest.mark.parametrize(
     "change, error, words",
     [
-        ({"sequence": torch.zeros(2, 3)}, ValueError, "expected a sequence [T, N, W], got [2, 3]"),
-        ({"sequence": torch.zeros(2, 0, 4)}, ValueError, "expected a sequence [T, N, W], got [2, 0, 4]"),
+        ({"sequence": torch.zeros(2, 3)}, ValueError, "expected sequences [G, T, N, W], got [1, 2, 3]"),
+        ({"sequence": torch.zeros(2, 0, 4)}, ValueError, "sequences [G, T, N, W], got [1, 2, 0, 4]"),
         ({"sequence": torch.zeros(2, 3, 4).double()}, TypeError, "must be float32, bfloat16 or float16"),
         ({"sequence": torch.zeros(2, 3, 5)}, ValueError, "a float32 parameter [48, 5], got torch.float32"),
-        ({"parameters": []}, ValueError, "expected 8 parameters, four of each direction, got 0"),
-        ({"dtype": torch.bfloat16}, TypeError, "operands must be torch.float32, as the sequence, got"),
+        ({"parameters": []}, ValueError, "8 parameters of each group, four of each direction, got 0 for 1"),
+        ({"dtype": torch.bfloat16}, TypeError, "operands must be torch.float32, as the sequences, got"),
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_named(change: dict[str, Any], error: type[Exception], words: str) -> None:

@@ -92,7 +92,9 @@ def launches(problem: Problem) -> list[Any]:
     contrast = [
         call
         for normalize in ((False, True) if p.k == 16384 else (False,))
-        for call in mixing_contrast.plan(features, rows, settings._replace(normalize=normalize))[0]
+        for call in mixing_contrast.plan(
+            features, rows, settings._replace(normalize=normalize, climb=0.03 * normalize)
+        )[0]
     ]
     step = torch.empty((), dtype=torch.int64, device="meta")
     return [
@@ -125,11 +127,11 @@ PASSES = [
 ]
 
 
-def steps(problem: Pass) -> list[Any]:
-    """One step forward, as kept for a backward pass, and one backward, on tensors without memory; of a pass
-    without gradients of the weights also one that keeps nothing."""
+def steps(problem: Pass, resident: bool = False) -> list[Any]:
+    """The first launch forward, as kept for a backward pass, and that backward, on tensors without memory; of
+    a pass without gradients of the weights also one that keeps nothing."""
     import torch
-    from a2mc_fast.kernels import gru_steps
+    from a2mc_fast.kernels import gru_plan
 
     p, dtype = problem, getattr(torch, problem.dtype)
 
@@ -137,36 +139,25 @@ def steps(problem: Pass) -> list[Any]:
         return torch.empty(1, *shape, dtype=dtype, device="meta")
 
     gates, grad, grad_final = empty(p.t, p.n, 2, 3 * p.h), empty(p.t, p.n, 2 * p.h), empty(p.n, 2 * p.h)
-    how: dict[str, Any] = {"reverse": p.reverse, "precision": p.precision}
+    how: dict[str, Any] = {"reverse": p.reverse, "precision": p.precision, "resident": resident}
     weight, bias = empty(2, 3 * p.h, p.h), empty(2, 2, 3 * p.h, dtype=torch.float32)
-    ahead = gru_steps.plan_forward(gates, weight, bias, keep=True, slots=p.t, **how)
-    alone = gru_steps.plan_forward(gates, weight, bias, keep=False, slots=2 if p.final else p.t, **how)
-    behind = gru_steps.plan_backward(
+    ahead = gru_plan.plan_forward(gates, weight, bias, followed=1, slots=p.t, **how)
+    behind = gru_plan.plan_backward(
         None if p.final else grad, grad_final if p.final else None, empty(2, p.h, 3 * p.h),
         ahead.states, gates, ahead.inner, slots=p.t if p.learns else 2, with_bias=p.learns, **how,
     )  # fmt: skip
     calls = [ahead.calls[0], behind.calls[0]]
-    return calls if p.learns else [*calls, alone.calls[0]]
-
-
-def one_launch(problem: Pass) -> Any:
-    """The whole forward pass of a chip that holds the weights, kept for a backward pass."""
-    import torch
-    from a2mc_fast.kernels import gru_resident
-
-    p, dtype = problem, getattr(torch, problem.dtype)
-    gates = torch.empty(1, p.t, p.n, 2, 3 * p.h, dtype=dtype, device="meta")
-    weight, bias = gates.new_empty(1, 2, 3 * p.h, p.h), gates.new_empty(1, 2, 2, 3 * p.h, dtype=torch.float32)
-    plan = gru_resident.plan_resident_forward(
-        gates, weight, bias, reverse=p.reverse, keep=True, slots=p.t, precision=p.precision
-    )
-    return plan.calls[0]
+    if p.learns or resident:
+        return calls
+    slots = 2 if p.final else p.t
+    return [*calls, gru_plan.plan_forward(gates, weight, bias, followed=0, slots=slots, **how).calls[0]]
 
 
 def weights_in_loops(call: Any, chip: int) -> tuple[int, int]:
     """How often tiles of the weights' shape are loaded or put into shared memory: before the first loop, and
     from there on."""
-    depth, columns = call.arguments["BLOCK_K"], 4 * call.arguments["BLOCK_H"]
+    depth, columns = call.arguments["BLOCK_K"], call.arguments["BLOCK_H"]
+    columns *= 4 if call.kernel.__name__ == "forward_kernel" else 1
     before, after = compiled_for(call, chip).asm["ttgir"].split("scf.for", 1)
     pattern = rf"(?:tt\.load|local_alloc) .*(?:tensor|memdesc)<{depth}x{columns}x(?:bf16|!tt.ptr)"
     return len(re.findall(pattern, before)), len(re.findall(pattern, after))
@@ -211,10 +202,11 @@ def compile_all() -> dict[str, list[dict[str, Any]]]:
                     rows.append(
                         {"kernel": call.kernel.__name__, "problem": str(problem), **usage(call, chip)}
                     )
-    for problem in (Pass(), Pass(n=192)):
-        call = one_launch(problem)
-        row = {"kernel": call.kernel.__name__, "problem": str(problem), **usage(call, 90)}
-        results["90"].append({**row, "programs": math.prod(call.grid), "weights": weights_in_loops(call, 90)})
+    for problem in (Pass(learns=False), Pass(n=192)):
+        for call in steps(problem, resident=True):
+            row = {"kernel": f"resident {call.kernel.__name__}", "problem": str(problem), **usage(call, 90)}
+            weights = weights_in_loops(call, 90)
+            results["90"].append({**row, "programs": math.prod(call.grid), "weights": weights})
     return results
 
 
@@ -241,7 +233,7 @@ def test_no_spills_and_shared_memory_fits(compiled: dict[str, list[dict[str, Any
         "summary_kernel",
         "forward_kernel",
         "backward_kernel",
-        *(["resident_forward_kernel"] if chip == 90 else []),
+        *(["resident forward_kernel", "resident backward_kernel"] if chip == 90 else []),
     }
     for row in rows:
         assert row["stack"] == row["local"] == 0, f"spills: {row}"
@@ -265,11 +257,11 @@ def test_the_weights_stay_on_the_chip(compiled: dict[str, list[dict[str, Any]]])
     """At the paper's size all programs run at once on an H100, and no loop reads or moves the weights."""
     from a2mc_fast.kernels.gru_resident import programs_at_once
 
-    rows = [row for row in compiled["90"] if row["kernel"] == "resident_forward_kernel"]
-    assert len(rows) == 2
+    rows = [row for row in compiled["90"] if row["kernel"].startswith("resident")]
+    assert len(rows) == 4
     for row in rows:
-        # loaded and put there: eight tiles of 128 columns each
-        assert row["weights"] == [16, 0], row
+        # loaded and put there: eight tiles of 128 columns each, and backwards 24
+        assert row["weights"] == [16 if "forward" in row["kernel"] else 48, 0], row
         at_once = programs_at_once(row["shared"], row["reg"], row["threads"], 228 * 1024)
         assert row["programs"] == 128 <= 132 * at_once, row
 

@@ -53,7 +53,8 @@ def test_values_and_gradients_equal_the_literal_form(n: int, k: int, d: int, mix
     truth = literal_mixing_contrast(key, basic, weak, strong, rows, mix, 0.07)
     expected = torch.autograd.grad(sum(truth), inputs)
     got = mixing_contrast(key, basic, weak, strong, rows, mix=mix)
-    torch.testing.assert_close(torch.stack(list(got[1:])), torch.stack(truth), rtol=1e-10, atol=1e-10)
+    parts = torch.stack([got.basic, got.weak, got.strong])
+    torch.testing.assert_close(parts, torch.stack(truth), rtol=1e-10, atol=1e-10)
     for name, a, b in zip(
         ("basic", "weak", "strong", "bank"), torch.autograd.grad(got.total, inputs), expected
     ):
@@ -80,7 +81,8 @@ def test_float32_errs_no_more_than_eager() -> None:
     truth = literal_mixing_contrast(*features, bank, PAPER_MIX, 0.07)
     low = [x.float() for x in features]
     eager = whole_logits_mixing_contrast(*low, bank.float(), PAPER_MIX, 0.07)
-    got = mixing_contrast(*low, bank.float())[1:]
+    losses = mixing_contrast(*low, bank.float())
+    got = losses.basic, losses.weak, losses.strong
     for t, e, g in zip(truth, eager, got):
         excess = (g.double() - t).abs() - (e.double() - t).abs()
         assert excess.item() <= 2e-6 * t.item(), f"error exceeds eager's by {excess.item():.1e}"
@@ -93,7 +95,8 @@ def test_gradcheck() -> None:
 
     def function(*leaves: Tensor) -> tuple[Tensor, ...]:
         *anchors, bank = leaves
-        return contrasted(Features(key, *anchors), bank, Contrast((0.3, 0.1), 0.2, distill=False))[1:]
+        features = Features(key, *anchors)
+        return contrasted(features, bank, Contrast((0.3, 0.1), 0.2, distill=False)).losses.unbind()
 
     assert torch.autograd.gradcheck(function, leaves)
 
@@ -102,8 +105,8 @@ def test_equal_similarities_give_the_logarithm_of_the_count() -> None:
     """All rows equal: every logit of InfoNCE is the same, so the loss is ln(1 + K)."""
     row = unit(1, 16)
     features = Features(row.expand(3, -1), row.expand(3, -1))
-    loss = contrasted(features, row.expand(50, -1), Contrast(mix=()))
-    torch.testing.assert_close(loss.basic, torch.full((3,), math.log(51), dtype=torch.float64))
+    loss = contrasted(features, row.expand(50, -1), Contrast(mix=())).losses[0].item()
+    assert loss == pytest.approx(math.log(51), rel=1e-12)
 
 
 def test_loss_at_the_start_and_its_floor() -> None:
@@ -129,8 +132,8 @@ def test_without_views_their_terms_are_zero() -> None:
     (key, basic, weak, strong), bank = problem(4, 9, 8)
     assert mixing_contrast(key, basic, None, None, bank).weak.item() == 0
     one_hot = Contrast(distill=False)
-    got = contrasted(Features(key, basic, weak, strong), bank, one_hot).strong
-    torch.testing.assert_close(got, reference.contrast(strong, key, bank, one_hot))
+    got = contrasted(Features(key, basic, weak, strong), bank, one_hot).losses[2]
+    torch.testing.assert_close(got, reference.contrast(strong, key, bank, one_hot).mean())
 
 
 def test_nothing_of_the_size_of_all_logits_is_stored() -> None:

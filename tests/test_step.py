@@ -224,7 +224,7 @@ def test_the_loss_is_summed_over_pairs_of_levels(halves: None) -> None:
     assert model.main == "i" and model.bank() is model.banks["i"]
     x = [torch.randn(4, 8, 3, 5, 1) for _ in range(4)]
     model.query.eval(), model.key.eval()
-    losses = model.losses(model.features(*x))
+    losses, _ = model.losses(model.features(*x))
     with torch.no_grad():
         f0, (f3, f1, f2) = model.key(x[0]), (model.query(v) for v in x[1:])
     expected = [
@@ -257,7 +257,8 @@ def test_each_bank_climbs_the_pairs_that_meet_at_it(halves: None, backend: str) 
                 total = total + mixing_contrast(*features, unit, temperature=0.03).total
         (gradient,) = torch.autograd.grad(total, rows)
         expected[level] = (rows - 2.0 * (1e-4 * rows - gradient)).detach().float()
-    model.update_banks(model.features(*x))
+    features = model.features(*x)
+    model.update_banks(features, model.losses(features)[1])
     for level, rows in expected.items():
         torch.testing.assert_close(model.bank(level).rows, rows, rtol=1e-4, atol=1e-5)
 
@@ -283,9 +284,9 @@ def test_keys_take_the_place_of_the_oldest_rows(make_clips: MakeClips) -> None:
     seen: list[Tensor] = []
     update = trainer.model.update_banks
 
-    def watched(features: Any) -> Any:
+    def watched(features: Any, sums: Any) -> Any:
         seen.append(features["feature"].key)
-        return update(features)
+        return update(features, sums)
 
     trainer.model.update_banks = watched  # type: ignore[method-assign]
     trainer.step(2)
