@@ -25,6 +25,7 @@ from torch.profiler import record_function
 from a2mc_fast.attack import semantic_attack
 from a2mc_fast.bank import MemoryBank, Queue
 from a2mc_fast.config import Config
+from a2mc_fast.encoders.bigru import BiGRU
 from a2mc_fast.encoders.branch import Branch
 from a2mc_fast.encoders.common import frozen
 from a2mc_fast.encoders.joint_norm import join_batch_norms
@@ -83,6 +84,28 @@ class A2MC(nn.Module):
                 self.classify, x, lr=self.config.attack.lr, radius=self.config.attack.radius
             )
 
+    @property
+    def key_rides(self) -> bool:
+        """Whether the key encoder's recurrent layers can run in the launches of the attack's, which by
+        themselves leave half of a GPU idle: the fused kernels can, in one type for both."""
+        encoders = (self.query.encoder, self.key.encoder)
+        fused = all(isinstance(e, BiGRU) and e.recurrence != "torch" for e in encoders)
+        return fused and self.config.precision != "fp16"
+
+    def attack_with_key(self, x: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
+        """`attack` of whole clips, and the key encoder's feature of their view x0, in the same launches."""
+        found = []
+
+        def classify(x: Tensor) -> Tensor:
+            feature, key = self.query.feature_beside(x, self.key, x0)
+            found.append(key)
+            return self.classifier(feature.float())
+
+        attack = self.config.attack
+        with frozen(self.query):
+            rho = semantic_attack(classify, x, lr=attack.lr, radius=attack.radius)
+        return rho, found[0]
+
     def classify(self, x: Tensor) -> Tensor:
         """Class logits of the attack. x [N, T, C, V, M] -> [N, classes] float32"""
         return self.classifier(self.query.feature(x, wide=True).float())
@@ -90,11 +113,15 @@ class A2MC(nn.Module):
     # features, losses (sec. III-C, III-D)
 
     def features(
-        self, x0: Tensor, x3: Tensor, x1: Tensor | None = None, x2: Tensor | None = None
-    ) -> dict[str, Features]:
-        """f0 of the key encoder; f3, f1, f2 of the query encoder in one pass over all its views: by bank."""
+        self, x0: Tensor, x3: Tensor, x1: Tensor | None = None, x2: Tensor | None = None,
+        key: Tensor | None = None,
+    ) -> dict[str, Features]:  # fmt: skip
+        """f0 of the key encoder; f3, f1, f2 of the query encoder in one pass over all its views: by bank.
+
+        `key` is the key encoder's feature of x0, where the attack has brought it along.
+        """
         with torch.no_grad(), record_function("key"):
-            keys = self.key(x0)
+            keys = self.key(x0) if key is None else self.key.projected(key)
         views = [x for x in (x3, x1, x2) if x is not None]
         with record_function("query"):
             together = self.query(torch.cat(views), views=len(views))

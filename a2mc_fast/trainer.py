@@ -40,7 +40,10 @@ from a2mc_fast.run.capture import Captured, Part, Say
 class Trainer:
     """Model, data and optimizer of one run; of several ranks, each takes its part of the joint batch."""
 
-    def __init__(self, config: Config, clips: Clips, world: World = ALONE) -> None:
+    def __init__(
+        self, config: Config, clips: Clips, world: World = ALONE, recurrence: Recurrence | None = None
+    ) -> None:
+        """`recurrence` is what computed the recurrent layers of the run until now."""
         self.config, self.clips, self.device, self.world = config, clips, clips.device, world
         require(
             config.optim.batch_size % world.size == 0,
@@ -91,7 +94,7 @@ class Trainer:
         """Sentences for the log: by what each part of a step is computed, and why."""
         if refused:
             self.notes.append(f"random numbers in plain torch, because their kernel was refused: {refused}")
-        self._choose_recurrence()
+        self._choose_recurrence(recurrence)
         self.say: Say = print
         """Where to tell what a compiler refused."""
         self._compile_parts()
@@ -112,10 +115,10 @@ class Trainer:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
 
-    def _choose_recurrence(self) -> None:
-        """Both encoders' recurrent layers by what suits all ranks."""
+    def _choose_recurrence(self, before: Recurrence | None) -> None:
+        """Both encoders' recurrent layers by what suits all ranks, and as `before` if that is possible."""
         encoder, share = self.model.query.encoder, self.config.optim.batch_size // self.world.size
-        chosen, note = choose_recurrence(self.config, encoder, self.device, share)
+        chosen, note = choose_recurrence(self.config, encoder, self.device, share, before)
         if self.world.any(chosen == "torch") and chosen != "torch":
             chosen, note = "torch", "recurrent layers by cuDNN, as on another rank"
         self._recurrence: Recurrence | None = None
@@ -225,10 +228,14 @@ class Trainer:
         # two basic views; a weak and a strong view of the attacked clip
         with record_function("views"):
             x0, x3 = self._make_view(index.repeat(2), "weak", draw0 + draw3, time).chunk(2)
-        x1 = x2 = rho = None
+        x1 = x2 = rho = key = None
         if config.attack.radius:
             with record_function("attack"):
-                rho = model.attack(self.views.whole(index))
+                whole = self.views.whole(index)
+                if model.key_rides:
+                    rho, key = model.attack_with_key(whole, x0)
+                else:
+                    rho = model.attack(whole)
         with record_function("views"):
             if config.loss.weak != "off":
                 x1 = self._make_view(index, config.views.weak, draw1, time, rho)
@@ -236,7 +243,7 @@ class Trainer:
                 x2 = self._make_view(index, config.views.strong, draw2, time, rho)
 
         # f0 from the key encoder, f3, f1 and f2 from the query encoder
-        features = model.features(x0, x3, x1, x2)
+        features = model.features(x0, x3, x1, x2, key)
         with record_function("ranks"):
             joint = model.gathered(features)
         with record_function("loss"):
@@ -354,6 +361,7 @@ class Trainer:
             clips=self.clips,
             classes=max(self.classes, 1),
             progress=progress,
+            recurrence=self._recurrence,
         )
 
 

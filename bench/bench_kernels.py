@@ -127,6 +127,14 @@ class Problem:
             return {"ours": triton, "compiled": compiled, "eager": single_pass}
         return {"ours": single_pass, "compiled": compiled}
 
+    def step(self) -> None:
+        """Loss, gradients and ascent by the kernels as a training step has them: one pass has the sums of both."""
+        features, mix = Features(self.key, *self.anchors), self.size.mix
+        found = mixing_contrast(features, self.rows, Contrast(mix, normalize=True, climb=0.03))
+        torch.autograd.grad(found.losses.sum(), self.anchors)
+        settings = Contrast(mix, 0.03)
+        bank_ascent(self.rows, self.velocity, features.detach(), settings, Step(), found.sums)
+
     @property
     def bank_bytes(self) -> int:
         return 4 * self.size.k * D
@@ -155,6 +163,8 @@ def test_loss_gradients_and_ascent(record: Recorder) -> None:
         name: lambda name=name: (losses[name](), ascents[name]())  # type: ignore[misc]
         for name in ascents
     }
+    if KERNELS:
+        forms["ours"] = problem.step
     if "literal" in losses:
         forms["literal"] = lambda: (losses["literal"](), ascents["compiled"]())
     sizes = problem.size.sizes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,8 @@ from a2mc_fast.encoders import recurrence
 from a2mc_fast.encoders.bigru import BiGRU
 from a2mc_fast.encoders.common import frozen, weights_held
 from a2mc_fast.encoders.recurrence import choose_recurrence
+from a2mc_fast.model import A2MC
+from a2mc_fast.run import checkpoint
 from a2mc_fast.trainer import Trainer
 from tests.conftest import SMALL
 
@@ -101,17 +104,21 @@ def test_weights_are_copied_once_per_step(monkeypatch: pytest.MonkeyPatch) -> No
     assert torch.equal(model(x), changed) and len(made) == 8
 
 
-def test_a_run_by_fused_kernels_is_the_run_by_torch(make_clips: MakeClips) -> None:
-    """With weights that move far in a step; once they have, nothing that was made of them is left."""
+def test_a_run_by_fused_kernels_is_the_run_by_torch(
+    make_clips: MakeClips, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With weights that move far in a step; once they have, nothing that was made of them is left. That the
+    key's pass rides with the attack's changes no bit."""
     states = []
-    for form in ("cudnn", "fused"):
-        config = small(recurrence=form)
+    for form in ("cudnn", "fused", "fused, the key's pass alone"):
+        config = small(recurrence=form[:5])
+        monkeypatch.setattr(A2MC, "key_rides", form == "fused")
         config = replace(
             config,
             optim=replace(config.optim, lr=1.0, milestones=(), ema=0.5),
         )
         trainer = Trainer(config, make_clips([10, 12, 9] * 8))
-        assert trainer.model.key.encoder.recurrence == ("fused" if form == "fused" else "torch")
+        assert trainer.model.key.encoder.recurrence == ("torch" if form == "cudnn" else "fused")
         left: list[int] = []
         update = trainer.model.update_banks
 
@@ -121,10 +128,15 @@ def test_a_run_by_fused_kernels_is_the_run_by_torch(make_clips: MakeClips) -> No
 
         trainer.model.update_banks = noted  # type: ignore[method-assign]
         losses = [trainer.step(step)["loss"] for step in range(3)]
-        assert left == [0, 0] and trainer.ran["recurrent layers"] == ("fused" if form == "fused" else "torch")
+        assert left == [0, 0]
+        assert trainer.ran["recurrent layers"] == ("torch" if form == "cudnn" else "fused")
         states.append({"losses": torch.stack(losses)} | dict(trainer.model.state_dict()))
+    # what it was is kept with the run
+    checkpoint.write(tmp_path / "one", trainer.state(3, {}))
+    assert checkpoint.load(tmp_path / "one").recurrence == "fused"
     for name, value in states[0].items():
         torch.testing.assert_close(states[1][name], value, rtol=1e-3, atol=1e-5, msg=name)
+        assert torch.equal(states[2][name], states[1][name]), name
 
 
 def test_a_cpu_runs_torch_and_says_so_when_asked_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,6 +181,34 @@ def test_the_faster_right_one_is_taken(
     assert asked == [(16, (4, 12), dtype) for dtype in kinds]
 
 
+OTHERS = "until now it was the other, so from here on the run's last bits are not those it would have had"
+
+
+@pytest.mark.parametrize(
+    "device, before, reason, chosen, words",
+    [
+        ("cuda", "torch", "", "torch", "recurrent layers by cuDNN, as until now"),
+        ("cuda", "fused", "", "fused", "recurrent layers by fused kernels, as until now"),
+        ("cuda", "fused", "broken", "torch", f"kernels cannot be used here: broken; {OTHERS}"),
+        (
+            "cpu",
+            "fused",
+            "",
+            "torch",
+            f"by torch, not by fused kernels, which need a GPU and triton; {OTHERS}",
+        ),
+        ("cpu", "torch", "", "torch", ""),
+    ],
+)
+def test_a_run_that_goes_on_keeps_what_it_had(
+    monkeypatch: pytest.MonkeyPatch, device: str, before: Any, reason: str, chosen: str, words: str
+) -> None:
+    """Whatever is faster there; where it cannot, it says that the bits change."""
+    monkeypatch.setattr(verify, "recurrence_mismatch", lambda *_, **__: reason)
+    got, note = choose_recurrence(small(), encoder(), torch.device(device), 4, before)
+    assert got == chosen and note.endswith(words) and bool(note) == bool(words)
+
+
 def test_what_is_timed_is_what_a_step_computes() -> None:
     """The key's pass, the attack's and the query's, by both forms, with no trace left."""
     model = encoder()
@@ -188,6 +228,8 @@ def test_what_is_timed_is_what_a_step_computes() -> None:
         seen.clear()
         with weights_held(model):
             recurrence.step_passes(config, model, torch.randn(2, 3, 15), torch.randn(6, 3, 15), form)()  # type: ignore[arg-type]
-        assert seen == [(2, False, True), (2, True, False), (6, True, True)]
+        # by the fused kernels the key's pass rides with the attack's
+        alone = [(2, False, True), (2, True, False)] if form == "torch" else []
+        assert seen == [*alone, (6, True, True)]
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())

@@ -14,8 +14,8 @@ The layers are torch's, which are cuDNN's on a GPU, or fused kernels that run bo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -70,22 +70,44 @@ class BiGRU(Encoder):
 
     def forward(self, x: Tensor, views: int = 1) -> Tensor:
         """x [N, T, C, V, M], or several views one after another, each normalised by its own statistics."""
-        sequence = x.flatten(2)  # [N, T, C*V*M]
+        sequence = self._normed(x, views)
+        with self._arithmetic(sequence) as dtype:
+            return self.recur(sequence, dtype)
+
+    def beside(self, x: Tensor, other: BiGRU, constant: Tensor) -> tuple[Tensor, Tensor]:
+        """This encoder's feature of x and, in the same launches of the fused kernels, another's of a constant
+        of the same shape, without a gradient."""
+        with torch.no_grad():
+            also = other._normed(constant, 1)
+        sequence = self._normed(x, 1)
+        with self._arithmetic(sequence) as dtype:
+            mine, others = fused((self, other), (sequence, also), dtype)
+        return mine, others.detach()
+
+    def _normed(self, x: Tensor, views: int) -> Tensor:
+        """The layers' input. -> [N, T, C*V*M]"""
+        sequence = x.flatten(2)
         if self.input_norm is not None:
             sequence = norm_per_view(self.input_norm, sequence.flatten(0, 1), views).view(sequence.shape)
-        low = x.is_cuda and torch.is_autocast_enabled("cuda")
-        # autocast itself would run cuDNN's recurrent layers in float16, whatever it was asked for, where the
-        # attack's gradients of early frames are zero
-        dtype = sequence.dtype
+        return sequence
+
+    @contextmanager
+    def _arithmetic(self, sequence: Tensor) -> Iterator[torch.dtype]:
+        """Inside, the layers run in this type.
+
+        Autocast itself would run cuDNN's recurrent layers in float16, whatever it was asked for, where the
+        attack's gradients of early frames are zero.
+        """
+        low, dtype = sequence.is_cuda and torch.is_autocast_enabled("cuda"), sequence.dtype
         if low:
             dtype = recurrent_dtype() if self.recurrence == "torch" else torch.get_autocast_dtype("cuda")
         with torch.autocast("cuda", enabled=False) if low else nullcontext():
-            return self.recur(sequence, dtype)
+            yield dtype
 
     def recur(self, sequence: Tensor, dtype: torch.dtype) -> Tensor:
         """The layers over a sequence [N, T, W], computed in `dtype` -> [N, 2 hidden]"""
         if self.recurrence != "torch":
-            return self._fused(sequence, dtype)
+            return fused((self,), (sequence,), dtype).squeeze(0)
         if self.time_mode == "forward_pair":
             for ahead, also_ahead in self._pairs():
                 sequence = torch.cat([outputs(gru, sequence, dtype) for gru in (ahead, also_ahead)], 2)
@@ -97,35 +119,6 @@ class BiGRU(Encoder):
             return sequence.mean(1)
         hidden = self.feature_dim // 2
         return torch.cat((sequence[:, -1, :hidden], sequence[:, 0, hidden:]), 1)
-
-    def _fused(self, sequence: Tensor, dtype: torch.dtype) -> Tensor:
-        """`recur` by the fused kernels."""
-        from a2mc_fast.kernels.gru import gru_pair
-
-        states = sequence.transpose(0, 1).to(dtype)
-        for layer, pair in enumerate(self._pairs()):
-            parameters = [weight for both in zip(*(gru.parameters() for gru in pair)) for weight in both]
-            states = gru_pair(
-                states,
-                parameters,
-                self._operands(layer, parameters, dtype),
-                reverse=self.time_mode == "bidirectional",
-                final=layer + 1 == len(self.directions) and self.pool == "last",
-                precision="tf32" if torch.backends.cudnn.allow_tf32 else "ieee",
-                resident=self.recurrence == "resident",
-            )
-        return states.mean(0) if self.pool == "mean" else states
-
-    def _operands(self, layer: int, parameters: list[Tensor], dtype: torch.dtype) -> Operands | None:
-        """A layer's weights in `dtype`, made once within `weights_held`, and None outside of it."""
-        from a2mc_fast.kernels.gru import make_operands
-
-        if self.held is None:
-            return None
-        backward, made = torch.is_grad_enabled(), self.held.get((layer, dtype))
-        if made is None or (backward and made.back is None):
-            made = self.held[layer, dtype] = make_operands(parameters, dtype, backward=backward)
-        return made
 
     def _pairs(self) -> list[tuple[nn.GRU, nn.GRU]]:
         """The two directions of each layer."""
@@ -160,6 +153,54 @@ class BiGRU(Encoder):
             require(source in state, f"the reference state dict has no {source}")
             mapped[name] = state[source][..., order] if reads_input else state[source]
         self.load_state_dict(mapped)
+
+
+def fused(encoders: Sequence[BiGRU], sequences: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The layers of encoders of one shape by the fused kernels, in the same launches, each over its sequence
+    [N, T, W] -> [encoders, N, 2 hidden]. Gradients reach the first."""
+    from a2mc_fast.kernels.gru import gru_pairs
+
+    first = encoders[0]
+    states = torch.stack([sequence.transpose(0, 1).to(dtype) for sequence in sequences])
+    for layer in range(len(first.directions)):
+        pairs = [encoder._pairs()[layer] for encoder in encoders]
+        parameters = [
+            weight
+            for pair in pairs
+            for both in zip(*(gru.parameters() for gru in pair), strict=True)
+            for weight in both
+        ]
+        states = gru_pairs(
+            states,
+            parameters,
+            _operands(encoders, layer, parameters, dtype),
+            reverse=first.time_mode == "bidirectional",
+            final=layer + 1 == len(first.directions) and first.pool == "last",
+            precision="tf32" if torch.backends.cudnn.allow_tf32 else "ieee",
+            resident=first.recurrence == "resident",
+        )
+    return states.mean(1) if first.pool == "mean" else states
+
+
+def _operands(
+    encoders: Sequence[BiGRU], layer: int, parameters: list[Tensor], dtype: torch.dtype
+) -> Operands | None:
+    """A layer's weights in `dtype`, made once within `weights_held`, and None outside of it."""
+    from a2mc_fast.kernels.gru import make_operands
+
+    holds = [encoder.held for encoder in encoders]
+    if holds[0] is None:
+        return None
+    backward, place = torch.is_grad_enabled(), (layer, dtype, len(encoders))
+    made: Operands | None = holds[0].get(place)
+    if made is None or (backward and made.back is None):
+        made = make_operands(parameters, dtype, backward=backward)
+        # the passes of one encoder alone find theirs among those of all
+        for number, held in reversed([*enumerate(holds)]):
+            if held is not None:
+                held[layer, dtype, 1] = made.group(number)
+        holds[0][place] = made
+    return made
 
 
 def outputs(gru: nn.GRU, sequence: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from a2mc_fast.config import Config
 from a2mc_fast.encoders import build_encoder
+from a2mc_fast.encoders.bigru import BiGRU
 from a2mc_fast.encoders.common import projection_head
 from a2mc_fast.skeleton import Skeleton, bone_stream, motion_stream
 
@@ -43,12 +44,20 @@ class Branch(nn.Module):
 
         `wide` computes it in float32 where fp16 is set, for gradients that it cannot hold.
         """
-        if self.config.stream == "motion":
-            x = motion_stream(x)
-        elif self.config.stream == "bone":
-            x = bone_stream(x, self.parents)
         with autocast(self.config, x.device, wide):
-            return (self.compiled or self.encoder)(x, views)
+            return (self.compiled or self.encoder)(self._stream(x), views)
+
+    def feature_beside(self, x: Tensor, other: Branch, constant: Tensor) -> tuple[Tensor, Tensor]:
+        """`feature` of clips x, wide, and in the same launches another branch's of a constant."""
+        mine, others = self.encoder, other.encoder
+        assert isinstance(mine, BiGRU) and isinstance(others, BiGRU)
+        with autocast(self.config, x.device, True):
+            return mine.beside(self._stream(x), others, other._stream(constant))
+
+    def _stream(self, x: Tensor) -> Tensor:
+        if self.config.stream == "motion":
+            return motion_stream(x)
+        return bone_stream(x, self.parents) if self.config.stream == "bone" else x
 
     def project(self, feature: Tensor, level: str, *, wide: bool = False) -> Tensor:
         """The contrasted feature of a level. feature [N, feature_dim] -> float32 unit rows [N, D]"""
@@ -58,7 +67,10 @@ class Branch(nn.Module):
 
     def forward(self, x: Tensor, views: int = 1) -> dict[str, Tensor]:
         """The contrasted features by level. x [views N, T, C, V, M] -> float32 unit rows [views N, D] each"""
-        feature = self.feature(x, views)
+        return self.projected(self.feature(x, views))
+
+    def projected(self, feature: Tensor) -> dict[str, Tensor]:
+        """The contrasted features by level. feature [N, feature_dim]"""
         return {level: self.project(feature, level) for level in self.heads}
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from a2mc_fast.config import Config
-from a2mc_fast.encoders.bigru import BiGRU, recurrent_dtype
+from a2mc_fast.encoders.bigru import BiGRU, fused, recurrent_dtype
 from a2mc_fast.encoders.common import Encoder, frozen, weights_held
 from a2mc_fast.errors import first_line, require
 
@@ -42,20 +42,28 @@ def require_kernels(flag: str, otherwise: str, device: torch.device) -> None:
 
 
 def choose_recurrence(
-    config: Config, encoder: Encoder, device: torch.device, clips: int
+    config: Config, encoder: Encoder, device: torch.device, clips: int, before: Recurrence | None = None
 ) -> tuple[Recurrence, str]:
     """What computes the recurrent layers, and why, as a sentence for the log or "".
 
     `auto` takes the fused kernels on a GPU, if they agree with float64 there and are faster than cuDNN, with
-    so many `clips` of a batch on this device.
+    so many `clips` of a batch on this device. A run that goes on keeps what it had `before`, faster or not,
+    for the bits would be others; where it cannot, the sentence says so.
     """
     asked = config.encoder.recurrence
     if asked in ("fused", "resident"):
         require_kernels(f"--encoder.recurrence {asked}", "leave it at auto", device)
     if asked != "auto":
         return ("torch" if asked == "cudnn" else asked), ""
+    others = (
+        "; until now it was the other, so from here on the run's last bits are not those it would have had"
+    )
     if device.type != "cuda" or not isinstance(encoder, BiGRU) or no_triton():
-        return "torch", ""
+        changed = before not in (None, "torch")
+        note = f"recurrent layers by torch, not by fused kernels, which need a GPU and triton{others}"
+        return "torch", note if changed else ""
+    if before == "torch":
+        return "torch", "recurrent layers by cuDNN, as until now"
     from a2mc_fast.kernels.verify import recurrence_mismatch
 
     low, wide = _dtypes(config, "fused")
@@ -71,8 +79,11 @@ def choose_recurrence(
         if reason:
             return (
                 "torch",
-                f"recurrent layers by cuDNN, because the fused kernels cannot be used here: {reason}",
+                f"recurrent layers by cuDNN, because the fused kernels cannot be used here: {reason}"
+                + (others if before else ""),
             )
+    if before:
+        return before, "recurrent layers by fused kernels, as until now"
     try:
         cudnn, fused = (milliseconds(config, encoder, device, clips, form) for form in ("torch", "fused"))
     except torch.OutOfMemoryError:
@@ -102,15 +113,24 @@ def step_passes(
 ) -> Callable[[], None]:
     """What one step computes of its recurrent layers, over sequences [N, T, W] and [3N, T, W]."""
     low, wide = _dtypes(config, form)
+    attacked = bool(config.attack.radius)
+    rides = attacked and form != "torch" and low == wide
 
     def run() -> None:
         encoder.weights_changed()
-        with torch.no_grad():
-            encoder.recur(single, low)
-        if config.attack.radius:
+        if not rides:
+            with torch.no_grad():
+                encoder.recur(single, low)
+        if attacked:
             with frozen(encoder):
-                attacked = single.detach().requires_grad_()
-                torch.autograd.grad(encoder.recur(attacked, wide).float().sum(), attacked)
+                clips = single.detach().requires_grad_()
+                # the key's pass rides along; another encoder's weights would take no other time
+                feature = (
+                    fused((encoder, encoder), (clips, single), wide)[0]
+                    if rides
+                    else encoder.recur(clips, wide)
+                )
+                torch.autograd.grad(feature.float().sum(), clips)
         weights = list(encoder.directions.parameters())
         torch.autograd.grad(encoder.recur(triple, low).float().sum(), weights)
 

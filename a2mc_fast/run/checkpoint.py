@@ -27,6 +27,7 @@ from a2mc_fast.config import Config, to_dict
 from a2mc_fast.config.ranges import Count, Range
 from a2mc_fast.data.clips import Clips
 from a2mc_fast.encoders.branch import Branch
+from a2mc_fast.encoders.recurrence import Recurrence
 from a2mc_fast.errors import InputError, os_reason, require
 from a2mc_fast.files import atomic_path, parse_json, read_tensors
 from a2mc_fast.model import A2MC
@@ -52,6 +53,7 @@ class Header(TypedDict):
     progress: dict[str, Annotated[float, Range("[-1e12, 1e12]")]]
     scaler: dict[str, int | float]
     class_names: NotRequired[tuple[str, ...]]
+    recurrence: NotRequired[Recurrence]
 
 
 class State(NamedTuple):
@@ -71,6 +73,7 @@ def state(
     clips: Clips,
     classes: int,
     progress: dict[str, float],
+    recurrence: Recurrence | None = None,
 ) -> State:
     """The run after `step` steps. Its tensors are the live ones, not copies."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
@@ -88,6 +91,7 @@ def state(
         "data": clips.identity,
         "progress": dict(progress),
         "scaler": scaler.state_dict(),
+        **({"recurrence": recurrence} if recurrence else {}),
     }
     return State(header, tensors)
 
@@ -191,6 +195,8 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     class_names: tuple[str, ...] = ()
     """The classes of the classifier behind the encoder, where the file holds one."""
+    recurrence: Recurrence | None = None
+    """What computed the recurrent layers, where there are any."""
 
     def build(self, device: torch.device | str = "cpu") -> A2MC:
         """The model with its trained tensors. `InputError` if it would not fit the tensors of the file."""

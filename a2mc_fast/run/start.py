@@ -61,7 +61,7 @@ def _pretrain(
     other = keep_threads(config, resumed.progress) if resumed and world.alone else ""
     torch.compiler.reset()  # torch compiles a function so many times and no more, earlier runs included
     clips = load_clips(config, world.device) if clips is None else clips.to(world.device)
-    trainer = Trainer(config, clips, world)
+    trainer = Trainer(config, clips, world, resumed.recurrence if resumed else None)
     total, per_epoch, run = trainer.total_steps, trainer.steps_per_epoch, config.run
     if resumed:
         told = {"loss", "seconds"} <= resumed.progress.keys()
