@@ -128,7 +128,7 @@ class Problem:
         return {"ours": single_pass, "compiled": compiled}
 
     def step(self) -> None:
-        """Loss, gradients and ascent by the kernels as a training step has them: one pass has the sums of both."""
+        """Loss, gradients and ascent by the kernels as a training step has them: sums of one pass."""
         features, mix = Features(self.key, *self.anchors), self.size.mix
         found = mixing_contrast(features, self.rows, Contrast(mix, normalize=True, climb=0.03))
         torch.autograd.grad(found.losses.sum(), self.anchors)

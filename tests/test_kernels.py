@@ -291,8 +291,8 @@ def test_contrast_is_a_proper_operation() -> None:
     basic, weak, strong = (x.requires_grad_() for x in anchors)
     torch.library.opcheck(contrast_module._op, (key, basic, weak, strong, bank, EXACT.numbers()))
     shapes = ("test_schema", "test_faketensor")
-    for second in (strong, None):
-        arguments = (key, basic, None, second, bank, EXACT.numbers())
+    for second, settings in ((strong, EXACT), (None, EXACT._replace(normalize=True, climb=0.03))):
+        arguments = (key, basic, None, second, bank, settings.numbers())
         torch.library.opcheck(contrast_module._op, arguments, test_utils=shapes)
 
 
