@@ -32,7 +32,7 @@ PARTS = tl.constexpr(4)  # r, z, n, and zeros, for a product's columns are a pow
 APART = tl.constexpr(32)  # counters, to lie in lines of their own
 # tiles that a program of all steps reads at once, to wait for them together: what shared memory holds of them
 # beside the weights
-TOGETHER, TOGETHER_BACK = tl.constexpr(4), tl.constexpr(3)
+TOGETHER, TOGETHER_BACK = tl.constexpr(2), tl.constexpr(2)
 
 
 @triton.jit
