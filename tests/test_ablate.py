@@ -131,6 +131,10 @@ def test_a_study_sets_rows_of_several_sets_side_by_side(
         assert {run["steps"] for name in ("b1", "full") for run in one["rows"][name]["runs"]} == {
             one["rows"]["full"]["runs"][0]["steps"]
         }
+        # B1 in its own time is its end
+        assert [run["top1_knn_within"] for run in one["rows"]["b1"]["runs"]] == pytest.approx(
+            [run["top1_knn"] for run in one["rows"]["b1"]["runs"]], abs=1e-3
+        )
     plain, doubled = (one["rows"]["full"] for one in result["sets"])
     assert "top1_knn_fresh" not in plain and "top1_linear_last_fresh" in doubled
     knn = json.loads((tmp_path / "ablation" / "other" / "full-seed0" / "knn.json").read_text())
@@ -143,6 +147,18 @@ def test_a_study_sets_rows_of_several_sets_side_by_side(
     assert [line.split()[0] for line in lines[-7:-2]] == ["B1", "A²MC", "other", "B1", "A²MC"]
     draw(["study", str(tmp_path / "ablation" / "study.json"), "--out", str(tmp_path / "study.png")])
     assert (tmp_path / "study.png").stat().st_size > 10_000
+
+
+def test_what_a_run_had_reached_in_a_time(tmp_path: Path) -> None:
+    lines = [
+        {"step": 0, "knn_top1": 10.0},
+        {"step": 2, "loss": 1.0, "seconds": 5.0},
+        {"step": 2, "knn_top1": 20.0},
+        {"step": 4, "loss": 1.0, "seconds": 9.0},
+        {"step": 4, "knn_top1": 30.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [ablation.knn_within(tmp_path, s) for s in (1, 5.0, 8.9, 9.0)] == [10.0, 20.0, 20.0, 30.0]
 
 
 def test_an_interrupted_row_is_continued(

@@ -15,7 +15,7 @@ import torch
 from a2mc_fast.config import Config, differences, located, to_dict
 from a2mc_fast.data import Clips
 from a2mc_fast.data.identity import differing
-from a2mc_fast.errors import require, tell
+from a2mc_fast.errors import InputError, require, tell
 from a2mc_fast.evaluation.results import evaluate
 from a2mc_fast.evaluation.rows import row_configs, study_table, tables
 from a2mc_fast.evaluation.settings import AnyEvaluation, Knn, Linear, LinearConfig
@@ -24,6 +24,7 @@ from a2mc_fast.files import sha256, write_json
 from a2mc_fast.run import checkpoint
 from a2mc_fast.run.folder import RUNS, holds_run, stored
 from a2mc_fast.run.machine import machine
+from a2mc_fast.run.metrics import read_metrics
 from a2mc_fast.run.opened import load_clips
 from a2mc_fast.run.start import pretrain
 
@@ -96,6 +97,10 @@ def _rows(
         before = untrained and name == names[0]
         for which, numbers in run_row(run, clips, folder, linear, before).items():
             runs[which or name].append({"seed": seed, "run": str(folder), **numbers})
+        # the rows' steps cost unlike times
+        done, limit = runs[name][-1], runs[names[0]][number % seeds]["seconds"]
+        if (within := knn_within(folder, limit)) is not None:
+            done["top1_knn_within"] = within
     return {name: {**mean_and_std(made), "runs": made} for name, made in runs.items()}
 
 
@@ -124,6 +129,20 @@ def run_row(
     trained = evaluated(Linear(**asked, untrained=untrained, **vars(linear)), config)
     found = {"": _accuracies(knn, trained) | {"steps": ended["steps"], "seconds": ended["seconds"]}}
     return found | ({"untrained": _accuracies(knn["untrained"], trained["untrained"])} if untrained else {})
+
+
+def knn_within(run: Path, seconds: float) -> float | None:
+    """The run's last kNN accuracy, in percent, that it had logged after so many seconds of training."""
+    found, now = None, 0.0
+    try:
+        records = read_metrics(run)
+    except InputError:  # somebody has taken the log away
+        return None
+    for record in records:
+        now = record.get("seconds", now)
+        if "knn_top1" in record and now <= seconds:
+            found = record["knn_top1"]
+    return found
 
 
 def _accuracies(knn: Mapping[str, Any], linear: Mapping[str, Any]) -> dict[str, float]:

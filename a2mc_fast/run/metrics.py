@@ -21,6 +21,7 @@ class Record(TypedDict):
     stage: NotRequired[str]
     lr: NotRequired[_Number]
     knn_top1: NotRequired[_Number]
+    seconds: NotRequired[_Number]
     loss: NotRequired[_Number]
     loss_weak: NotRequired[_Number]
     loss_strong: NotRequired[_Number]
