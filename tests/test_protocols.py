@@ -286,8 +286,9 @@ def test_learning_rate_rises_and_drops() -> None:
 
 def test_a_loss_that_is_not_finite_stops_the_training(views: Views) -> None:
     train, test = labelled_split(views, "xsub")
+    config = FinetuneConfig(epochs=1, batch_size=2, lr=1000, weight_decay=1)
     with pytest.raises(ValueError, match="scores are not finite after epoch 1: lower --lr"):
-        finetune(small_branch(), views, train, test, FinetuneConfig(epochs=1, lr=1e30, weight_decay=1e30))
+        finetune(small_branch(), views, train, test, config)
 
 
 # shares of labels
@@ -353,7 +354,7 @@ def test_semi_supervised_trains_copies_and_checks_first(views: Views) -> None:
         ),
     ):
         with pytest.raises(ValueError, match=words):
-            for _ in semi_supervised(branch, views, "xsub", replace(config, **settings), progress=untouched):
+            for _ in semi_supervised(branch, views, "xsub", replace(config, **settings), begins=untouched):
                 pass
     lenient = replace(config, fractions=(0.06,), unstratified=True, allow_missing=True)
     assert next(semi_supervised(branch, views, "xsub", lenient))[1] == 2
