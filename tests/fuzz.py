@@ -50,8 +50,12 @@ from a2mc_fast.data.pyskl import open_pyskl
 from a2mc_fast.data.source import Source
 from a2mc_fast.data.table import open_table
 from a2mc_fast.errors import InputError
+from a2mc_fast.evaluation.comparison import compare
+from a2mc_fast.evaluation.scores import About, Scores, details, weighted_sum
+from a2mc_fast.evaluation.tables import FORMAT
 from a2mc_fast.files import read_json, write_json
 from a2mc_fast.model import A2MC
+from a2mc_fast.plots.confusion import read_confusion
 from a2mc_fast.run import checkpoint
 from a2mc_fast.run.metrics import read_metrics
 from a2mc_fast.typed import typed
@@ -435,9 +439,41 @@ def _write_checkpoint(path: Path, clips: Clips) -> None:
         scaler=scaler,
         clips=clips,
         classes=2,
-        progress={"seconds": 1.5},
+        progress={"seconds": 1.5, "loss": 2.0},
     )
     checkpoint.write(path, saved)
+
+
+def _write_scores(path: Path) -> None:
+    about = About(
+        protocol="linear", run="runs/x", data="x", split="xsub", stream="joint", encoder="bigru",
+        class_names=["a", "b"], identity="i",
+    )  # fmt: skip
+    labels, clips = torch.tensor([0, 1, 1]), torch.tensor([0, 2, 5])
+    Scores(scores=torch.rand(3, 2), labels=labels, clips=clips, names=("x", "y", "z"), about=about).save(path)
+
+
+def _ensemble(path: Path) -> dict[str, Any]:
+    """What `evaluate ensemble` does with two files of scores."""
+    one = Scores.load(path)
+    return details(weighted_sum([one, one], (0.6, 0.4)).argmax(1), one.labels, one.scores.shape[1])
+
+
+def _shown(path: Path) -> None:
+    """What `evaluate compare` and `plots confusion` read of a result."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        compare([path])
+    assert said.getvalue().replace("\n", "").isprintable()
+    read_confusion(path)
+
+
+SHARE = {"fraction": 0.1, "top1_last": 5.0, "top1_last_std": 1.0}
+RESULT = {
+    **dict.fromkeys(("protocol", "run", "data", "split", "stream", "encoder"), "x"),
+    "format": FORMAT, "preset": "demo", "steps": 8, "top1": 50.0, "top1_macro": 50.0,
+    "class_names": ["a", "b"], "confusion": [[1, 0], [1, 0]], "fractions": [SHARE],
+    "untrained": {"fractions": [SHARE]}, "config": {"seed": 0, "optim": {"lr": 1.0}},
+}  # fmt: skip
 
 
 def _without(path: Path, key: str) -> None:
@@ -485,6 +521,8 @@ def target_of(reader: str, folder: Path) -> Target:
     if reader == "checkpoint":
         _write_checkpoint(folder / "checkpoint.safetensors", clips)
     write_json(folder / "config.json", to_dict(Config()))
+    write_json(folder / "knn.json", RESULT)
+    _write_scores(folder / "linear.scores.safetensors")
     logged = ({"step": 0, "knn_top1": 5.0}, {"step": 2, "stage": "train", "lr": 0.1, "loss": 3.0})
     (folder / "metrics.jsonl").write_bytes(b"".join(_json(line) + b"\n" for line in logged))
 
@@ -514,7 +552,11 @@ def target_of(reader: str, folder: Path) -> Target:
             folder / "config.json", in_json, lambda path: typed(read_json(path), Config, str(path))
         ),
         "metrics": Target(folder / "metrics.jsonl", in_lines, lambda path: read_metrics(path.parent)),
-        "checkpoint": Target(folder / "checkpoint.safetensors", in_checkpoint, checkpoint.load),
+        "checkpoint": Target(
+            folder / "checkpoint.safetensors", in_checkpoint, lambda path: checkpoint.load(path).build()
+        ),
+        "result": Target(folder / "knn.json", in_json, _shown),
+        "scores": Target(folder / "linear.scores.safetensors", in_safetensors, _ensemble),
     }
     return targets[reader]
 
@@ -534,6 +576,7 @@ def damage_npy(rng: random.Random, data: Data) -> Data:
 READERS = (
     "skeleton", "exclude-list", "pku-skeleton", "pku-label", "pku-split", "agcn-data", "agcn-frames",
     "agcn-labels", "ctrgcn", "npz", "pyskl", "openpose", "csv", "clips", "config", "checkpoint", "metrics",
+    "result", "scores",
 )  # fmt: skip
 
 

@@ -335,6 +335,8 @@ HOSTILE_ARRAYS: dict[str, tuple[dict[str, Any], str]] = {
     "a terabyte of names": ({"names": npy_claiming((1 << 38,))}, "claims"),
     "letters that are none": ({"names": np.full(3, 0xFFFFFFFF, "u4").view("U1")}, "no characters"),
     "64-bit labels": ({"labels": np.full(3, 2**64 - 1, "u8")}, "no usable recording"),
+    "64-bit subjects": ({"subjects": np.full(3, 2**64 - 1, "u8")}, "subjects holds a number of 64 bits"),
+    "64-bit names": ({"names": np.full(3, 2**64 - 1, "u8")}, "names is uint64"),
     "64-bit lengths": ({"lengths": np.array([2**64 - 1, 1, 15], "u8")}, "lengths sum"),
     "lengths that overflow": ({"lengths": np.array([2**62] * 3)}, "lengths sum"),
     "no clips": (

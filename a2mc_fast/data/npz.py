@@ -66,6 +66,8 @@ def open_npz(file: str | Path, skeleton_name: str = "") -> Source:
             if key.startswith("split_")
         },
     )
+    for key, values in about.columns.items():
+        require(int(values.max(initial=0)) < 1 << 63, f"{path}: {key} holds a number of 64 bits")
     class_names = _texts(archive, "class_names", MAX_LABEL + 1)
     for key, size in about.sizes().items():
         require(size == count, f"{path}: {key} has {size:,} entries for {count:,} clips")
