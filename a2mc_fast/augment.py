@@ -191,9 +191,10 @@ class Views:
         """The ranks of `world` have the same clips, and share the work of encoding them."""
         self.clips, self.config, self.seed, self.world = clips, config, seed, world
         self.mirror = torch.tensor(clips.skeleton.mirror, device=clips.device)
-        # what a view moves out of the plane of flat clips would be read where their own have nothing
-        flat = not bool(clips.frames[:, 2].any())
-        self.plane = torch.tensor([1.0, 1.0, 0.0], device=clips.device).view(3, 1, 1) if flat else None
+        # what a view moves out of the plane of flat clips would be read where their own have nothing; asked
+        # on the device, which is not waited for
+        depth = (clips.frames[:, 2] != 0).any().float()
+        self.plane = torch.stack((torch.ones_like(depth), torch.ones_like(depth), depth)).view(3, 1, 1)
 
     def draw(self, step: Tensor | int, clips: int, views: int = 4) -> list[Draws]:
         """The random choices of all views of one step."""
@@ -218,8 +219,7 @@ class Views:
         rho [N, T, C, V, M] belongs to the resized whole clips; it is resampled to the times the crop reads.
         Views of flat clips are flat.
         """
-        view = self._make(index, kind, draws, step, rho)
-        return view if self.plane is None else view * self.plane
+        return self._make(index, kind, draws, step, rho) * self.plane
 
     def _make(
         self, index: Tensor, kind: Kind, draws: Draws, step: Tensor | int, rho: Tensor | None
