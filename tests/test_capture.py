@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from a2mc_fast import trainer
 from a2mc_fast.data import Clips
@@ -45,10 +46,9 @@ def refusing(name: str, backward: bool) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             if not backward:
                 raise RuntimeError("Scalar 3528531795 is out of range for type int32")
-            result = function(*args)
-            if isinstance(result, Tensor):
-                return Refusal.apply(result) if result.requires_grad else result
-            return type(result)(*(Refusal.apply(part) for part in result))
+            return tree_map_only(
+                Tensor, lambda x: Refusal.apply(x) if x.requires_grad else x, function(*args)
+            )
 
         return call
 
