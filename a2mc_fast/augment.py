@@ -191,10 +191,9 @@ class Views:
         """The ranks of `world` have the same clips, and share the work of encoding them."""
         self.clips, self.config, self.seed, self.world = clips, config, seed, world
         self.mirror = torch.tensor(clips.skeleton.mirror, device=clips.device)
-        # what a view moves out of the plane of flat clips would be read where their own have nothing; asked
-        # on the device, which is not waited for
-        depth = (clips.frames[:, 2] != 0).any().float()
-        self.plane = torch.stack((torch.ones_like(depth), torch.ones_like(depth), depth)).view(3, 1, 1)
+        # what a view moves out of the plane of flat clips would be read where their own have nothing
+        one = torch.ones((), device=clips.device)
+        self.axes = torch.stack((one, one, clips.has_depth.float())).view(3, 1, 1)
 
     def draw(self, step: Tensor | int, clips: int, views: int = 4) -> list[Draws]:
         """The random choices of all views of one step."""
@@ -219,7 +218,7 @@ class Views:
         rho [N, T, C, V, M] belongs to the resized whole clips; it is resampled to the times the crop reads.
         Views of flat clips are flat.
         """
-        return self._make(index, kind, draws, step, rho) * self.plane
+        return self._make(index, kind, draws, step, rho) * self.axes
 
     def _make(
         self, index: Tensor, kind: Kind, draws: Draws, step: Tensor | int, rho: Tensor | None

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,28 @@ def memory_starts_as_nan(monkeypatch: pytest.MonkeyPatch) -> None:
         return out.fill_(math.nan) if module.startswith("a2mc_fast.kernels") else out
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
+CLASSES = ["sit", "stand", "wave", "jump"]
+
+
+def write_archive(path: Path) -> None:
+    """A clip archive of 40 random recordings of two persons, four classes, protocol xsub."""
+    lengths = np.arange(40) % 9 + 20
+    joints = np.random.default_rng(0).standard_normal((lengths.sum(), 2, SMALL.num_joints, 3))
+    np.savez(
+        path,
+        joints=joints.astype(np.float32),
+        lengths=lengths,
+        labels=np.arange(40) % 4,
+        parents=SMALL.parents,
+        mirror=SMALL.mirror,
+        center=SMALL.center,
+        axis_z=SMALL.axis_z,
+        axis_x=SMALL.axis_x,
+        split_xsub=np.arange(40) // 4 % 4 != 3,
+        class_names=np.array(CLASSES),
+    )
 
 
 @pytest.fixture

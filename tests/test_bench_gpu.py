@@ -102,7 +102,7 @@ def test_a_timed_part_prepares_beside_others_and_waits_for_its_turn(tmp_path: Pa
     prepare = "from bench.runner import wait_for_turn; print('ready'); wait_for_turn(); "
     lonely = f"p = '{tmp_path}/lock'; assert not os.path.exists(p); open(p, 'w'); "
     lonely += f"time.sleep(0.3); os.remove(p); open('{tmp_path}/order', 'a').write({{!r}})"
-    waiting = f"len(glob.glob('{tmp_path}/work/*.ready'))"
+    waiting = f"len(glob.glob('*.ready', root_dir={str(tmp_path / 'work')!r}))"
     ready = f"import glob; [time.sleep(0.01) for _ in range(2000) if {waiting} < 2]; assert {waiting} == 2"
     went = run(
         tmp_path,

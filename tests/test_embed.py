@@ -31,7 +31,7 @@ from a2mc_fast.prepare import main as prepare
 from a2mc_fast.run import checkpoint
 from a2mc_fast.run.start import pretrain
 from a2mc_fast.skeleton import motion_stream
-from tests.conftest import SMALL
+from tests.conftest import SMALL, write_archive
 from tests.test_evaluate import tiny_config
 from tests.test_train import refused
 
@@ -40,21 +40,7 @@ from tests.test_train import refused
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Recordings raw.npz, packed as data.safetensors, and the run that was trained on them."""
     folder = tmp_path_factory.mktemp("embed")
-    generator = np.random.default_rng(0)
-    lengths = np.arange(40) % 9 + 20
-    np.savez(
-        folder / "raw.npz",
-        joints=generator.standard_normal((lengths.sum(), 2, SMALL.num_joints, 3)).astype(np.float32),
-        lengths=lengths,
-        labels=np.arange(40) % 4,
-        parents=SMALL.parents,
-        mirror=SMALL.mirror,
-        center=SMALL.center,
-        axis_z=SMALL.axis_z,
-        axis_x=SMALL.axis_x,
-        split_xsub=np.arange(40) // 4 % 4 != 3,
-        class_names=np.array(["sit", "stand", "wave", "jump"]),
-    )
+    write_archive(folder / "raw.npz")
     prepare(["npz", str(folder / "raw.npz"), str(folder / "data.safetensors"), "--max-frames", "60"])
     pretrain(tiny_config(folder / "data.safetensors", folder / "run", stream="motion"))
     return folder

@@ -20,32 +20,16 @@ from a2mc_fast.evaluation.scores import Scores
 from a2mc_fast.predict import main
 from a2mc_fast.prepare import main as prepare
 from a2mc_fast.run.start import pretrain
-from tests.conftest import SMALL
+from tests.conftest import CLASSES, SMALL, write_archive
 from tests.test_evaluate import SHORT, tiny_config
 from tests.test_train import refused
-
-NAMES = ["sit", "stand", "wave", "jump"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """raw.npz, packed as data.safetensors, a run on it, and the classifiers of linear and finetune."""
     folder = tmp_path_factory.mktemp("predict")
-    generator = np.random.default_rng(0)
-    lengths = np.arange(40) % 9 + 20
-    np.savez(
-        folder / "raw.npz",
-        joints=generator.standard_normal((lengths.sum(), 2, SMALL.num_joints, 3)).astype(np.float32),
-        lengths=lengths,
-        labels=np.arange(40) % 4,
-        parents=SMALL.parents,
-        mirror=SMALL.mirror,
-        center=SMALL.center,
-        axis_z=SMALL.axis_z,
-        axis_x=SMALL.axis_x,
-        split_xsub=np.arange(40) // 4 % 4 != 3,
-        class_names=np.array(NAMES),
-    )
+    write_archive(folder / "raw.npz")
     prepare(["npz", str(folder / "raw.npz"), str(folder / "data.safetensors"), "--workers", "1"])
     pretrain(tiny_config(folder / "data.safetensors", folder / "run"))
     for protocol in ("linear", "finetune"):
@@ -75,9 +59,9 @@ def test_packed_clips_get_the_scores_of_the_evaluation(
     assert len(found) == 40
     for clip, probability in zip(scores.clips.tolist(), scores.scores.softmax(1)):
         row = found[clip]
-        assert row["label"] == NAMES[clip % 4]
+        assert row["label"] == CLASSES[clip % 4]
         listed = {row[f"class_{rank}"]: float(row[f"probability_{rank}"]) for rank in (1, 2, 3, 4)}
-        assert [listed[name] for name in NAMES] == pytest.approx(probability.tolist(), abs=1e-4)
+        assert [listed[name] for name in CLASSES] == pytest.approx(probability.tolist(), abs=1e-4)
         assert list(listed.values()) == sorted(listed.values(), reverse=True)
     right = sum(row["class_1"] == row["label"] for row in found)
     assert f"40 clips, 0 skipped, top-1 {100 * right / 40:.2f} % of 40 with a label" in said

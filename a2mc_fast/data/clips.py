@@ -219,6 +219,11 @@ class Clips:
         joints = self.frames.permute(0, 3, 2, 1)
         return identity(joints, self.lengths, self.labels, self.splits, self.skeleton)
 
+    @cached_property
+    def has_depth(self) -> Tensor:
+        """Whether any z is not zero, bool [] on the device, which is not waited for. Flat clips have none."""
+        return self.frames[:, 2].any()
+
     def __len__(self) -> int:
         return len(self.lengths)
 
