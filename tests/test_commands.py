@@ -42,6 +42,7 @@ def test_windows_is_refused_in_one_line() -> None:
 RUN = """
 import os, runpy, site, sys
 site.addsitedir(sys.argv[1])
+sys.path += sys.argv[2:]  # behind it, and as -S leaves them out: what this environment installs is no part of it
 sys.path.insert(0, os.getcwd())  # as -m does
 runpy.run_module("a2mc_fast.added", run_name="__main__")
 """
@@ -61,7 +62,7 @@ def test_an_editable_install_runs_where_the_clone_lies(tmp_path: Path) -> None:
         "import a2mc_fast.kernels; print(a2mc_fast.kernels.__file__)"
     )
     done = subprocess.run(
-        [sys.executable, "-P", "-c", RUN, str(tmp_path / "site")],
+        [sys.executable, "-S", "-P", "-c", RUN, str(tmp_path / "site"), *sys.path],
         cwd=tmp_path,
         capture_output=True,
         text=True,
