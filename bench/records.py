@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from a2mc_fast.errors import InputError, require
-from a2mc_fast.files import read_json, write_json
-from a2mc_fast.typed import typed
+from a2mc_fast.files import read_json, typed, write_json
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -53,12 +53,11 @@ from a2mc_fast.errors import InputError
 from a2mc_fast.evaluation.comparison import compare
 from a2mc_fast.evaluation.scores import About, Scores, details, weighted_sum
 from a2mc_fast.evaluation.tables import FORMAT
-from a2mc_fast.files import read_json, write_json
+from a2mc_fast.files import read_json, typed, write_json
 from a2mc_fast.model import A2MC
 from a2mc_fast.plots.confusion import read_confusion
 from a2mc_fast.run import checkpoint
 from a2mc_fast.run.metrics import read_metrics
-from a2mc_fast.typed import typed
 from tests.test_normalize import full_clip
 from tests.test_readers import (
     NTU_NAMES,

@@ -42,7 +42,8 @@ def test_windows_is_refused_in_one_line() -> None:
 RUN = """
 import os, runpy, site, sys
 site.addsitedir(sys.argv[1])
-sys.path += sys.argv[2:]  # behind it, and as -S leaves them out: what this environment installs is no part of it
+# behind it, and as -S leaves them out: what this environment installs is no part of it
+sys.path += sys.argv[2:]
 sys.path.insert(0, os.getcwd())  # as -m does
 runpy.run_module("a2mc_fast.added", run_name="__main__")
 """

@@ -35,11 +35,11 @@ from a2mc_fast.data import Clips
 from a2mc_fast.embed import Embed
 from a2mc_fast.errors import InputError
 from a2mc_fast.evaluation import settings as asked
+from a2mc_fast.files import typed
 from a2mc_fast.plots import __main__ as plots
 from a2mc_fast.predict import Predict
 from a2mc_fast.run.log import QuietLog
 from a2mc_fast.trainer import Trainer
-from a2mc_fast.typed import typed
 from tests.conftest import SMALL
 from tests.test_train import tiny
 

@@ -47,10 +47,9 @@ from a2mc_fast.data.source import Recording, Source
 from a2mc_fast.data.unpickle import as_array, load_pickle
 from a2mc_fast.errors import InputError, one_line
 from a2mc_fast.evaluation.tables import read_results
-from a2mc_fast.files import read_json
+from a2mc_fast.files import read_json, typed
 from a2mc_fast.prepare import main
 from a2mc_fast.ranks import join
-from a2mc_fast.typed import typed
 from tests import fuzz
 from tests.conftest import SMALL
 from tests.test_normalize import full_clip

@@ -18,8 +18,7 @@ from a2mc_fast.evaluation.tables import (
     read_results,
     result_files,
 )
-from a2mc_fast.files import atomic_path, read_json
-from a2mc_fast.typed import typed
+from a2mc_fast.files import atomic_path, read_json, typed
 
 _TEXT = ("run", "protocol", "data", "split", "stream", "encoder", "preset")
 _NUMBERS = ("seed", "steps", "best %", "last %", "macro %", "untrained %")

@@ -18,8 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from a2mc_fast.errors import require
-from a2mc_fast.files import atomic_path, parse_json, read_tensors
-from a2mc_fast.typed import typed
+from a2mc_fast.files import atomic_path, parse_json, read_tensors, typed
 
 FORMAT = "a2mc-scores/2"
 _MATRIX = 1000  # classes up to which a result holds the counts of every pair

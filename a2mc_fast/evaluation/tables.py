@@ -9,8 +9,7 @@ from typing import Annotated, Any, NotRequired, TypedDict
 
 from a2mc_fast.config.ranges import Range
 from a2mc_fast.errors import one_line, require
-from a2mc_fast.files import read_json
-from a2mc_fast.typed import typed
+from a2mc_fast.files import read_json, typed
 
 FORMAT = "a2mc-evaluation/1"
 Percent = Annotated[float, Range("[0, 100]")]

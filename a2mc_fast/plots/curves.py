@@ -17,10 +17,9 @@ from numpy.typing import NDArray
 from a2mc_fast.config.ranges import Count
 from a2mc_fast.errors import require
 from a2mc_fast.evaluation.tables import read_ended
-from a2mc_fast.files import read_json
+from a2mc_fast.files import read_json, typed
 from a2mc_fast.plots.style import BLACK, BLUE, GREEN, GREY, LINES, VERMILION, figure, shorten
 from a2mc_fast.run.metrics import Record, read_metrics
-from a2mc_fast.typed import typed
 
 Values = NDArray[np.float64]
 

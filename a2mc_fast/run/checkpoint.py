@@ -29,10 +29,9 @@ from a2mc_fast.data.clips import Clips
 from a2mc_fast.encoders.branch import Branch
 from a2mc_fast.encoders.recurrence import Recurrence
 from a2mc_fast.errors import InputError, os_reason, require
-from a2mc_fast.files import atomic_path, parse_json, read_tensors
+from a2mc_fast.files import atomic_path, parse_json, read_tensors, typed
 from a2mc_fast.model import A2MC
 from a2mc_fast.skeleton import Skeleton
-from a2mc_fast.typed import typed
 
 FORMAT = "a2mc-checkpoint/4"
 FILE = "checkpoint.safetensors"

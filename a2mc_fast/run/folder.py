@@ -15,9 +15,8 @@ from pathlib import Path
 
 from a2mc_fast.config import Config, differences
 from a2mc_fast.errors import InputError, require, tell
-from a2mc_fast.files import read_json
+from a2mc_fast.files import read_json, typed
 from a2mc_fast.run.checkpoint import FILE, Checkpoint, load_last_good
-from a2mc_fast.typed import typed
 
 RUNS = Path("runs")
 """Where runs go that are not told where."""

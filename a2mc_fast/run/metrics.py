@@ -7,8 +7,7 @@ from typing import Annotated, NotRequired, TypedDict
 
 from a2mc_fast.config.ranges import Range
 from a2mc_fast.errors import InputError, require
-from a2mc_fast.files import parse_json, read_bytes
-from a2mc_fast.typed import typed
+from a2mc_fast.files import parse_json, read_bytes, typed
 
 _LARGEST_LOG, _LONGEST_LINE = 1 << 30, 1 << 16  # bytes
 _Number = Annotated[float, Range("[-1e30, 1e30]")]
