@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import a2mc_fast.kernels as kernels
 from a2mc_fast.errors import require
 from a2mc_fast.kernels import reference
 from a2mc_fast.kernels.problem import Ascent, Contrast, Features, Step
@@ -69,9 +70,6 @@ class MemoryBank(Queue):
         With `triton` in one pass of the fused kernels over rows and velocity, else by autograd. `sums` are
         what the loss left of the same features and rows for this temperature.
         """
-        if triton:
-            from a2mc_fast.kernels.bank_ascent import bank_ascent
-        else:
-            bank_ascent = reference.bank_ascent
+        form = kernels.bank_ascent if triton else reference
         step = self.step._replace(weight=weight)
-        return bank_ascent(self.rows, self.velocity, features.detach(), settings, step, sums)
+        return form.bank_ascent(self.rows, self.velocity, features.detach(), settings, step, sums)

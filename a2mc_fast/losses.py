@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+import a2mc_fast.kernels as kernels
 from a2mc_fast.errors import require
 from a2mc_fast.kernels import reference
 from a2mc_fast.kernels.problem import Contrast, Contrasted, Features
@@ -69,11 +70,8 @@ def contrasted(features: Features, bank: Tensor, settings: Contrast, backend: Ba
     if backend == "auto":
         fused = bank.is_cuda and not bank.requires_grad and bank.shape[1] <= 256
         backend = "triton" if fused else "torch"
-    if backend == "triton":
-        from a2mc_fast.kernels.mixing_contrast import mixing_contrast as form
-    else:
-        form = reference.mixing_contrast
-    return form(features, bank, settings)
+    form = kernels.mixing_contrast if backend == "triton" else reference
+    return form.mixing_contrast(features, bank, settings)
 
 
 def _check(features: Features, bank: Tensor, settings: Contrast) -> None:

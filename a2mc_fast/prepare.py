@@ -186,8 +186,7 @@ def prepare(wanted: Reading | Synthetic, command: str = "") -> None:
     Raises `InputError` for input of another format, without a usable recording, or an output that exists.
     """
     # these need torch, for which --help does not wait
-    from a2mc_fast.data import preparation
-    from a2mc_fast.data.pack import Handling
+    from a2mc_fast.data import pack, preparation
 
     check_ranges(wanted)
     started = time.perf_counter()
@@ -197,7 +196,7 @@ def prepare(wanted: Reading | Synthetic, command: str = "") -> None:
     else:
         choices = preparation.Choices(
             workers=wanted.workers,
-            handling=Handling(
+            handling=pack.Handling(
                 scale=wanted.scale,
                 persons=wanted.persons,
                 confidence=wanted.confidence,

@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+import a2mc_fast.kernels as kernels
 from a2mc_fast.errors import first_line
 
 _MASK = 0xFFFFFFFF
@@ -50,9 +51,7 @@ def philox(
 @torch.library.custom_op("a2mc::philox", mutates_args=())
 def _philox(step: Tensor, seed: int, stream: int, first: int, count: int) -> Tensor:
     if step.is_cuda and not kernel_refused(step.device):
-        from a2mc_fast.kernels import philox as kernel  # Triton is only there where there is a GPU
-
-        return kernel.philox(step, seed, stream, first, count)
+        return kernels.philox.philox(step, seed, stream, first, count)
     return _plain(step, seed, stream, first, count)
 
 
@@ -80,9 +79,7 @@ def kernel_refused(device: torch.device) -> str:
     step = torch.full((), 2**40 + 7, dtype=torch.int64, device=device)
     arguments = (step, 2**61 + 5, STREAM_NOISE, 2**20 + 3, 1001)
     try:
-        from a2mc_fast.kernels import philox as kernel
-
-        words = kernel.philox(*arguments)
+        words = kernels.philox.philox(*arguments)
     except Exception as error:  # whatever the compiler or the driver raises means the same
         return first_line(error)
     return "" if torch.equal(words, _plain(*arguments)) else "its words are not Philox's"

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+import a2mc_fast.kernels as kernels
 from a2mc_fast import rng
 from a2mc_fast.augment import Draws, Views
 from a2mc_fast.config import Config
@@ -384,9 +385,7 @@ def choose_backend(model: A2MC, device: torch.device) -> tuple[Literal["triton",
         return "torch", ""
     if no_triton():
         return "torch", "loss and bank in plain torch, because triton is not installed"
-    from a2mc_fast.kernels.verify import mismatch
-
-    reason = mismatch(device, config.encoder.projection, model.settings, model.ascent)
+    reason = kernels.verify.mismatch(device, config.encoder.projection, model.settings, model.ascent)
     if reason:
         return (
             "torch",

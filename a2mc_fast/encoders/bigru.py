@@ -16,17 +16,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+import a2mc_fast.kernels as kernels
 from a2mc_fast.encoders.common import Encoder, norm_per_view
 from a2mc_fast.errors import require
 from a2mc_fast.skeleton import Skeleton
-
-if TYPE_CHECKING:
-    from a2mc_fast.kernels.gru import Operands
 
 _CUDNN_WITH_BF16 = 91300  # the version from which torch hands it bf16
 
@@ -158,8 +156,6 @@ class BiGRU(Encoder):
 def fused(encoders: Sequence[BiGRU], sequences: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """The layers of encoders of one shape by the fused kernels, in the same launches, each over its sequence
     [N, T, W] -> [encoders, N, 2 hidden]. Gradients reach the first."""
-    from a2mc_fast.kernels.gru import gru_pairs
-
     first = encoders[0]
     states = torch.stack([sequence.transpose(0, 1).to(dtype) for sequence in sequences])
     for layer in range(len(first.directions)):
@@ -170,7 +166,7 @@ def fused(encoders: Sequence[BiGRU], sequences: Sequence[Tensor], dtype: torch.d
             for both in zip(*(gru.parameters() for gru in pair), strict=True)
             for weight in both
         ]
-        states = gru_pairs(
+        states = kernels.gru.gru_pairs(
             states,
             parameters,
             _operands(encoders, layer, parameters, dtype),
@@ -184,17 +180,15 @@ def fused(encoders: Sequence[BiGRU], sequences: Sequence[Tensor], dtype: torch.d
 
 def _operands(
     encoders: Sequence[BiGRU], layer: int, parameters: list[Tensor], dtype: torch.dtype
-) -> Operands | None:
+) -> kernels.gru.Operands | None:
     """A layer's weights in `dtype`, made once within `weights_held`, and None outside of it."""
-    from a2mc_fast.kernels.gru import make_operands
-
     holds = [encoder.held for encoder in encoders]
     if holds[0] is None:
         return None
     backward, place = torch.is_grad_enabled(), (layer, dtype, len(encoders))
-    made: Operands | None = holds[0].get(place)
+    made: kernels.gru.Operands | None = holds[0].get(place)
     if made is None or (backward and made.back is None):
-        made = make_operands(parameters, dtype, backward=backward)
+        made = kernels.gru.make_operands(parameters, dtype, backward=backward)
         # the passes of one encoder alone find theirs among those of all
         for number, held in reversed([*enumerate(holds)]):
             if held is not None:

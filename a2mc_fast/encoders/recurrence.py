@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+import a2mc_fast.kernels as kernels
 from a2mc_fast.config import Config
 from a2mc_fast.encoders.bigru import BiGRU, fused, recurrent_dtype
 from a2mc_fast.encoders.common import Encoder, frozen, weights_held
@@ -32,13 +33,10 @@ def require_kernels(flag: str, otherwise: str, device: torch.device) -> None:
     require(
         not no_triton(), f"{flag} needs triton, which is not installed: pip install triton, or {otherwise}"
     )
-    if device.type != "cuda":
-        from a2mc_fast.kernels.common import INTERPRET
-
-        require(
-            INTERPRET,
-            f"{flag} needs a GPU: {otherwise} (Triton's interpreter, with TRITON_INTERPRET=1, is for tests)",
-        )
+    require(
+        device.type == "cuda" or kernels.common.INTERPRET,
+        f"{flag} needs a GPU: {otherwise} (Triton's interpreter, with TRITON_INTERPRET=1, is for tests)",
+    )
 
 
 def choose_recurrence(
@@ -64,11 +62,9 @@ def choose_recurrence(
         return "torch", note if changed else ""
     if before == "torch":
         return "torch", "recurrent layers by cuDNN, as until now"
-    from a2mc_fast.kernels.verify import recurrence_mismatch
-
     low, wide = _dtypes(config, "fused")
     for dtype in dict.fromkeys((low, wide)):
-        reason = recurrence_mismatch(
+        reason = kernels.verify.recurrence_mismatch(
             device,
             encoder.feature_dim // 2,
             (clips, 3 * clips),
@@ -177,8 +173,5 @@ def _time(function: Callable[[], None], device: torch.device, graph: bool) -> fl
 
 def waited_too_long(encoder: Encoder, device: torch.device) -> bool:
     """Whether a launch whose programs wait for one another has given up, which made its states NaN."""
-    if not isinstance(encoder, BiGRU) or encoder.recurrence != "resident":
-        return False
-    from a2mc_fast.kernels.gru_resident import timed_out
-
-    return timed_out(device)
+    resident = isinstance(encoder, BiGRU) and encoder.recurrence == "resident"
+    return resident and kernels.gru_resident.timed_out(device)
