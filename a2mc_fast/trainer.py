@@ -239,9 +239,9 @@ class Trainer:
                     rho = model.attack(whole)
         with record_function("views"):
             if config.loss.weak != "off":
-                x1 = self._make_view(index, config.views.weak, draw1, time, rho)
+                x1 = self._make_view(index, "weak" if config.views.augment else "none", draw1, time, rho)
             if config.loss.strong != "off":
-                x2 = self._make_view(index, config.views.strong, draw2, time, rho)
+                x2 = self._make_view(index, "strong" if config.views.augment else "none", draw2, time, rho)
 
         # f0 from the key encoder, f3, f1 and f2 from the query encoder
         features = model.features(x0, x3, x1, x2, key)

@@ -123,7 +123,7 @@ def small(name: str = "demo", **changes: Any) -> Config:
         encoder=replace(config.encoder, hidden=8, layers=1, projection=16),
         # temperatures at which rounding grows little
         loss=replace(config.loss, temperature=0.3),
-        bank=replace(config.bank, size=30, warmup_steps=WARMUP, lr_scaling=False, lr=0.5, temperature=0.3),
+        bank=replace(config.bank, size=30, warmup_steps=WARMUP, lr=0.5 * 16384 / 30, temperature=0.3),
         optim=replace(config.optim, batch_size=12, lr=0.05),
     )
 
@@ -471,7 +471,7 @@ def test_torchrun_names_the_rank_that_was_killed(tmp_path: Path) -> None:
         "-m",
         "a2mc_fast.train",
     ]
-    args = ["demo", "--synthetic.clips", "60", "--synthetic.classes", "3", "--run.out", str(folder), *FLAGS]
+    args = ["demo", "--synthetic.clips", "60", "--run.out", str(folder), *FLAGS]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = functools.partial(subprocess.Popen, text=True, stdout=PIPE, stderr=STDOUT, env=environment)
     with run([*command, *args, "--optim.epochs", "100000"]) as launcher:

@@ -239,7 +239,7 @@ def test_the_loss_is_summed_over_pairs_of_levels(halves: None) -> None:
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_each_bank_climbs_the_pairs_that_meet_at_it(halves: None, backend: str) -> None:
     """One step of momentum and decay per bank, with the sum of its pairs' gradients."""
-    bank = BankConfig(size=24, lr=2.0, lr_scaling=False)
+    bank = BankConfig(size=24, lr=2.0 * 16384 / 24)
     config = replace(small(), bank=bank)
     model = A2MC(config, SMALL, 1, 3)
     model.backend = backend  # type: ignore[assignment]

@@ -35,12 +35,8 @@ class ViewConfig:
     """Shortest temporal crop, as a share of the clip, in (0, 1]; never below `frames` frames."""
     shear: Annotated[float, Range("[0, 10]")] = 1.0
     """Off-diagonal entries of the pose (shear) matrix are uniform in ±this."""
-    jitter_share: Share = 0.6
-    """Share of joints that joint jittering corrupts: 15 of 25."""
-    weak: Literal["weak", "none"] = "weak"
-    """View of the attacked clip that gives f1; none = the whole clip, only resized."""
-    strong: Literal["strong", "weak", "none"] = "strong"
-    """View of the attacked clip that gives f2."""
+    augment: bool = True
+    """Weak and strong views of the attacked clip give f1 and f2, or else the whole clip, only resized."""
     noise_std: Annotated[float, Range("[0, 10]")] = 0.01
     """Standard deviation of the noise, metres."""
     strong_p: Share = 0.5
@@ -153,9 +149,8 @@ class BankConfig:
     size: Annotated[int, Range("[1, 1e8]")] = 16384
     """Rows K."""
     lr: Annotated[float, Range("[1e-9, 1e6]")] = 3.0
-    """Step size beta of the ascent at K = 16,384."""
-    lr_scaling: bool = True
-    """Multiply `lr` by K / 16,384, because a row's share of the softmax, hence its gradient, goes as 1/K."""
+    """Step size beta of the ascent, times K / 16,384: a row's share of the softmax, hence its gradient, goes
+    as 1/K."""
     temperature: Temperature = 0.03
     """Softmax temperature tau_m of the ascent."""
     momentum: Momentum = 0.9
@@ -245,9 +240,7 @@ class SyntheticConfig:
     """The built-in set, used when no data file is given."""
 
     clips: Annotated[int, Range("[2, 1e6]")] = 2000
-    """Clips generated, training and test together."""
-    classes: Annotated[int, Range("[2, 26]")] = 20
-    """Actions."""
+    """Clips generated, training and test together, of 20 actions."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "synthetic.")

@@ -33,7 +33,7 @@ from a2mc_fast.files import atomic_path, parse_json, read_tensors, typed
 from a2mc_fast.model import A2MC
 from a2mc_fast.skeleton import Skeleton
 
-FORMAT = "a2mc-checkpoint/4"
+FORMAT = "a2mc-checkpoint/5"
 FILE = "checkpoint.safetensors"
 # a model may need this many elements beside those in its checkpoint: small tables that it makes anew
 _SPARE_ELEMENTS = 1 << 18

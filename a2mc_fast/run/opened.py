@@ -103,8 +103,7 @@ def load_clips(config: Config, device: torch.device) -> Clips:
     """The packed data file, or the built-in set."""
     if config.data:
         return Clips.load(config.data, device)
-    s = config.synthetic
-    return synthetic_clips(clips=s.clips, classes=s.classes, device=device)
+    return synthetic_clips(clips=config.synthetic.clips, device=device)
 
 
 def check_skeleton(source: Path, skeleton: Skeleton, persons: int, clips: Clips, where: str) -> None:
