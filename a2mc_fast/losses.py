@@ -20,7 +20,7 @@ from torch import Tensor
 import a2mc_fast.kernels as kernels
 from a2mc_fast.errors import require
 from a2mc_fast.kernels import reference
-from a2mc_fast.kernels.problem import Contrast, Contrasted, Features
+from a2mc_fast.kernels.problem import Contrast, Features
 
 PAPER_MIX = (0.4, 0.3, 0.2, 0.1)
 
@@ -59,19 +59,14 @@ def mixing_contrast(
     Differentiable in basic, weak and strong, with backend torch in bank too; key is a constant. Without
     `weak` or `strong` their terms are off. Raises `ValueError` for shapes and values.
     """
-    features = Features(key, basic, weak, strong)
-    return Losses.of(contrasted(features, bank, Contrast(tuple(mix), temperature), backend).losses)
-
-
-def contrasted(features: Features, bank: Tensor, settings: Contrast, backend: Backend = "auto") -> Contrasted:
-    """The parts of `mixing_contrast` under any settings, and what an ascent can use of them."""
+    features, settings = Features(key, basic, weak, strong), Contrast(tuple(mix), temperature)
     _check(features, bank, settings)
     require(backend in ("auto", "triton", "torch"), f"mixing_contrast: unknown backend {backend!r}")
     if backend == "auto":
         fused = bank.is_cuda and not bank.requires_grad and bank.shape[1] <= 256
         backend = "triton" if fused else "torch"
     form = kernels.mixing_contrast if backend == "triton" else reference
-    return form.mixing_contrast(features, bank, settings)
+    return Losses.of(form.mixing_contrast(features, bank, settings).losses)
 
 
 def _check(features: Features, bank: Tensor, settings: Contrast) -> None:

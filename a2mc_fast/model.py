@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+import a2mc_fast.kernels as kernels
 from a2mc_fast.attack import semantic_attack
 from a2mc_fast.bank import MemoryBank, Queue
 from a2mc_fast.config import Config
@@ -29,8 +31,9 @@ from a2mc_fast.encoders.bigru import BiGRU
 from a2mc_fast.encoders.branch import Branch
 from a2mc_fast.encoders.common import frozen
 from a2mc_fast.encoders.joint_norm import join_batch_norms
+from a2mc_fast.kernels import reference
 from a2mc_fast.kernels.problem import Contrast, Features, Step
-from a2mc_fast.losses import Losses, contrasted
+from a2mc_fast.losses import Losses
 from a2mc_fast.ranks import ALONE, World
 from a2mc_fast.skeleton import Skeleton
 
@@ -77,12 +80,11 @@ class A2MC(nn.Module):
 
     # Att-Aug (sec. III-B)
 
-    def attack(self, x: Tensor) -> Tensor:
+    def attack(self, x: Tensor, classify: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """The perturbation of whole clips that flattens their class distribution. -> like x"""
+        attack = self.config.attack
         with frozen(self.query):
-            return semantic_attack(
-                self.classify, x, lr=self.config.attack.lr, radius=self.config.attack.radius
-            )
+            return semantic_attack(classify or self.classify, x, lr=attack.lr, radius=attack.radius)
 
     @property
     def key_rides(self) -> bool:
@@ -92,8 +94,10 @@ class A2MC(nn.Module):
         fused = all(isinstance(e, BiGRU) and e.recurrence != "torch" for e in encoders)
         return fused and self.config.precision != "fp16"
 
-    def attack_with_key(self, x: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
-        """`attack` of whole clips, and the key encoder's feature of their view x0, in the same launches."""
+    def attack_with_key(self, x: Tensor, x0: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`attack` of whole clips, and the key encoder's feature of their view x0, if it rides along."""
+        if not self.key_rides:
+            return self.attack(x), None
         found = []
 
         def classify(x: Tensor) -> Tensor:
@@ -101,10 +105,7 @@ class A2MC(nn.Module):
             found.append(key)
             return self.classifier(feature.float())
 
-        attack = self.config.attack
-        with frozen(self.query):
-            rho = semantic_attack(classify, x, lr=attack.lr, radius=attack.radius)
-        return rho, found[0]
+        return self.attack(x, classify), found[0]
 
     def classify(self, x: Tensor) -> Tensor:
         """Class logits of the attack. x [N, T, C, V, M] -> [N, classes] float32"""
@@ -162,9 +163,8 @@ class A2MC(nn.Module):
         settings = self.settings._replace(mix=()) if warmup else self.settings
         if not warmup and self.config.bank.kind != "fifo" and self.world.alone:
             settings = settings._replace(climb=self.ascent.temperature)
-        found = {
-            name: contrasted(f, self.bank(name).rows, settings, self.backend) for name, f in features.items()
-        }
+        form = kernels.mixing_contrast if self.backend == "triton" else reference
+        found = {n: form.mixing_contrast(f, self.bank(n).rows, settings) for n, f in features.items()}
         parts = torch.stack([self.depth[name] * each.losses for name, each in found.items()]).sum(0)
         return Losses.of(parts), {name: each.sums for name, each in found.items()}
 

@@ -232,11 +232,7 @@ class Trainer:
         x1 = x2 = rho = key = None
         if config.attack.radius:
             with record_function("attack"):
-                whole = self.views.whole(index)
-                if model.key_rides:
-                    rho, key = model.attack_with_key(whole, x0)
-                else:
-                    rho = model.attack(whole)
+                rho, key = model.attack_with_key(self.views.whole(index), x0)
         with record_function("views"):
             if config.loss.weak != "off":
                 x1 = self._make_view(index, "weak" if config.views.augment else "none", draw1, time, rho)

@@ -82,7 +82,11 @@ def _softmax(
 
 
 class _Contrast(torch.autograd.Function):
-    """`contrast`, with the anchor's gradient formed in the forward pass while the weights are at hand."""
+    """Cross-entropy of the positive against the bank and its mixed copies (A²MC Eq. 10; Eq. 1 without `mix`).
+
+    anchor, key [N, D], bank [K, D] -> [N]. The anchor's gradient is formed in the forward pass, while the
+    weights are at hand.
+    """
 
     @staticmethod
     def forward(
@@ -111,7 +115,8 @@ class _Contrast(torch.autograd.Function):
 
 
 class _Distill(torch.autograd.Function):
-    """`distillation`; see `_Contrast`."""
+    """Cross-entropy of the anchor's similarity distribution under the teacher's (A²MC Eq. 11), both over the
+    banks mixed with the anchor. As `_Contrast`."""
 
     @staticmethod
     def forward(
@@ -157,40 +162,21 @@ def _backward(
     return to_anchor, None, to_bank
 
 
-def contrast(anchor: Tensor, key: Tensor, bank: Tensor, settings: Contrast) -> Tensor:
-    """Cross-entropy of the positive against the bank and its mixed copies (A²MC Eq. 10; Eq. 1 without `mix`).
-
-    anchor, key [N, D], bank [K, D] -> [N]. Differentiable in anchor and bank; key is a constant.
-    """
-    return _Contrast.apply(anchor, key.detach(), bank, tuple(settings.mix), 1.0 / settings.temperature)
-
-
-def distillation(anchor: Tensor, teacher: Tensor, key: Tensor, bank: Tensor, settings: Contrast) -> Tensor:
-    """Cross-entropy of the anchor's similarity distribution under the teacher's (A²MC Eq. 11).
-
-    anchor, teacher, key [N, D], bank [K, D] -> [N]. Differentiable in anchor and bank; key is a constant, and
-    so is the teacher's distribution. Both distributions are taken over the banks mixed with the anchor.
-    """
-    mix, inv_tau = tuple(settings.mix), 1.0 / settings.temperature
-    return _Distill.apply(anchor, teacher.detach(), key.detach(), bank, mix, inv_tau)
-
-
 def losses_per_clip(
     features: Features, bank: Tensor, settings: Contrast
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """L3, L1 and L2 of A²MC (Eq. 9-11): features [N, D], bank [K, D] -> (basic, weak, strong), each [N].
-
-    A term whose feature is None is, too.
-    """
+    """L3, L1 and L2 of A²MC: features [N, D], bank [K, D] -> (basic, weak, strong), each [N], None where the
+    feature is. Differentiable in anchors and bank; key and teacher are constants."""
     key, basic, weak, strong = features
     rows = torch.nn.functional.normalize(bank, dim=1) if settings.normalize else bank
-    first, second = (None if x is None else contrast(x, key, rows, settings) for x in (basic, weak))
-    assert first is not None
+    rest = (key.detach(), rows, tuple(settings.mix), 1.0 / settings.temperature)
+    first: Tensor = _Contrast.apply(basic, *rest)
+    second = None if weak is None else _Contrast.apply(weak, *rest)
     if strong is None:
         return first, second, None
     if settings.distill:
-        return first, second, distillation(strong, basic, key, rows, settings)
-    return first, second, contrast(strong, key, rows, settings)
+        return first, second, _Distill.apply(strong, basic.detach(), *rest)
+    return first, second, _Contrast.apply(strong, *rest)
 
 
 def mixing_contrast(features: Features, bank: Tensor, settings: Contrast) -> Contrasted:

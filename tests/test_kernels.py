@@ -212,7 +212,8 @@ def test_strong_term_as_a_contrast() -> None:
 
     def plain(features: Features, bank: Tensor, settings: Contrast) -> Contrasted:
         key, *anchors = features
-        return Contrasted(torch.stack([reference.contrast(x, key, bank, settings).mean() for x in anchors]))
+        alone = [reference.mixing_contrast(Features(key, x), bank, settings).losses[0] for x in anchors]
+        return Contrasted(torch.stack(alone))
 
     for g, want in zip(got, with_gradients(plain, features, bank)):
         torch.testing.assert_close(g, want, rtol=1e-4, atol=1e-4)
@@ -342,24 +343,18 @@ def chosen(n: int, d: int, present: str = "weak strong", dtype: torch.dtype = to
 
 
 def test_plain_ascent_is_autograd_through_the_normalisation() -> None:
-    """Of the losses written one by one, in float64."""
+    """Of the losses one by one, in float64."""
     features = typed(chosen(3, 24), torch.float64)
-    key, basic, weak, strong = features
     start = torch.randn(70, 24, device=DEVICE, dtype=torch.float64)
     rows = start.clone().requires_grad_()
     unit_rows = F.normalize(rows, dim=1)
-    last = reference.contrast(basic, key, unit_rows, CLIMB)
-    parts = (
-        last,
-        reference.contrast(weak, key, unit_rows, CLIMB),
-        reference.distillation(strong, basic, key, unit_rows, CLIMB),
-    )
-    (gradient,) = torch.autograd.grad(2 * sum(part.mean() for part in parts), rows)
+    parts = reference.losses_per_clip(features, unit_rows, CLIMB)
+    (gradient,) = torch.autograd.grad(2 * sum(part.mean() for part in parts if part is not None), rows)
     velocity = 1e-4 * start - gradient
     got = stepped(reference.bank_ascent, start, torch.zeros_like(start), features, CLIMB, Step(weight=2.0))
     torch.testing.assert_close(got[1], velocity, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(got[0], start - 3 * velocity, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(got[2][2], 1 - torch.exp(-last.detach()).mean())
+    torch.testing.assert_close(got[2][2], 1 - torch.exp(-parts[0].detach()).mean())
 
 
 @pytest.mark.parametrize("precision", SLACK)
