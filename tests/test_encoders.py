@@ -10,6 +10,7 @@ from a2mc_fast.encoders import build_encoder
 from a2mc_fast.encoders.bigru import BiGRU, outputs, recurrent_dtype
 from a2mc_fast.encoders.common import frozen, projection_head
 from a2mc_fast.encoders.count import parameters_and_macs
+from a2mc_fast.run.weights import load_reference
 from a2mc_fast.skeleton import NTU25
 from tests.conftest import SMALL
 
@@ -52,7 +53,7 @@ def test_released_weights_give_the_reference_features(prefix: str, hidden: int) 
         k.replace("encoder_q.", "encoder_q_motion."): v + 1 for k, v in state.items() if "encoder_q." in k
     }
     encoder = BiGRU(NTU25, hidden=hidden, layers=3)
-    encoder.load_reference(state)
+    load_reference(encoder, state)
     x = torch.randn(4, 16, 3, 25, 2)
     torch.testing.assert_close(encoder.eval()(x), frame_by_frame(gru, norm.eval(), x))
 
@@ -61,15 +62,15 @@ def test_incomplete_released_weights_are_named() -> None:
     state = reference_state(12, 3, 150, "encoder_q.")[2]
     del state["encoder_q.encoder.gru.bias_hh_l2_reverse"]
     with pytest.raises(ValueError, match=r"has no encoder_q\.encoder\.gru\.bias_hh_l2_reverse"):
-        BiGRU(NTU25, hidden=12, layers=3).load_reference(state)
-    with pytest.raises(ValueError, match="expected one query encoder"):
-        BiGRU(NTU25, hidden=12, layers=3).load_reference({"fc.weight": torch.zeros(1)})
+        load_reference(BiGRU(NTU25, hidden=12, layers=3), state)
+    with pytest.raises(ValueError, match="holds no query encoder"):
+        load_reference(BiGRU(NTU25, hidden=12, layers=3), {"fc.weight": torch.zeros(1)})
 
 
 def test_bidirectional_is_the_true_time_reversal() -> None:
     gru, _, state = reference_state(12, 2, 150, "")
     encoder = BiGRU(NTU25, hidden=12, layers=2, time_mode="bidirectional", input_norm=False)
-    encoder.load_reference(state)
+    load_reference(encoder, state)
     x = torch.randn(4, 16, 3, 25, 2)
     output = gru(x.permute(0, 1, 3, 2, 4).flatten(2))[0]
     torch.testing.assert_close(encoder(x), torch.cat((output[:, -1, :12], output[:, 0, 12:]), 1))

@@ -58,7 +58,7 @@ def encoder_of(config_name: Path) -> dict[str, Tensor]:
 def test_a_released_file_is_an_encoder(folder: Path, tmp_path: Path) -> None:
     file = folder / "cmd.pth.tar"
     plain = BiGRU(NTU25, hidden=8, layers=1)
-    plain.load_reference(torch.load(file, weights_only=True)["state_dict"])
+    weights.load_reference(plain, torch.load(file, weights_only=True)["state_dict"])
     encoder = load_encoder(file)
     x = torch.randn(4, 3, encoder.frames, 25, 2)
     torch.testing.assert_close(encoder(x), plain.eval()(x.transpose(1, 2)))

@@ -14,7 +14,7 @@ The layers are torch's, which are cuDNN's on a GPU, or fused kernels that run bo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Literal
 
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 import a2mc_fast.kernels as kernels
 from a2mc_fast.encoders.common import Encoder, norm_per_view
-from a2mc_fast.errors import require
 from a2mc_fast.skeleton import Skeleton
 
 _CUDNN_WITH_BF16 = 91300  # the version from which torch hands it bf16
@@ -121,36 +120,6 @@ class BiGRU(Encoder):
     def _pairs(self) -> list[tuple[nn.GRU, nn.GRU]]:
         """The two directions of each layer."""
         return [(pair[0], pair[1]) for pair in self.directions]  # type: ignore[index]
-
-    def load_reference(self, state: Mapping[str, Tensor]) -> None:
-        """Take the weights of a released CMD, ISC or PCM3 query encoder.
-
-        `state` is that code's state dict, as `torch.load(file, weights_only=True)["state_dict"]` gives it.
-        Its `encoder_q.encoder.gru.{weight_ih,weight_hh,bias_ih,bias_hh}_l{k}` become direction 0 of layer k
-        and `..._l{k}_reverse` direction 1; `encoder_q.input_norm.*`, where present, the input BatchNorm.
-        Prefixes before `encoder.gru.` do not matter; other tensors (heads, key encoder, queues) are not read.
-        """
-        marker = "encoder.gru."
-        prefixes = {k[: k.index(marker)] for k in state if marker in k and "encoder_k" not in k}
-        prefixes = {p for p in prefixes if "motion" not in p and "bone" not in p}
-        require(
-            len(prefixes) == 1, f"expected one query encoder with {marker}* tensors, found {len(prefixes)}"
-        )
-        prefix = prefixes.pop()
-        joints = self.input_dim // (3 * self.persons)
-        order = torch.arange(self.input_dim).view(joints, 3, self.persons).transpose(0, 1).flatten()
-        mapped: dict[str, Tensor] = {}
-        for name in self.state_dict():
-            source = prefix + name
-            reads_input = name.startswith("input_norm.") and name != "input_norm.num_batches_tracked"
-            if name.startswith("directions."):
-                _, layer, direction, weight = name.split(".")
-                kind = weight.removesuffix("_l0")
-                source = f"{prefix}{marker}{kind}_l{layer}" + ("_reverse" if direction == "1" else "")
-                reads_input = layer == "0" and kind == "weight_ih"
-            require(source in state, f"the reference state dict has no {source}")
-            mapped[name] = state[source][..., order] if reads_input else state[source]
-        self.load_state_dict(mapped)
 
 
 def fused(encoders: Sequence[BiGRU], sequences: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -45,23 +46,20 @@ def load(path: Path) -> Checkpoint:
 
 def _released(path: Path, state: dict[str, Tensor]) -> Checkpoint:
     """The checkpoint that such a run would have left, without heads and banks."""
-    prefixes = [name.removesuffix(_FIRST) for name in state if name.endswith(_FIRST)]
-    query = [p for p in prefixes if not any(other in p for other in ("encoder_k", "motion", "bone"))]
-    require(len(query) == 1, f"{path} holds no query encoder of CMD, ISC or PCM3 (*{_FIRST})")
-    first = state[query[0] + _FIRST]
+    prefix = _query(state, str(path))
+    first = state[prefix + _FIRST]
     width = 3 * NTU25.num_joints * _PERSONS
     require(
         first.ndim == 2 and first.shape[1] == width,
         f"{path}: its BiGRU reads {list(first.shape)[1:]} numbers a frame, not {width} of two persons with "
         "25 joints each",
     )
-    layers = sum(f"{query[0]}{_FIRST[:-1]}{layer}" in state for layer in range(len(state)))
-    encoder = EncoderConfig(
-        hidden=first.shape[0] // 3, layers=layers, input_norm=f"{query[0]}input_norm.weight" in state
-    )
+    layers = sum(f"{prefix}{_FIRST[:-1]}{layer}" in state for layer in range(len(state)))
+    normed = f"{prefix}input_norm.weight" in state
+    encoder = EncoderConfig(hidden=first.shape[0] // 3, layers=layers, input_norm=normed)
     try:
         bigru = BiGRU(NTU25, persons=_PERSONS, **encoder.options)
-        bigru.load_reference(state)
+        load_reference(bigru, state)
     except (InputError, RuntimeError) as error:
         raise InputError(f"{path} is not whole: {first_line(error)}") from None
     require(all(bool(t.isfinite().all()) for t in bigru.parameters()), f"{path}: a weight is not finite")
@@ -77,6 +75,38 @@ def _released(path: Path, state: dict[str, Tensor]) -> Checkpoint:
         scaler={},
         tensors={f"model.query.encoder.{name}": t for name, t in bigru.state_dict().items()},
     )
+
+
+def _query(state: Mapping[str, Tensor], where: str) -> str:
+    """What stands before the names of the query encoder's tensors. `InputError` unless there is just one."""
+    prefixes = [name.removesuffix(_FIRST) for name in state if name.endswith(_FIRST)]
+    query = [p for p in prefixes if not any(other in p for other in ("encoder_k", "motion", "bone"))]
+    require(len(query) == 1, f"{where} holds no query encoder of CMD, ISC or PCM3 (*{_FIRST})")
+    return query[0]
+
+
+def load_reference(bigru: BiGRU, state: Mapping[str, Tensor]) -> None:
+    """Take the weights of a released CMD, ISC or PCM3 query encoder.
+
+    `state` is that code's state dict, as `torch.load(file, weights_only=True)["state_dict"]` gives it. Its
+    `encoder.gru.*_l{k}` become direction 0 of layer k and `..._l{k}_reverse` direction 1; `input_norm.*`,
+    where present, the input BatchNorm. Prefixes do not matter; other tensors (heads, queues) are not read.
+    """
+    prefix = _query(state, "the state dict")
+    persons, width = bigru.persons, bigru.input_dim
+    order = torch.arange(width).view(-1, 3, persons).transpose(0, 1).flatten()
+    mapped: dict[str, Tensor] = {}
+    for name in bigru.state_dict():
+        source = prefix + name
+        reads_input = name.startswith("input_norm.") and name != "input_norm.num_batches_tracked"
+        if name.startswith("directions."):
+            _, layer, direction, weight = name.split(".")
+            kind = weight.removesuffix("_l0")
+            source = f"{prefix}encoder.gru.{kind}_l{layer}" + ("_reverse" if direction == "1" else "")
+            reads_input = layer == "0" and kind == "weight_ih"
+        require(source in state, f"the reference state dict has no {source}")
+        mapped[name] = state[source][..., order] if reads_input else state[source]
+    bigru.load_state_dict(mapped)
 
 
 def begin_with(model: A2MC, config: Config) -> str:
