@@ -9,11 +9,9 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import importlib.metadata
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
 
 from a2mc_fast.errors import InputError, require
 from a2mc_fast.files import read_json, typed, write_json
@@ -117,37 +115,16 @@ def read(path: Path) -> Results:
         raise InputError(f"{path} not found; make it with: pytest bench -s --record {path}")
     content = read_json(path)
     require(
-        isinstance(content, dict) and isinstance(content.get("records"), list) and "machine" in content,
+        isinstance(content, dict) and "records" in content,
         f"{path} is not a file of records: pytest bench -s --record FILE writes one",
     )
-    records = tuple(_record(entry, f"{path}: record {n}") for n, entry in enumerate(content["records"]))
-    parts = tuple(typed(entry, Outcome, f"{path}: part") for entry in content.get("parts", []))
-    return Results(
-        machine=content["machine"], date=content.get("date", ""), note=content.get("note", ""),
-        parts=parts, records=records,
-    )  # fmt: skip
+    results: Results = typed(content, Results, str(path))
+    return results
 
 
 def recorded_files() -> tuple[Path, ...]:
     """The records kept with the project; those of fuzzing and soaking are of another kind."""
     return tuple(path for path in sorted(RESULTS.glob("*.json")) if "records" in read_json(path))
-
-
-def _record(entry: Any, where: str) -> Record:
-    """A record from its JSON form. `InputError` names an unknown or ill-typed field."""
-    require(
-        isinstance(entry, dict) and isinstance(entry.get("what"), str), f"{where} does not say what it is"
-    )
-    for name, value in entry.items():
-        kinds: Any = {"what": str, "case": str, "form": str}.get(name, int | float)
-        mapping = name in ("sizes", "phases", "numbers")
-        values: Iterable[Any] = value.values() if mapping and isinstance(value, dict) else [value]
-        known = name in Record.__dataclass_fields__
-        require(
-            known and all(isinstance(v, kinds) for v in values),
-            f"{where}.{name} is no {name} of a record: {value!r}",
-        )
-    return Record(**cast(dict[str, Any], entry))
 
 
 class Recorder:

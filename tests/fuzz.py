@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import json
+import math
 import os
 import pickle
 import random
@@ -25,13 +27,15 @@ import subprocess
 import sys
 import tempfile
 import time
+import typing
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import safetensors.torch
@@ -42,22 +46,29 @@ from a2mc_fast.data import Clips
 from a2mc_fast.data.agcn import open_agcn
 from a2mc_fast.data.ctrgcn import open_ctrgcn
 from a2mc_fast.data.npz import open_npz
-from a2mc_fast.data.ntu import open_ntu
+from a2mc_fast.data.ntu import open_ntu, parse_skeleton
 from a2mc_fast.data.openpose import open_openpose
 from a2mc_fast.data.pack import Collected, collect
-from a2mc_fast.data.pku import open_pku
+from a2mc_fast.data.pku import BEYOND, open_pku
 from a2mc_fast.data.pyskl import open_pyskl
-from a2mc_fast.data.source import Source
+from a2mc_fast.data.rules import UnusableError
+from a2mc_fast.data.source import Recording, Source
 from a2mc_fast.data.table import open_table
 from a2mc_fast.errors import InputError
 from a2mc_fast.evaluation.comparison import compare
+from a2mc_fast.evaluation.inference import ClipClassifier, prepared
+from a2mc_fast.evaluation.prediction import recordings
 from a2mc_fast.evaluation.scores import About, Scores, details, weighted_sum
 from a2mc_fast.evaluation.tables import FORMAT
 from a2mc_fast.files import read_json, typed, write_json
 from a2mc_fast.model import A2MC
 from a2mc_fast.plots.confusion import read_confusion
+from a2mc_fast.plots.study import read_study
 from a2mc_fast.run import checkpoint
+from a2mc_fast.run.log import QuietLog
 from a2mc_fast.run.metrics import read_metrics
+from a2mc_fast.trainer import Trainer
+from tests import slow_readers
 from tests.test_normalize import full_clip
 from tests.test_readers import (
     NTU_NAMES,
@@ -369,11 +380,12 @@ def in_lines(rng: random.Random, data: Data) -> Data:
 
 def in_safetensors(rng: random.Random, data: Data) -> Data:
     """A safetensors file with another header, or other bytes."""
-    if rng.random() < 0.3:
-        return damage_bytes(rng, data)
     size = int.from_bytes(data[:8], "little")
     header, content = json.loads(data[8 : 8 + size]), data[8 + size :]
-    meta = header["__metadata__"]
+    # written in another order by each process, and one seed is to give the same inputs
+    meta = header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    if rng.random() < 0.3:
+        return damage_bytes(rng, _safetensors(header, content))
     choice = rng.random()
     if choice < 0.35:  # a value of the header that is JSON itself
         key = rng.choice(list(meta))
@@ -387,8 +399,12 @@ def in_safetensors(rng: random.Random, data: Data) -> Data:
             if isinstance(info, dict) and rng.random() < 0.3 and "dtype" in info:
                 wide = {"F32": ("I32", "U32"), "I64": ("F64", "U64"), "BOOL": ("U8", "I8", "F8_E4M3")}
                 info["dtype"] = rng.choice(wide.get(str(info["dtype"]), ("F32",)))
+    return _safetensors(header, content)[:LARGEST]
+
+
+def _safetensors(header: Any, content: Data) -> Data:
     text = _json(header)
-    return (len(text).to_bytes(8, "little") + text + content)[:LARGEST]
+    return len(text).to_bytes(8, "little") + text + content
 
 
 def in_checkpoint(rng: random.Random, data: Data) -> Data:
@@ -401,9 +417,55 @@ def in_checkpoint(rng: random.Random, data: Data) -> Data:
         text = header["__metadata__"]
         if rng.random() < 0.9:
             text["checksum"] = checkpoint._checksum(text, tensors)
-        encoded = _json(header)
-        out = len(encoded).to_bytes(8, "little") + encoded + out[8 + size :]
+        out = _safetensors(header, out[8 + size :])
     return out
+
+
+# -- flags
+
+LARGEST_COUNT = 24  # of counts: what takes more time and memory than an input may is no fault
+FLAGS = [
+    (room, name, hint)
+    for room, kind in typing.get_type_hints(Config).items()
+    # how and where a run is computed is no matter of its steps, and DSTA-Net as published takes 60 MB
+    if dataclasses.is_dataclass(kind) and room not in ("run", "synthetic")
+    for name, hint in typing.get_type_hints(kind, include_extras=True).items()
+    if name not in ("recurrence", "size")
+]
+
+
+def drawn(rng: random.Random, hint: Any) -> Any:
+    """A value that a flag of this type may have."""
+    args = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return rng.choice(args)
+    if typing.get_origin(hint) is tuple:
+        return [drawn(rng, args[0]) for _ in range(rng.randrange(4))]
+    if typing.get_origin(hint) is not Annotated:
+        return rng.random() < 0.5 if hint is bool else rng.choice(("bigru", "stgcn", "dsta", "scd"))
+    low, high = args[1].ends
+    if args[0] is int:
+        return rng.randint(math.ceil(low), int(min(high, LARGEST_COUNT)))
+    return rng.choice((low, high, rng.uniform(low, high), low + (high - low) * 10 ** rng.uniform(-12, 0)))
+
+
+def in_flags(rng: random.Random, data: Data) -> Data:
+    """Other settings, one in ten of a value that is hardly one."""
+    content = json.loads(data)
+    for room, name, hint in rng.sample(FLAGS, rng.choice((1, 2, 4, 8))):
+        content[room][name] = odd_value(rng, arrays=False) if rng.random() < 0.1 else drawn(rng, hint)
+    return _json(content)
+
+
+def _train(path: Path, clips: Clips) -> None:
+    """Two steps, of the warm-up and of the method, as `train` takes and logs them."""
+    config = typed(json.loads(path.read_bytes()), Config, str(path))
+    trainer = Trainer(config, clips)
+    log = QuietLog(path.parent, config, trainer.total_steps, None)
+    for step in range(2):
+        values = trainer.step(step)
+        log.advance()
+        log.metrics(trainer, values)
 
 
 # -- the readers
@@ -416,10 +478,38 @@ class Target:
     path: Path
     damage: Mutator
     read: Callable[[Path], Any]
+    check: Callable[[], None] = lambda: None
+    """Fails where what was read is not what a slow reader reads."""
 
 
 def _collected(opener: Callable[[Path], Source], folder: Path) -> Callable[[Path], Collected]:
     return lambda path: collect(opener(path), folder=folder)
+
+
+def _check_skeleton(path: Path) -> None:
+    """What is read of a `.skeleton` file is what it says."""
+    with contextlib.suppress(UnusableError):
+        bodies = parse_skeleton(path.read_bytes())
+        expected = slow_readers.skeleton(path.read_bytes())
+        np.testing.assert_array_equal(bodies, expected[:, : bodies.shape[1]])
+        assert not expected[:, bodies.shape[1] :].any(), "a body is missing"
+
+
+def _check_pku(folder: Path, name: str) -> None:
+    """What is read of a video are the actions that its files say, or it is said why not."""
+    source = open_pku(folder, "pku2")
+    found = list(source.read(next(job for job in source.jobs if job.skeleton.stem == name)))
+    if [one.name for one in found] == [name]:
+        return
+    labels = (folder / f"label/{name}.txt").read_bytes()
+    expected = slow_readers.actions((folder / f"skeleton/{name}.txt").read_bytes(), labels)
+    lines = [number for number, line in enumerate(labels.split(b"\n")) if line.strip()]
+    assert [one.name for one in found] == [f"{name}_{number}" for number in lines]
+    for number, one in zip(lines, found):
+        if isinstance(one, Recording):
+            label, joints, missing = expected[number]
+            assert (one.label, one.remarks.get(BEYOND, 0)) == (label, missing)
+            np.testing.assert_array_equal(one.joints, joints)
 
 
 def _write_checkpoint(path: Path, clips: Clips) -> None:
@@ -449,7 +539,9 @@ def _write_scores(path: Path) -> None:
         class_names=["a", "b"], identity="i",
     )  # fmt: skip
     labels, clips = torch.tensor([0, 1, 1]), torch.tensor([0, 2, 5])
-    Scores(scores=torch.rand(3, 2), labels=labels, clips=clips, names=("x", "y", "z"), about=about).save(path)
+    Scores(
+        scores=torch.arange(6.0).view(3, 2), labels=labels, clips=clips, names=("x", "y", "z"), about=about
+    ).save(path)
 
 
 def _ensemble(path: Path) -> dict[str, Any]:
@@ -466,6 +558,13 @@ def _shown(path: Path) -> None:
     read_confusion(path)
 
 
+def _classified(path: Path, clips: Clips) -> None:
+    """What `predict` does with the recordings of an archive before they are classified."""
+    encoder: Any = SimpleNamespace(skeleton=clips.skeleton, persons=clips.num_persons)
+    for raw in recordings(cast(ClipClassifier, None), path, []):
+        prepared(encoder, raw.joints)
+
+
 SHARE = {"fraction": 0.1, "top1_last": 5.0, "top1_last_std": 1.0}
 RESULT = {
     **dict.fromkeys(("protocol", "run", "data", "split", "stream", "encoder"), "x"),
@@ -473,6 +572,13 @@ RESULT = {
     "class_names": ["a", "b"], "confusion": [[1, 0], [1, 0]], "fractions": [SHARE],
     "untrained": {"fractions": [SHARE]}, "config": {"seed": 0, "optim": {"lr": 1.0}},
 }  # fmt: skip
+
+
+RUN = {"seed": 0, "run": "x", "top1_knn": 30.0, "top1_linear_last": 40.0}
+STUDY = {
+    "format": "a2mc-study/1",
+    "sets": [{"data": "x", "split": "xsub", "rows": {"full": {**RUN, "runs": [RUN, RUN]}}}] * 2,
+}
 
 
 def _without(path: Path, key: str) -> None:
@@ -520,6 +626,16 @@ def target_of(reader: str, folder: Path) -> Target:
     if reader == "checkpoint":
         _write_checkpoint(folder / "checkpoint.safetensors", clips)
     write_json(folder / "config.json", to_dict(Config()))
+    small = demo()
+    small = replace(
+        small,
+        views=replace(small.views, frames=4),
+        encoder=replace(small.encoder, hidden=2, projection=3, channels=2, width=8, size="small"),
+        bank=replace(small.bank, size=8, warmup_steps=1),
+        optim=replace(small.optim, batch_size=2, epochs=2),
+    )
+    write_json(folder / "flags.json", to_dict(small))
+    write_json(folder / "study.json", STUDY)
     write_json(folder / "knn.json", RESULT)
     _write_scores(folder / "linear.scores.safetensors")
     logged = ({"step": 0, "knn_top1": 5.0}, {"step": 2, "stage": "train", "lr": 0.1, "loss": 3.0})
@@ -528,15 +644,21 @@ def target_of(reader: str, folder: Path) -> Target:
     def ready(path: Path, damage: Mutator, opener: Callable[[Path], Source]) -> Target:
         return Target(path, damage, _collected(opener, folder))
 
+    def video(kind: str) -> Target:
+        path = pku / kind / "A01N02-L.txt"
+        target = ready(path, damage_bytes, lambda path: open_pku(pku, "pku2"))
+        return replace(target, check=lambda: _check_pku(pku, path.stem))
+
     first = ntu / f"{names[0]}.skeleton"
     train = agcn / "train_data_joint.npy"
     targets = {
-        "skeleton": ready(first, damage_bytes, lambda path: open_ntu(ntu, "ntu60")),
-        "exclude-list": ready(folder / "list.txt", damage_bytes, lambda path: open_ntu(ntu, "ntu60", path)),
-        "pku-skeleton": ready(
-            pku / "skeleton/A01N02-L.txt", damage_bytes, lambda path: open_pku(pku, "pku2")
+        "skeleton": replace(
+            ready(first, damage_bytes, lambda path: open_ntu(ntu, "ntu60")),
+            check=lambda: _check_skeleton(first),
         ),
-        "pku-label": ready(pku / "label/A01N02-L.txt", damage_bytes, lambda path: open_pku(pku, "pku2")),
+        "exclude-list": ready(folder / "list.txt", damage_bytes, lambda path: open_ntu(ntu, "ntu60", path)),
+        "pku-skeleton": video("skeleton"),
+        "pku-label": video("label"),
         "pku-split": ready(split, damage_bytes, lambda path: open_pku(pku, "pku2")),
         "agcn-data": ready(train, damage_npy, lambda path: open_agcn(agcn)),
         "agcn-frames": ready(agcn / "train_num_frame.npy", damage_npy, lambda path: open_agcn(agcn)),
@@ -550,11 +672,14 @@ def target_of(reader: str, folder: Path) -> Target:
         "config": Target(
             folder / "config.json", in_json, lambda path: typed(read_json(path), Config, str(path))
         ),
+        "flags": Target(folder / "flags.json", in_flags, lambda path: _train(path, clips)),
         "metrics": Target(folder / "metrics.jsonl", in_lines, lambda path: read_metrics(path.parent)),
         "checkpoint": Target(
             folder / "checkpoint.safetensors", in_checkpoint, lambda path: checkpoint.load(path).build()
         ),
         "result": Target(folder / "knn.json", in_json, _shown),
+        "study": Target(folder / "study.json", in_json, read_study),
+        "predict": Target(folder / "own.npz", in_archive, lambda path: _classified(path, clips)),
         "scores": Target(folder / "linear.scores.safetensors", in_safetensors, _ensemble),
     }
     return targets[reader]
@@ -574,8 +699,8 @@ def damage_npy(rng: random.Random, data: Data) -> Data:
 
 READERS = (
     "skeleton", "exclude-list", "pku-skeleton", "pku-label", "pku-split", "agcn-data", "agcn-frames",
-    "agcn-labels", "ctrgcn", "npz", "pyskl", "openpose", "csv", "clips", "config", "checkpoint", "metrics",
-    "result", "scores",
+    "agcn-labels", "ctrgcn", "npz", "pyskl", "openpose", "csv", "clips", "config", "flags", "checkpoint",
+    "metrics", "result", "study", "scores", "predict",
 )  # fmt: skip
 
 
@@ -765,6 +890,8 @@ def _one(target: Target, data: Data, folder: Path, summary: Summary) -> list[str
         try:
             clips = result.clips if isinstance(result, Collected) else result
             check_clips(clips, folder if summary.accepted % 8 == 0 else None)
+            with np.errstate(over="ignore"):
+                target.check()
         except Exception as error:
             breaches.append(f"accepted, but {type(error).__name__}: {error!s:.80}")
     return breaches

@@ -163,10 +163,12 @@ def test_bad_files_are_one_sentence(
 ) -> None:
     (tmp_path / "other.json").write_text('{"benchmarks": [1]}')
     (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "odd.json").write_text('{"machine": {}, "date": "", "records": [{"what": "x", "ms": "1"}]}')
     for path, words in (
         (tmp_path / "none.json", "none.json not found; make it with: pytest bench"),
         (tmp_path / "other.json", "is not a file of records"),
         (tmp_path / "broken.json", "is not JSON"),
+        (tmp_path / "odd.json", "records.ms must be"),
         (recorded(Record(what="x")), "holds nothing to draw"),
     ):
         with pytest.raises(SystemExit) as stopped:

@@ -50,7 +50,7 @@ from a2mc_fast.evaluation.tables import read_results
 from a2mc_fast.files import read_json, typed
 from a2mc_fast.prepare import main
 from a2mc_fast.ranks import join
-from tests import fuzz
+from tests import fuzz, slow_readers
 from tests.conftest import SMALL
 from tests.test_normalize import full_clip
 from tests.test_readers import (
@@ -92,10 +92,11 @@ def bounded(size: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("reader", fuzz.READERS)
 def test_damaged_files_do_no_harm(reader: str) -> None:
-    summary = fuzz.fuzz(reader, 100, seed=1)
+    count = 25 if reader == "flags" else 100  # each of which trains
+    summary = fuzz.fuzz(reader, count, seed=1)
     assert not summary.breaches
-    assert summary.count == summary.accepted + summary.skipped + summary.refused == 100
-    assert summary.accepted >= 3 and summary.skipped + summary.refused >= 30
+    assert summary.count == summary.accepted + summary.skipped + summary.refused == count
+    assert summary.accepted >= 3 and summary.skipped + summary.refused >= 0.3 * count
 
 
 def _hang(path: Path) -> None:
@@ -145,6 +146,21 @@ def test_the_fuzzer_notices(
         seen = fuzz._one(fuzz.Target(tmp_path / "x", fuzz.damage_bytes, read), b"x", tmp_path, summary)
     assert any(text.startswith(breach) for text in seen), seen
     Path("/tmp/a2mc-fuzz-outside").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("reader", ["skeleton", "pku-skeleton", "pku-label"])
+def test_the_fuzzer_notices_values_that_are_not_the_text_s(
+    monkeypatch: pytest.MonkeyPatch, reader: str
+) -> None:
+    skeleton, actions = slow_readers.skeleton, slow_readers.actions
+    monkeypatch.setattr(slow_readers, "skeleton", lambda text: np.roll(skeleton(text), 1, 2))
+    monkeypatch.setattr(
+        slow_readers,
+        "actions",
+        lambda *texts: {line: (label, x[1:], more) for line, (label, x, more) in actions(*texts).items()},
+    )
+    seen = fuzz.fuzz(reader, 10, seed=1).breaches
+    assert seen and all("Arrays are not equal" in text for text in seen)
 
 
 # -- attacks through pickles
@@ -576,13 +592,13 @@ def packed_tensors(**changes: Any) -> dict[str, torch.Tensor]:
         ({f"split_{i}": torch.ones(3, dtype=torch.bool) for i in range(65)}, {}, "protocols"),
         ({}, {"names": "[" * 100_000}, "names is not JSON"),
         ({}, {"names": "9" * 5000}, "names is not JSON"),
-        ({}, {"names": "[1, 2, 3]"}, "names is not a list of strings"),
-        ({}, {"names": '"abc"'}, "names is not a list of strings"),
-        ({}, {"names": '{"a": 1, "b": 2, "c": 3}'}, "names is not a list of strings"),
+        ({}, {"names": "[1, 2, 3]"}, "names must be str, got 1"),
+        ({}, {"names": '"abc"'}, "names must be a list"),
+        ({}, {"names": '{"a": 1, "b": 2, "c": 3}'}, "names must be a list"),
         ({}, {"names": '["a", "b", "a"]'}, "two clips are called a"),
         ({}, {"names": '["a", "b", "\\u001b[31m"]'}, "cannot be a name"),
         ({}, {"names": '["a", "b", "\\ud800"]'}, "cannot be a name"),
-        ({}, {"joint_names": "[[]]"}, "joint_names is not a list"),
+        ({}, {"joint_names": "[[]]"}, r"joint_names must be str, got \[\]"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
@@ -792,6 +808,7 @@ def test_any_recording_comes_back(joints: np.ndarray) -> None:
 shapes = st.lists(st.integers(0, 2**70) | st.integers(0, 4), max_size=40).map(tuple)
 
 
+@pytest.mark.filterwarnings("error")
 @given(shapes, st.sampled_from(["<f4", "|b1", "<U0", "|S0", "<U7", "|O", "f4,f4"]), st.integers(0, 100))
 def test_an_array_is_never_larger_than_its_file(
     tmp_path_factory: pytest.TempPathFactory, shape: tuple[int, ...], dtype: str, held: int

@@ -405,12 +405,17 @@ def test_arrays_of_st_gcn_and_aimclr(tmp_path: Path) -> None:
 
 def test_pku_labels_written_as_fractions(tmp_path: Path) -> None:
     videos = {"A01N02-L": full_clip(0, 20, 2, 25)}
-    folder = write_pku(tmp_path / "pku", videos, {"A01N02-L": "8.0,1.0,12.0,2.0\n8.5,1,12,2\n3,x,1,1\n"})
+    # a field that is missing, two lines that became one, a digit that is none
+    folder = write_pku(
+        tmp_path / "pku",
+        videos,
+        {"A01N02-L": "8.0,1.0,12.0,2.0\n8.5,1,12,2\n3,x,1,1\n8,,1,12\n8,1,12,28,12,19,2\n8,1\u0663,19,2\n"},
+    )
     path = folder / "skeleton" / "A01N02-L.txt"
     made = collect(open_pku(folder, "pku2"))
     assert made.clips.labels.tolist() == [7] and made.clips.lengths.tolist() == [11]
     assert [(s.reason, s.detail[:12]) for s in made.skipped] == [
-        ("unreadable", f"label line {n}") for n in (2, 3)
+        ("unreadable", f"label line {n}") for n in (2, 3, 4, 5, 6)
     ]
     lines = path.read_text().split("\n")
     for change, words in (

@@ -373,13 +373,14 @@ def test_pku_clips_labels_and_fallback_split(tmp_path: Path) -> None:
     assert sum("split by the performer and view" in note for note in source.notes) == 2
 
 
-def test_pku_video_with_an_empty_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("empty", ["", " \x1f\xa0"], ids=ascii)
+def test_pku_video_with_an_empty_line(tmp_path: Path, empty: str) -> None:
     """All later rows would be of other frames than the labels mean."""
     videos = {name: full_clip(i, 20, 2, 25) for i, name in enumerate(["A01N01-M", "A01N02-M"])}
     folder = write_pku(tmp_path / "pku", videos, dict.fromkeys(videos, "3,10,15,1\n4,15,20,1\n"))
     path = folder / "skeleton" / "A01N02-M.txt"
     lines = path.read_text().split("\n")
-    path.write_text("\n".join([*lines[:5], "", *lines[6:]]) + "\n\n")
+    path.write_bytes(("\n".join([*lines[:5], empty, *lines[6:]]) + "\n\n").encode("latin1"))
     made = collect(open_pku(folder, "pku2"))
     assert made.clips.names == ("A01N01-M_0", "A01N01-M_1")
     assert [(s.name, s.reason, s.detail) for s in made.skipped] == [

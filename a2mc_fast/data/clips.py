@@ -25,7 +25,7 @@ from torch import Tensor
 from a2mc_fast.data import memory, rules
 from a2mc_fast.data.identity import differing, identity
 from a2mc_fast.errors import InputError, require
-from a2mc_fast.files import atomic_path, parse_json, read_tensors
+from a2mc_fast.files import atomic_path, parse_json, read_tensors, typed
 from a2mc_fast.skeleton import MAX_FRAMES, Rotation, Skeleton
 
 FORMAT = "a2mc-clips/1"
@@ -318,12 +318,9 @@ def _skeleton(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, st
 
 def _texts(header: Mapping[str, str], name: str, path: Path) -> tuple[str, ...]:
     """A list of strings that the header holds as JSON."""
-    values = parse_json(header.get(name, "[]"), f"{path}: {name}")
-    require(
-        isinstance(values, list) and all(isinstance(value, str) for value in values),
-        f"{path}: {name} is not a list of strings",
-    )
-    return tuple(values)
+    where = f"{path}: {name}"
+    found: tuple[str, ...] = typed(parse_json(header.get(name, "[]"), where), tuple[str, ...], where)
+    return found
 
 
 def interpolate(rows: Tensor, first: Tensor, last: Tensor, position: Tensor) -> Tensor:

@@ -52,7 +52,8 @@ def map_npy(path: Path) -> np.ndarray:
         shape, fortran, dtype = _header(file, path.stat().st_size, str(path))
         if not math.prod(shape):
             return np.empty(shape, dtype)  # nothing to map
-        return np.memmap(file, dtype, "r", file.tell(), shape, "F" if fortran else "C")
+        with np.errstate(over="ignore"):  # of endless many texts without a letter
+            return np.memmap(file, dtype, "r", file.tell(), shape, "F" if fortran else "C")
 
 
 def _header(stream: IO[bytes], size: int, where: str) -> tuple[tuple[int, ...], bool, np.dtype]:

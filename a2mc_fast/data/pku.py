@@ -140,7 +140,8 @@ def read_video(video: _Video) -> Iterable[Recording | Skip]:
     name = video.skeleton.stem
     try:
         frames = parse_frames(read_bytes(video.skeleton, _MAX_BYTES))
-        labels = read_bytes(video.label, _MAX_BYTES).decode("utf-8", "replace").splitlines()
+        # as latin1, no other script's digits are numbers
+        labels = read_bytes(video.label, _MAX_BYTES).decode("latin1").rstrip().split("\n")
         if len(labels) > len(frames):
             raise UnusableError("unreadable", f"{len(labels):,} labels for {len(frames):,} frames")
     except UnusableError as error:
@@ -153,9 +154,10 @@ def read_video(video: _Video) -> Iterable[Recording | Skip]:
         clip = f"{name}_{row}"
         try:
             # some write 8.0,1.0,120.0,2.0
-            numbers = [float(value) for value in line.replace(",", " ").split()[:3]]
-            action, start, end = map(int, numbers)
-            if numbers != [action, start, end]:
+            numbers = [float(value) for value in (line.split(",") if "," in line else line.split())]
+            action, start, end = map(int, numbers[:3])
+            # more values are those of two lines that became one
+            if len(numbers) > 4 or numbers[:3] != [action, start, end]:
                 raise ValueError
         except (ValueError, OverflowError):
             yield Skip(clip, "unreadable", f"label line {row + 1} is not class,start,end,confidence")
@@ -184,8 +186,9 @@ def read_video(video: _Video) -> Iterable[Recording | Skip]:
 
 def parse_frames(text: bytes) -> np.ndarray:
     """A skeleton file: float32 [T, 2, 25, 3] metres. Raises `UnusableError` for anything else."""
-    lines = text.rstrip().split(b"\n")
-    if lines == [b""]:
+    # in this encoding, what numpy takes for blanks is stripped, and a line of them is empty
+    lines = text.decode("latin1").rstrip().split("\n")
+    if lines == [""]:
         raise UnusableError("no frames")
     for number, line in enumerate(lines, 1):
         if not line.strip():  # without it, the labels would name other frames from here on
@@ -200,11 +203,11 @@ def parse_frames(text: bytes) -> np.ndarray:
     return values.reshape(-1, 2, 25, 3).astype(np.float32)
 
 
-def _check_lines(lines: list[bytes]) -> None:
+def _check_lines(lines: list[str]) -> None:
     """Raise `UnusableError` unless all lines have the numbers of the first."""
     count = len(lines[0].split())
     for number, line in enumerate(lines, 1):
-        values = line.decode("latin1").split()
+        values = line.split()
         wrong = f"has {len(values)} numbers, the first line {count}" if len(values) != count else ""
         for value in values:
             wrong = wrong or not_a_number(value)

@@ -148,7 +148,7 @@ def _packed_clips(classifier: ClipClassifier, path: Path) -> Iterator[Raw]:
 def _of_file(path: Path) -> Iterator[Raw]:
     """The recording of a .npy file, or of a .npz file without `lengths`; or the clips of an archive."""
     if path.suffix == ".npy":
-        yield Raw(name=path.stem, joints=_by_person(map_npy(path)))
+        yield Raw(name=path.stem, joints=_by_person(_numbers(map_npy(path), path)))
         return
     require(
         path.suffix == ".npz",
@@ -157,7 +157,7 @@ def _of_file(path: Path) -> Iterator[Raw]:
     )
     archive = Archive(path)
     with archive.rows("joints") as rows:
-        joints = rows.all()
+        joints = _numbers(rows.all(), path)
     confidence = "axes" in archive and archive.texts("axes", 3)[2:] == ["confidence"]
     if "lengths" not in archive:
         yield Raw(name=path.stem, joints=_by_person(joints, confidence))
@@ -182,6 +182,15 @@ def _of_file(path: Path) -> Iterator[Raw]:
         text = known[label] if 0 <= label < len(known) else f"class {label}" if label >= 0 else ""
         yield Raw(name=name, joints=_by_person(joints[first : first + length], confidence), label=text)
         first += length
+
+
+def _numbers(joints: np.ndarray, path: Path) -> np.ndarray:
+    """The joints of a file; `InputError` for what can be none."""
+    require(
+        joints.dtype.kind in "fiu" and joints.ndim in (3, 4),
+        f"{path}: joints must be numbers [T, M, V, 3], got {joints.dtype} {list(joints.shape)}",
+    )
+    return joints
 
 
 def _by_person(joints: np.ndarray, confidence: bool = False) -> np.ndarray:
