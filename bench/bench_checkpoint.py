@@ -45,10 +45,11 @@ def trainer(tmp_path: Path, one_core: None) -> Trainer:
 
 def test_share_of_an_epoch(record: Recorder, trainer: Trainer, tmp_path: Path) -> None:
     """At the default intervals: a save per epoch and a check per log line, against the epoch's steps."""
-    config, per_epoch, folder = trainer.config, trainer.steps_per_epoch, tmp_path / "run"
+    config, per_epoch, folder = trainer.config, trainer.schedule.steps_per_epoch, tmp_path / "run"
     median = statistics.median
     folder.mkdir()
-    with RunLog(folder, config, trainer.total_steps, None) as log, Saver(folder, before=log.sync) as saver:
+    total = trainer.schedule.total_steps
+    with RunLog(folder, config, total, None) as log, Saver(folder, before=log.sync) as saver:
         first, values = config.warmup_steps + 3, trainer.step(config.warmup_steps + 2)
         step = median(seconds(trainer.step, first + number) for number in range(per_epoch))
         check = median(seconds(log.check, trainer, values) for _ in range(20))

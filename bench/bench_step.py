@@ -89,7 +89,7 @@ def seconds_per_step(trainer: Trainer, first: int, count: int) -> float:
 
 def phases(trainer: Trainer, first: int, count: int) -> dict[str, float]:
     """Milliseconds per step of every named phase, of steps whose operations the host launches."""
-    trainer.launch_steps()
+    trainer.parts.launch_steps()
     trainer.step(first)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if CUDA else [])]
     # autograd's own thread would take the backward passes out of their phases
@@ -238,7 +238,7 @@ class PublicTrainer:
     def step(self, step: int) -> float:
         """One step; returns the loss, as such code prints it every time."""
         model = self.model
-        index = self.trainer.batch(step)
+        index = self.trainer.schedule.batch(step)
         clips = index.tolist()
         x0, x3 = self.views(clips)
         model.attack(self.trainer.views.whole(index))

@@ -90,7 +90,7 @@ def test_bf16_is_bf16_in_recurrent_layers_and_the_attack_reaches_every_frame(mak
     dtypes = {"bigru": torch.bfloat16, "cudnn": recurrent_dtype_under(torch.bfloat16)}
     for encoder, supported in dtypes.items():
         run = trainer(make_clips, encoder, "bf16")
-        x = run.views.whole(run.train_index[:8])
+        x = run.views.whole(run.schedule.train_index[:8])
         assert run.model.query.feature(x).dtype == supported
         for precision in ("bf16", "fp16"):
             rho = trainer(make_clips, encoder, precision).model.attack(x)
@@ -136,8 +136,8 @@ def test_replays_allocate_nothing(make_clips: MakeClips) -> None:
 
 def test_the_kernels_are_verified_and_chosen(make_clips: MakeClips) -> None:
     run = trainer(make_clips)
-    assert run.model.backend == "triton", run.notes
-    assert run.ran["random numbers"] == "Triton kernel", run.notes
+    assert run.model.backend == "triton", run.parts.notes
+    assert run.parts.ran["random numbers"] == "Triton kernel", run.parts.notes
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
@@ -145,7 +145,7 @@ def test_recurrent_layers_are_verified_and_timed(
     make_clips: MakeClips, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
     monkeypatch.setitem(ENCODERS, "auto", EncoderConfig(hidden=32, layers=2))
-    assert " ms of a step, " in trainer(make_clips, "auto", precision).notes[-1]
+    assert " ms of a step, " in trainer(make_clips, "auto", precision).parts.notes[-1]
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
@@ -155,8 +155,8 @@ def test_nothing_is_refused(make_clips: MakeClips, encoder: str) -> None:
     losses(run)
     encoders = () if encoder in ("bigru", "cudnn") else ("query encoder", "key encoder")
     parts = ("views", "losses", *encoders)
-    assert [run.ran[part] for part in parts] == ["compiled"] * len(parts)
-    assert run.ran["step"] == "captured"
+    assert [run.parts.ran[part] for part in parts] == ["compiled"] * len(parts)
+    assert run.parts.ran["step"] == "captured"
 
 
 def test_a_step_that_cannot_be_captured_is_launched(
@@ -164,11 +164,11 @@ def test_a_step_that_cannot_be_captured_is_launched(
 ) -> None:
     expected = losses(trainer(make_clips, "stgcn", graph="off"))
     run, said = trainer(make_clips, "stgcn"), []
-    run.say = said.append
+    run.parts.say = said.append
     update = run.model.update_key
     # a capture cannot wait for the device
     monkeypatch.setattr(
         run.model, "update_key", lambda: (torch.cuda.current_stream().synchronize(), update())
     )
     assert losses(run) == expected
-    assert len(said) == 2 and run.ran["step"].startswith("launched: "), said
+    assert len(said) == 2 and run.parts.ran["step"].startswith("launched: "), said

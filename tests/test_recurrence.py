@@ -129,7 +129,7 @@ def test_a_run_by_fused_kernels_is_the_run_by_torch(
         trainer.model.update_banks = noted  # type: ignore[method-assign]
         losses = [trainer.step(step)["loss"] for step in range(3)]
         assert left == [0, 0]
-        assert trainer.ran["recurrent layers"] == ("torch" if form == "cudnn" else "fused")
+        assert trainer.parts.ran["recurrent layers"] == ("torch" if form == "cudnn" else "fused")
         states.append({"losses": torch.stack(losses)} | dict(trainer.model.state_dict()))
     # what it was is kept with the run
     checkpoint.write(tmp_path / "one", trainer.state(3, {}))

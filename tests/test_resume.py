@@ -621,7 +621,7 @@ def test_a_fault_names_its_step_and_clips(
     monkeypatch.setattr(Trainer, "step", step)
     config = tiny(data, tmp_path / "run")
     trainer = Trainer(config, Clips.load(data))
-    names = [trainer.clips.names[i] for i in trainer.batch(8).tolist()]
+    names = [trainer.clips.names[i] for i in trainer.schedule.batch(8).tolist()]
     with pytest.raises(InputError) as error:
         pretrain(config)
     said = str(error.value)

@@ -24,6 +24,7 @@ from a2mc_fast.encoders.bigru import BiGRU
 from a2mc_fast.losses import mixing_contrast
 from a2mc_fast.model import A2MC
 from a2mc_fast.ranks import ALONE, World
+from a2mc_fast.run.schedule import Schedule
 from a2mc_fast.trainer import Trainer
 from tests.conftest import SMALL
 
@@ -160,7 +161,7 @@ def test_what_ranks_say_in_the_step_stays_on_the_device(
 def test_a_value_read_in_the_step_is_noticed(elsewhere: Callable[[Config], Trainer]) -> None:
     trainer = elsewhere(small())
     update = trainer.model.update_key
-    trainer.model.update_key = lambda: update() if trainer._time > 0 else None  # type: ignore[method-assign]
+    trainer.model.update_key = lambda: update() if trainer.schedule.time > 0 else None  # type: ignore[method-assign]
     with (
         pytest.raises((AssertionError, RuntimeError), match=r"in the step|meta tensors"),
         OnTheDevice("meta"),
@@ -316,9 +317,9 @@ def _similarity(rows: Tensor) -> Tensor:
 def test_the_learning_rate_rises_then_falls_as_a_cosine(make_clips: MakeClips) -> None:
     config = small()
     optim = replace(config.optim, lr=0.4, milestones=(), ramp_steps=3, epochs=3)
-    trainer = Trainer(replace(config, optim=optim), make_clips([12] * 32))
-    rates = [trainer.learning_rate(step) for step in range(trainer.total_steps)]
+    schedule = Schedule(replace(config, optim=optim), make_clips([12] * 32))
+    rates = [schedule.learning_rate(step) for step in range(schedule.total_steps)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == rates[3] and rates[-1] < 0.01
     assert rates[3:] == sorted(rates[3:], reverse=True)
-    middle = trainer.total_steps // 2
-    assert trainer.learning_rate(middle) == pytest.approx(0.2, rel=0.01)
+    middle = schedule.total_steps // 2
+    assert schedule.learning_rate(middle) == pytest.approx(0.2, rel=0.01)

@@ -23,6 +23,7 @@ from a2mc_fast.evaluate import main as evaluate_main
 from a2mc_fast.run import checkpoint
 from a2mc_fast.run.folder import stored
 from a2mc_fast.run.log import concerns
+from a2mc_fast.run.schedule import Schedule
 from a2mc_fast.run.start import pretrain
 from a2mc_fast.train import main as train_main
 from a2mc_fast.trainer import Trainer
@@ -179,16 +180,17 @@ def test_warm_up_fills_the_bank_with_unit_keys(data: Path, tmp_path: Path) -> No
 
 
 def test_batches_are_permutations_of_the_training_clips(data: Path, tmp_path: Path) -> None:
-    trainer = Trainer(tiny(data, tmp_path / "x"), Clips.load(data))
-    epochs = [torch.cat([trainer.batch(4 * epoch + i) for i in range(4)]) for epoch in range(2)]
+    config, clips = tiny(data, tmp_path / "x"), Clips.load(data)
+    schedule = Schedule(config, clips)
+    epochs = [torch.cat([schedule.batch(4 * epoch + i) for i in range(4)]) for epoch in range(2)]
     for epoch in epochs:
-        assert len(set(epoch.tolist())) == 32 and set(epoch.tolist()) <= set(trainer.train_index.tolist())
+        assert len(set(epoch.tolist())) == 32 and set(epoch.tolist()) <= set(schedule.train_index.tolist())
     assert not torch.equal(*epochs)
-    assert [trainer.learning_rate(step) for step in (0, 2, 3, 10, 11)] == pytest.approx([0.05] * 4 + [0.005])
+    rates = [schedule.learning_rate(step) for step in (0, 2, 3, 10, 11)]
+    assert rates == pytest.approx([0.05] * 4 + [0.005])
     # a milestone at 0 means the end of the warm-up, not its beginning
-    optim = replace(trainer.config.optim, milestones=(0,))
-    trainer.config = replace(trainer.config, optim=optim)
-    assert [trainer.learning_rate(step) for step in (0, 2, 3)] == pytest.approx([0.05, 0.05, 0.005])
+    schedule = Schedule(replace(config, optim=replace(config.optim, milestones=(0,))), clips)
+    assert [schedule.learning_rate(step) for step in (0, 2, 3)] == pytest.approx([0.05, 0.05, 0.005])
 
 
 def test_compiled_parts_give_the_same_losses(data: Path, tmp_path: Path) -> None:

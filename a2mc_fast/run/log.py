@@ -99,7 +99,7 @@ class RunLog:
         record = {
             "step": self.step,
             "stage": "warm-up" if self.step <= self.config.warmup_steps else "train",
-            "lr": trainer.learning_rate(self.step - 1),
+            "lr": trainer.schedule.learning_rate(self.step - 1),
             **numbers,
             "seconds": round(seconds, 3),
             "clips_per_second": round(rate * self.config.optim.batch_size, 1),
@@ -152,7 +152,7 @@ class RunLog:
 
     def _clips(self, trainer: Trainer, step: int) -> str:
         """The names of a step's clips, the first few, and where all are."""
-        names = [trainer.clips.names[index] for index in trainer.batch(step).tolist()]
+        names = [trainer.clips.names[index] for index in trainer.schedule.batch(step).tolist()]
         more = ""
         if len(names) > _NAMED:
             with suppress(OSError):

@@ -62,7 +62,7 @@ def _pretrain(
     torch.compiler.reset()  # torch compiles a function so many times and no more, earlier runs included
     clips = load_clips(config, world.device) if clips is None else clips.to(world.device)
     trainer = Trainer(config, clips, world, resumed.recurrence if resumed else None)
-    total, per_epoch, run = trainer.total_steps, trainer.steps_per_epoch, config.run
+    total, per_epoch, run = trainer.schedule.total_steps, trainer.schedule.steps_per_epoch, config.run
     if resumed:
         told = {"loss", "seconds"} <= resumed.progress.keys()
         require(told, f"{resumed.path} is not the checkpoint of a run: it tells neither loss nor seconds")
@@ -72,21 +72,21 @@ def _pretrain(
                 tell(f"{folder} is finished after {resumed.step} steps: nothing to resume")
             return
     elif config.init_from:
-        trainer.notes.append(weights.begin_with(trainer.model, config))
+        trainer.parts.notes.append(weights.begin_with(trainer.model, config))
 
     with (
         stop_on_signal(say=world.main) as stop,
         (RunLog if world.main else QuietLog)(folder, config, total, resumed) as log,
         Saver(folder, resumed, keep_last=run.keep_last, before=log.sync, warn=log.say) as saver,
     ):
-        trainer.say, log.watch = log.say, watch
+        trainer.parts.say, log.watch = log.say, watch
         with log.paused():
             ranks = "" if world.alone else f"{world.size} x "
             log.say(
-                f"{config.preset}: {len(trainer.train_index)} training clips, {total} steps "
+                f"{config.preset}: {len(trainer.schedule.train_index)} training clips, {total} steps "
                 f"({config.warmup_steps} of warm-up) on {ranks}{machine()['device']} -> {folder}"
             )
-            for note in trainer.notes:
+            for note in trainer.parts.notes:
                 log.say(note)
             if resumed:
                 progress = resumed.progress
@@ -155,7 +155,7 @@ def outcome(config: Config, trainer: Trainer, log: RunLog, progress: dict[str, f
         "loss": progress["loss"],
         "knn_top1": progress.get("knn_top1"),
         "knn_top1_untrained": progress.get("knn_top1_untrained"),
-        "ran": trainer.ran,
+        "ran": trainer.parts.ran,
         **machine(),
     }
 

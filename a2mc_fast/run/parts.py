@@ -1,0 +1,123 @@
+"""By what the parts of a step are computed on this machine: by kernels or in plain torch, compiled, captured.
+
+It is chosen once, before the first step, so that all ranks choose alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+import a2mc_fast.kernels as kernels
+from a2mc_fast import rng
+from a2mc_fast.augment import Views
+from a2mc_fast.encoders.bigru import BiGRU
+from a2mc_fast.encoders.recurrence import Recurrence, choose_recurrence, no_triton, require_kernels
+from a2mc_fast.errors import require
+from a2mc_fast.model import A2MC
+from a2mc_fast.run.capture import Captured, Part, Say
+
+
+class Parts:
+    """Views, losses and encoders, each behind torch.compile where that is asked for, and the whole step."""
+
+    def __init__(self, model: A2MC, views: Views, before: Recurrence | None) -> None:
+        """`before` is what computed the recurrent layers of the run until now."""
+        self.config, self.model, self.world = model.config, model, model.world
+        self.say: Say = print
+        """Where to tell what a compiler refused."""
+        run, device = self.config.run, views.clips.device
+        cuda = device.type == "cuda"
+        require(cuda or run.graph != "on", "--run.graph on needs a GPU: use --run.graph auto")
+        model.backend, note = choose_backend(model, device)
+        if self.world.any(model.backend == "torch") and model.backend == "triton":
+            model.backend, note = "torch", "loss and bank in plain torch, as on another rank"
+        self.notes = [note] if note else []
+        """Sentences for the log: by what each part of a step is computed, and why."""
+        refused = rng.kernel_refused(device) if cuda else ""
+        self._words_by_kernel = cuda and not refused
+        if refused:
+            self.notes.append(f"random numbers in plain torch, because their kernel was refused: {refused}")
+        self._choose_recurrence(device, before)
+        self._compiles = run.compile == "on" or (run.compile == "auto" and cuda)
+        self.view = self._part("views", views.make)
+        self.losses = self._part("losses", model.losses)
+        self._all = [self.view, self.losses]
+        for name, branch in (("query encoder", model.query), ("key encoder", model.key)):
+            branch.compiled = self._part(name, branch.encoder, not branch.encoder.recurrent)
+            self._all.append(branch.compiled)
+        self._stream = torch.cuda.Stream(device) if cuda and run.graph != "off" else None
+        self._run = Captured(dict, None)
+
+    def _choose_recurrence(self, device: torch.device, before: Recurrence | None) -> None:
+        """Both encoders' recurrent layers by what suits all ranks, and as `before` if that is possible."""
+        encoder, share = self.model.query.encoder, self.config.optim.batch_size // self.world.size
+        chosen, note = choose_recurrence(self.config, encoder, device, share, before)
+        if self.world.any(chosen == "torch") and chosen != "torch":
+            chosen, note = "torch", "recurrent layers by cuDNN, as on another rank"
+        self.recurrence: Recurrence | None = None
+        if isinstance(encoder, BiGRU) and isinstance(self.model.key.encoder, BiGRU):
+            self.recurrence = encoder.recurrence = self.model.key.encoder.recurrence = chosen
+        self.notes += [note] if note else []
+
+    def _part(self, name: str, function: Callable[..., Any], compile: bool = True) -> Part:
+        strict = self.config.run.compile == "on"
+        return Part(name, function, compile and self._compiles, strict, lambda line: self.say(line))
+
+    def captured(self, body: Callable[[], dict[str, Tensor]]) -> Captured:
+        """What runs `body`: after some calls in a row, on a GPU, the capture of it."""
+        if self._run.function != body:
+            strict = self.config.run.graph == "on"
+            self._run = Captured(body, self._stream, strict, lambda line: self.say(line))
+        return self._run
+
+    def launch_steps(self) -> None:
+        """From now on the host launches every operation of a step: slower, but a profile can name them."""
+        self._stream, self._run = None, Captured(dict, None)
+
+    @property
+    def ran(self) -> dict[str, str]:
+        """How each part of the step ran, by name: compiled, captured, by which kernels, or why not."""
+        return {
+            **{part.name: part.ran for part in self._all},
+            "step": self._run.ran,
+            "loss and bank": "Triton kernels" if self.model.backend == "triton" else "plain torch",
+            "random numbers": "Triton kernel" if self._words_by_kernel else "plain torch",
+            **({"recurrent layers": self.recurrence} if self.recurrence else {}),
+        }
+
+    @contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """Inside, all parts run as written."""
+        for part in self._all:
+            part.resting = True
+        yield
+        for part in self._all:
+            part.resting = False
+
+
+def choose_backend(model: A2MC, device: torch.device) -> tuple[Literal["triton", "torch"], str]:
+    """How losses and banks are computed, and why, as a sentence for the log or "".
+
+    `auto` takes the Triton kernels on a GPU, once they have agreed with float64 there.
+    """
+    config = model.config
+    if config.run.backend == "triton":
+        require_kernels("--run.backend triton", "use --run.backend auto or torch", device)
+    if config.run.backend != "auto":
+        return config.run.backend, ""
+    if device.type != "cuda" or not config.fits_kernels:
+        return "torch", ""
+    if no_triton():
+        return "torch", "loss and bank in plain torch, because triton is not installed"
+    reason = kernels.verify.mismatch(device, config.encoder.projection, model.settings, model.ascent)
+    if reason:
+        return (
+            "torch",
+            f"loss and bank in plain torch, because the Triton kernels cannot be used here: {reason}",
+        )
+    return "triton", "loss and bank by Triton kernels, which agree with float64 here"
