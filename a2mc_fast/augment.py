@@ -77,10 +77,10 @@ def crop_positions(draws: Draws, lengths: Tensor, config: ViewConfig) -> Tensor:
     return resize_positions(start, span, config.frames)
 
 
-def center_positions(lengths: Tensor, frames: int, share: float = 0.95) -> Tensor:
-    """Where the centre crop of evaluation reads. lengths [N] -> [N, T]."""
+def center_positions(lengths: Tensor, frames: int) -> Tensor:
+    """Where the centre crop of evaluation, 95 % of a clip, reads. lengths [N] -> [N, T]."""
     # the reference computes this in double precision, where (1 - 0.95) n / 2 falls just above the integer
-    start = torch.floor((1 - share) * lengths.double() / 2).long()
+    start = torch.floor((1 - 0.95) * lengths.double() / 2).long()
     return resize_positions(start, lengths - 2 * start, frames)
 
 

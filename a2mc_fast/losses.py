@@ -89,3 +89,20 @@ def _check(features: Features, bank: Tensor, settings: Contrast) -> None:
     tau, mix = settings.temperature, tuple(settings.mix)
     require(tau > 0, f"mixing_contrast: temperature must be > 0, got {tau}")
     require(all(0 < share < 1 for share in mix), f"mixing_contrast: mix must lie in (0, 1), got {mix}")
+
+
+@torch.no_grad()
+def spread(basic: Tensor) -> dict[str, Tensor]:
+    """How far apart the clips of a batch lie: what shows features that collapse. basic [N, D]
+
+    Their mean cosine similarity with one another, and the effective rank of their covariance C,
+    (tr C)² / tr C²: the number of directions, were all of them as strong.
+    """
+    f = basic.detach()
+    gram = f @ f.T
+    similarity = (gram.sum() - gram.trace()) / (len(f) * (len(f) - 1))
+    centred = f - f.mean(0)
+    covariance = centred @ centred.T  # [N, N], whose eigenvalues are those of C
+    tiny = torch.finfo(f.dtype).tiny
+    rank = covariance.trace() ** 2 / covariance.square().sum().clamp_min(tiny)
+    return {"feature_similarity": similarity, "feature_rank": rank}

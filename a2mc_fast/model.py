@@ -215,22 +215,6 @@ class A2MC(nn.Module):
             self.write_keys(features, self.config.bank.refresh)
         return {"bank_norm": norm, "bank_movement": movement, "bank_negatives": negatives}
 
-    @torch.no_grad()
-    def spread(self, features: dict[str, Features]) -> dict[str, Tensor]:
-        """How far apart the clips of a batch lie, by f3 of the main bank: what shows features that collapse.
-
-        Their mean cosine similarity with one another, and the effective rank of their covariance C,
-        (tr C)² / tr C²: the number of directions, were all of them as strong.
-        """
-        f = features[self.main].basic.detach()
-        gram = f @ f.T
-        similarity = (gram.sum() - gram.trace()) / (len(f) * (len(f) - 1))
-        centred = f - f.mean(0)
-        covariance = centred @ centred.T  # [N, N], whose eigenvalues are those of C
-        tiny = torch.finfo(f.dtype).tiny
-        rank = covariance.trace() ** 2 / covariance.square().sum().clamp_min(tiny)
-        return {"feature_similarity": similarity, "feature_rank": rank}
-
 
 def _stack(parts: list[Tensor]) -> Tensor:
     """One after another along N; a single one as it is."""

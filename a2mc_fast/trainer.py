@@ -26,7 +26,7 @@ from a2mc_fast.encoders.common import weights_held
 from a2mc_fast.encoders.recurrence import Recurrence
 from a2mc_fast.errors import require
 from a2mc_fast.evaluation.protocols import knn_accuracy
-from a2mc_fast.losses import Losses
+from a2mc_fast.losses import Losses, spread
 from a2mc_fast.model import A2MC
 from a2mc_fast.ranks import ALONE, World, checksum
 from a2mc_fast.run import checkpoint
@@ -116,7 +116,7 @@ class Trainer:
         losses = self._optimize(losses)
         with record_function("bank"):
             model.write_keys(joint)
-        return _to_log(losses) | model.spread(joint)
+        return _to_log(losses) | spread(joint[model.main].basic)
 
     def _train_step(self) -> dict[str, Tensor]:
         """A²MC, Fig. 2. The named phases show in a profile; `bench/bench_step.py` sums them."""
@@ -149,7 +149,7 @@ class Trainer:
         # the banks move with the features, and from the rows, that the loss has seen
         with record_function("bank"):
             bank = model.update_banks(joint, sums)
-        return _to_log(losses) | bank | model.spread(joint)
+        return _to_log(losses) | bank | spread(joint[model.main].basic)
 
     def _optimize(self, losses: Losses) -> Losses:
         """Backward pass and SGD; once a loss or gradient is not finite, the weights stay as they are.
@@ -217,17 +217,19 @@ class Trainer:
                 f"{{ranks}} no longer held what rank 0 held after step {step}, as may happen on unlike GPUs: "
                 "continue from the last checkpoint on equal ones, with --resume",
             )
-        return checkpoint.state(
+        header = checkpoint.Header(
             step=step,
             config=self.config,
-            model=self.model,
-            optimizer=self.optimizer,
-            scaler=self.scaler,
-            clips=self.clips,
+            skeleton=self.clips.skeleton,
+            persons=self.clips.num_persons,
             classes=max(self.classes, 1),
-            progress=progress,
-            recurrence=self.parts.recurrence,
+            data=self.clips.identity,
+            progress=dict(progress),
+            scaler=self.scaler.state_dict(),
         )
+        if self.parts.recurrence:
+            header["recurrence"] = self.parts.recurrence
+        return checkpoint.state(header, self.model, self.optimizer)
 
 
 def _to_log(losses: Losses) -> dict[str, Tensor]:

@@ -94,7 +94,7 @@ def test_a_large_state(record: Recorder, one_core: None, tmp_path: Path) -> None
     """The stall of saving 600 MB, against a save in the foreground and against copying alone."""
     device = "cuda" if CUDA else "cpu"
     tensors = {f"model.{i}": torch.randn(1024, 1464, device=device) for i in range(100)}
-    state = checkpoint.State({"step": 1}, tensors)
+    state = checkpoint.State({"step": 1}, tensors)  # type: ignore[typeddict-item]
     saver = Saver(tmp_path)
     saver.save(state)
     saver.wait()

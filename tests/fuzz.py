@@ -519,17 +519,11 @@ def _write_checkpoint(path: Path, clips: Clips) -> None:
     )
     model = A2MC(config, clips.skeleton, clips.num_persons, 2)
     optimizer = torch.optim.SGD(model.query.parameters(), 0.1, momentum=0.9)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    saved = checkpoint.state(
-        step=3,
-        config=config,
-        model=model,
-        optimizer=optimizer,
-        scaler=scaler,
-        clips=clips,
-        classes=2,
-        progress={"seconds": 1.5, "loss": 2.0},
-    )
+    header = checkpoint.Header(
+        step=3, config=config, skeleton=clips.skeleton, persons=clips.num_persons, classes=2,
+        data=clips.identity, progress={"seconds": 1.5, "loss": 2.0}, scaler={},
+    )  # fmt: skip
+    saved = checkpoint.state(header, model, optimizer)
     checkpoint.write(path, saved)
 
 

@@ -13,7 +13,7 @@ from a2mc_fast.kernels.problem import Contrast, Features
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from a2mc_fast.losses import PAPER_MIX, mixing_contrast
+from a2mc_fast.losses import PAPER_MIX, mixing_contrast, spread
 from bench.baselines import literal_mixing_contrast, whole_logits_mixing_contrast
 
 SHAPES = [(4, 6, 8), (7, 129, 24), (33, 200, 100), (1, 1, 3), (5, 9001, 16)]  # odd everywhere; beyond a block
@@ -181,3 +181,17 @@ def test_wrong_arguments_are_named(change: dict[str, object], words: str) -> Non
 def test_integer_features_are_a_type_error() -> None:
     with pytest.raises(TypeError, match=r"key must be floating point, got torch\.int64"):
         mixing_contrast(torch.zeros(4, 8, dtype=torch.int64), *[torch.zeros(4, 8)] * 3, torch.zeros(6, 8))
+
+
+def test_spread_tells_collapsed_features_from_others() -> None:
+    one = F.normalize(torch.randn(1, 16), dim=1).expand(8, 16)
+    line = F.normalize(one + torch.linspace(-0.5, 0.5, 8).unsqueeze(1) * torch.randn(1, 16), dim=1)
+    apart = torch.eye(16)[:8]
+    got = [{name: float(value) for name, value in spread(f).items()} for f in (one, line, apart)]
+    assert [v["feature_similarity"] for v in got] == pytest.approx([1, float(_similarity(line)), 0], abs=1e-5)
+    assert got[1]["feature_rank"] < 2 and got[2]["feature_rank"] == pytest.approx(7, abs=1e-3)
+
+
+def _similarity(rows: Tensor) -> Tensor:
+    """Mean over all ordered pairs."""
+    return torch.stack([a @ b for i, a in enumerate(rows) for j, b in enumerate(rows) if i != j]).mean()

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from a2mc_fast.kernels.problem import Features
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -294,24 +293,6 @@ def test_keys_take_the_place_of_the_oldest_rows(make_clips: MakeClips) -> None:
     written = [int(i) % len(rows) for i in range(start, start + 3)]
     torch.testing.assert_close(rows[written], seen[0][:3])
     assert not torch.isclose(rows[(start + 3) % len(rows)], seen[0][3]).all()
-
-
-def test_spread_tells_collapsed_features_from_others(make_clips: MakeClips) -> None:
-    model = Trainer(small(), make_clips([12] * 32)).model
-    one = F.normalize(torch.randn(1, 16), dim=1).expand(8, 16)
-    line = F.normalize(one + torch.linspace(-0.5, 0.5, 8).unsqueeze(1) * torch.randn(1, 16), dim=1)
-    apart = torch.eye(16)[:8]
-    got = [
-        {name: float(value) for name, value in model.spread({"feature": Features(f, f)}).items()}
-        for f in (one, line, apart)
-    ]
-    assert [v["feature_similarity"] for v in got] == pytest.approx([1, float(_similarity(line)), 0], abs=1e-5)
-    assert got[1]["feature_rank"] < 2 and got[2]["feature_rank"] == pytest.approx(7, abs=1e-3)
-
-
-def _similarity(rows: Tensor) -> Tensor:
-    """Mean over all ordered pairs."""
-    return torch.stack([a @ b for i, a in enumerate(rows) for j, b in enumerate(rows) if i != j]).mean()
 
 
 def test_the_learning_rate_rises_then_falls_as_a_cosine(make_clips: MakeClips) -> None:

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from a2mc_fast.config import Config
-from a2mc_fast.encoders import build_encoder
 from a2mc_fast.encoders.bigru import BiGRU
+from a2mc_fast.encoders.build import build_encoder
 from a2mc_fast.encoders.common import projection_head
 from a2mc_fast.skeleton import Skeleton, bone_stream, motion_stream
 

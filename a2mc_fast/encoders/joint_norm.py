@@ -89,11 +89,6 @@ def _as_channels(values: Tensor, x: Tensor) -> Tensor:
     return values.view(-1, *[1] * (x.ndim - 2))
 
 
-def batch_norms(module: nn.Module) -> list[_BatchNorm]:
-    """All BatchNorm layers in a module."""
-    return [m for m in module.modules() if isinstance(m, _BatchNorm)]
-
-
 def join_batch_norms(module: nn.Module, world: World) -> None:
     """Replace every BatchNorm in `module` by one over all ranks; alone, nothing changes."""
     for parent in list(module.modules()) if not world.alone else ():

@@ -23,9 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from a2mc_fast.config import Config, to_dict
+from a2mc_fast.config import Config
 from a2mc_fast.config.ranges import Count, Range
-from a2mc_fast.data.clips import Clips
 from a2mc_fast.encoders.branch import Branch
 from a2mc_fast.encoders.recurrence import Recurrence
 from a2mc_fast.errors import InputError, os_reason, require
@@ -56,42 +55,19 @@ class Header(TypedDict):
 
 
 class State(NamedTuple):
-    """What a checkpoint holds: the header's values, and tensors that may live on any device."""
+    """What a checkpoint holds; its tensors may live on any device."""
 
-    header: dict[str, Any]
+    header: Header
     tensors: dict[str, Tensor]
 
 
-def state(
-    *,
-    step: int,
-    config: Config,
-    model: A2MC,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    clips: Clips,
-    classes: int,
-    progress: dict[str, float],
-    recurrence: Recurrence | None = None,
-) -> State:
-    """The run after `step` steps. Its tensors are the live ones, not copies."""
+def state(header: Header, model: A2MC, optimizer: torch.optim.Optimizer) -> State:
+    """A run after so many steps. Its tensors are the live ones, not copies."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for name, parameter in model.query.named_parameters():
         buffer = optimizer.state[parameter].get("momentum_buffer")
         if buffer is not None:
             tensors[f"optimizer.{name}"] = buffer
-    header = {
-        "format": FORMAT,
-        "step": step,
-        "config": to_dict(config),
-        "skeleton": dataclasses.asdict(clips.skeleton),
-        "persons": clips.num_persons,
-        "classes": classes,
-        "data": clips.identity,
-        "progress": dict(progress),
-        "scaler": scaler.state_dict(),
-        **({"recurrence": recurrence} if recurrence else {}),
-    }
     return State(header, tensors)
 
 
@@ -99,18 +75,17 @@ def with_classifier(
     saved: Checkpoint, encoder: nn.Module, weight: Tensor, bias: Tensor, class_names: Sequence[str]
 ) -> State:
     """An encoder and the classifier behind it, trained after `saved`. weight [classes, feature_dim]"""
-    header = {
-        "format": FORMAT,
-        "step": saved.step,
-        "config": to_dict(saved.config),
-        "skeleton": dataclasses.asdict(saved.skeleton),
-        "persons": saved.persons,
-        "classes": len(class_names),
-        "data": saved.data,
-        "progress": {},
-        "scaler": {},
-        "class_names": list(class_names),
-    }
+    header = Header(
+        step=saved.step,
+        config=saved.config,
+        skeleton=saved.skeleton,
+        persons=saved.persons,
+        classes=len(class_names),
+        data=saved.data,
+        progress={},
+        scaler={},
+        class_names=tuple(class_names),
+    )
     tensors = {f"model.query.encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
     return State(header, {**tensors, "downstream.weight": weight, "downstream.bias": bias})
 
@@ -140,7 +115,8 @@ def write_content(path: Path, saved: State) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in saved.tensors.items()}
     wrong = _not_finite(tensors)
     require(not wrong, f"{wrong} is not finite after step {saved.header['step']}: the state is not saved")
-    text = {name: json.dumps(value, allow_nan=False) for name, value in saved.header.items()}
+    header = {"format": FORMAT, **saved.header}
+    text = {n: json.dumps(v, default=dataclasses.asdict, allow_nan=False) for n, v in header.items()}
     text["checksum"] = _checksum(text, tensors)
     save_file(tensors, path, metadata=text)
 

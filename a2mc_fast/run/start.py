@@ -59,21 +59,12 @@ def _pretrain(
 ) -> None:
     """One rank's run. All ranks take the same steps; rank 0 prints and writes."""
     other = keep_threads(config, resumed.progress) if resumed and world.alone else ""
-    torch.compiler.reset()  # torch compiles a function so many times and no more, earlier runs included
-    clips = load_clips(config, world.device) if clips is None else clips.to(world.device)
-    trainer = Trainer(config, clips, world, resumed.recurrence if resumed else None)
+    trainer = _trainer(config, clips, resumed, world)
     total, per_epoch, run = trainer.schedule.total_steps, trainer.schedule.steps_per_epoch, config.run
-    if resumed:
-        told = {"loss", "seconds"} <= resumed.progress.keys()
-        require(told, f"{resumed.path} is not the checkpoint of a run: it tells neither loss nor seconds")
-        trainer.restore(resumed)
-        if world.share(resumed.step >= total and (folder / "result.json").exists()):
-            if world.main:
-                tell(f"{folder} is finished after {resumed.step} steps: nothing to resume")
-            return
-    elif config.init_from:
-        trainer.parts.notes.append(weights.begin_with(trainer.model, config))
-
+    if resumed and world.share(resumed.step >= total and (folder / "result.json").exists()):
+        if world.main:
+            tell(f"{folder} is finished after {resumed.step} steps: nothing to resume")
+        return
     with (
         stop_on_signal(say=world.main) as stop,
         (RunLog if world.main else QuietLog)(folder, config, total, resumed) as log,
@@ -81,13 +72,8 @@ def _pretrain(
     ):
         trainer.parts.say, log.watch = log.say, watch
         with log.paused():
-            ranks = "" if world.alone else f"{world.size} x "
-            log.say(
-                f"{config.preset}: {len(trainer.schedule.train_index)} training clips, {total} steps "
-                f"({config.warmup_steps} of warm-up) on {ranks}{machine()['device']} -> {folder}"
-            )
-            for note in trainer.parts.notes:
-                log.say(note)
+            for line in (heading(trainer, folder), *trainer.parts.notes):
+                log.say(line)
             if resumed:
                 progress = resumed.progress
                 log.say(f"resumed after step {resumed.step}{other}")
@@ -107,11 +93,8 @@ def _pretrain(
             if last or log.due(run.checkpoint_every, per_epoch):
                 with log.paused():
                     progress["loss"] = log.check(trainer, values)["loss"]
-                    progress |= {
-                        "seconds": log.seconds,
-                        "lines": log.lines,
-                        "threads": torch.get_num_threads(),
-                    }
+                    threads = torch.get_num_threads()
+                    progress |= {"seconds": log.seconds, "lines": log.lines, "threads": threads}
                     state = trainer.state(log.step, progress)
                     if world.main:
                         saver.save(state, last=last)
@@ -122,6 +105,20 @@ def _pretrain(
         if world.main:
             write_json(folder / "result.json", result)
         log.say(summary(result, folder))
+
+
+def _trainer(config: Config, clips: Clips | None, resumed: Checkpoint | None, world: World) -> Trainer:
+    """A new trainer, with the state of the checkpoint to resume or the encoder of `init_from`."""
+    torch.compiler.reset()  # torch compiles a function so many times and no more, earlier runs included
+    clips = load_clips(config, world.device) if clips is None else clips.to(world.device)
+    trainer = Trainer(config, clips, world, resumed.recurrence if resumed else None)
+    if resumed:
+        told = {"loss", "seconds"} <= resumed.progress.keys()
+        require(told, f"{resumed.path} is not the checkpoint of a run: it tells neither loss nor seconds")
+        trainer.restore(resumed)
+    elif config.init_from:
+        trainer.parts.notes.append(weights.begin_with(trainer.model, config))
+    return trainer
 
 
 @contextmanager
@@ -142,6 +139,16 @@ def _opened(config: Config, resume: bool, world: World) -> Iterator[tuple[Path, 
 def command(folder: Path) -> str:
     """What continues a run."""
     return f"python -m a2mc_fast.train --resume {shlex.quote(str(folder))}"
+
+
+def heading(trainer: Trainer, folder: Path) -> str:
+    """The first line of a run."""
+    config, schedule, world = trainer.config, trainer.schedule, trainer.world
+    ranks = "" if world.alone else f"{world.size} x "
+    return (
+        f"{config.preset}: {len(schedule.train_index)} training clips, {schedule.total_steps} steps "
+        f"({config.warmup_steps} of warm-up) on {ranks}{machine()['device']} -> {folder}"
+    )
 
 
 def outcome(config: Config, trainer: Trainer, log: RunLog, progress: dict[str, float]) -> dict[str, Any]:
