@@ -12,7 +12,6 @@ import json
 import math
 import os
 import pickle
-import signal
 import struct
 import subprocess
 import sys
@@ -73,17 +72,15 @@ settings.load_profile("bounded")
 
 @contextmanager
 def bounded(size: int) -> Iterator[None]:
-    """Fail beyond thirty seconds, or beyond 64 MiB + 64 bytes per byte of a file of `size` bytes."""
-    alarm = signal.signal(signal.SIGALRM, fuzz._alarm)
+    """Fail beyond thirty seconds of computing, or beyond 64 MiB + 64 bytes per byte of a file of `size`
+    bytes."""
     tracemalloc.start()
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
-        yield
+        with fuzz.timed(SECONDS, 10 * SECONDS):
+            yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        signal.signal(signal.SIGALRM, alarm)
         assert peak <= (64 << 20) + 64 * size, f"{peak:,} bytes for a file of {size:,}"
 
 
@@ -102,6 +99,11 @@ def test_damaged_files_do_no_harm(reader: str) -> None:
 def _hang(path: Path) -> None:
     while True:
         time.sleep(0.01)
+
+
+def _busy(path: Path) -> None:
+    while True:
+        path.name.upper()
 
 
 def _greedy(path: Path) -> None:
@@ -123,6 +125,7 @@ def _boundless(path: Path) -> None:
     ("read", "breach"),
     [
         (_hang, "Hang at"),
+        (_busy, "Hang at"),
         (_greedy, "memory beyond its bound"),
         (_talkative, "ValueError at test_hostile"),
         (_boundless, "memory asked for and not given"),
@@ -137,6 +140,7 @@ def test_the_fuzzer_notices(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[Path], Any], breach: str
 ) -> None:
     monkeypatch.setattr(fuzz, "SECONDS", 1.0)
+    monkeypatch.setattr(fuzz, "PATIENCE", 1.0 if read is _hang else fuzz.PATIENCE)
     gc.collect()  # what earlier tests left would hide growth if it went while a file is read
     clips = Clips.pack(np.ones((3, 1, 5, 3), np.float32), [3], [0], SMALL)
     clips.frames[0, 0, 0, 0] = np.nan
