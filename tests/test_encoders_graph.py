@@ -360,16 +360,16 @@ def test_dropout_in_all_blocks_but_the_first() -> None:
 
 @pytest.mark.parametrize(
     ("case", "views", "blocks", "backend"),
-    # up to the first block that changes the width; inductor takes seconds for each
-    [(0, 2, 5, "aot_eager"), (1, 2, 6, "aot_eager"), (0, 1, 1, "inductor")],
+    # the first, one that keeps the width, and one that changes it; inductor takes seconds for each
+    [(0, 2, (0, 1, 4), "aot_eager"), (1, 2, (2, 3, 4, 5), "aot_eager"), (0, 1, (0,), "inductor")],
 )
-def test_compiles_into_one_graph(case: int, views: int, blocks: int, backend: str) -> None:
+def test_compiles_into_one_graph(case: int, views: int, blocks: tuple[int, ...], backend: str) -> None:
     name, options = SMALLEST[case]
     eager, compiled = (scrambled(build_encoder(name, SMALL, **options)) for _ in range(2))
     compiled.load_state_dict(eager.state_dict())
     for encoder in (eager, compiled):
         assert isinstance(encoder, STGCN | DSTANet)
-        encoder.blocks = encoder.blocks[:blocks]
+        encoder.blocks = nn.Sequential(*(encoder.blocks[i] for i in blocks))
     run = torch.compile(compiled, fullgraph=True, dynamic=False, backend=backend)
     inputs = [torch.randn(4, 6, 3, 5, 2).requires_grad_() for _ in range(2)]
     inputs[1].data.copy_(inputs[0])
@@ -422,8 +422,8 @@ from a2mc_fast.skeleton import NTU25
 
 for channels in (*range(1, 17), 20, 24):
     print(channels, flush=True)
-    encoder = build_encoder("stgcn", NTU25, persons=2, frames=16, channels=channels)
-    encoder(torch.randn(16, 16, 3, 25, 2)).square().sum().backward()
+    encoder = build_encoder("stgcn", NTU25, persons=2, frames=4, channels=channels)
+    encoder(torch.randn(2, 4, 3, 25, 2)).square().sum().backward()
 print("all", flush=True)
 """
 
