@@ -25,10 +25,10 @@ from a2mc_fast.data import Clips
 from a2mc_fast.data.synthetic import synthetic_clips
 from a2mc_fast.encoders.bigru import BiGRU
 from a2mc_fast.encoders.branch import Branch
-from a2mc_fast.encoders.count import parameters_and_macs
 from a2mc_fast.run.machine import peak_memory
 from a2mc_fast.trainer import Trainer
 from bench.baselines import feeder_pair, literal_mixing_contrast
+from bench.count import parameters_and_macs
 from bench.harness import (
     CUDA,
     DEVICE,

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from a2mc_fast.config.settings import SCD_HEADS, EncoderConfig
 from a2mc_fast.encoders import build_encoder, scd
 from a2mc_fast.encoders.common import frozen, projection_head
-from a2mc_fast.encoders.count import parameters_and_macs
 from a2mc_fast.encoders.scd import GraphBlock, GraphStack, MultiScaleTime, SCDNet, TokenTransformer
 from a2mc_fast.errors import InputError
 from a2mc_fast.skeleton import NTU25, Skeleton
+from bench.count import parameters_and_macs
 from tests.conftest import SMALL
 
 FRAMES = 6

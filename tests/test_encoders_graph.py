@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from a2mc_fast.encoders import build_encoder
 from a2mc_fast.encoders.common import Encoder, frozen, projection_head
-from a2mc_fast.encoders.count import parameters_and_macs
 from a2mc_fast.encoders.dsta import DSTANet
 from a2mc_fast.encoders.graph import directed_partitions, spatial_partitions
 from a2mc_fast.encoders.stgcn import STGCN
 from a2mc_fast.errors import InputError
 from a2mc_fast.skeleton import NTU25, Skeleton
+from bench.count import parameters_and_macs
 from tests.conftest import SMALL
 
 KINECT20 = Skeleton(
