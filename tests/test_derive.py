@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from a2mc_fast.config import PRESETS, differences, preset
-from a2mc_fast.run.derive import DERIVED, Facts, derive, fitted, given_flags
+from a2mc_fast.run.derive import DERIVED, Facts, derive, facts, fitted, given_flags
 from a2mc_fast.train import main
 from tests.test_protocols import class_clips
 
@@ -28,6 +28,16 @@ def test_every_size_of_set_gets_a_run_that_fits_it(clips: int, name: str) -> Non
 
 def test_the_preset_is_what_a_thousand_clips_give() -> None:
     assert derive(preset("own"), Facts(1000, 40, 20, 1)) == preset("own")
+
+
+def test_clips_in_a_plane_are_sheared_less() -> None:
+    own, deep = preset("own"), facts(class_clips(), "xsub")
+    clips = class_clips()
+    clips.frames[:, 2] = 0
+    flat = facts(clips, "xsub")
+    assert (deep.flat, flat.flat) == (False, True)
+    assert derive(own, deep).views.shear == own.views.shear > derive(own, flat).views.shear > 0
+    assert derive(own, flat, {"views.shear"}).views.shear == own.views.shear
 
 
 def test_flags_win_and_what_follows_from_them_follows() -> None:

@@ -26,10 +26,12 @@ _STEPS = 2000  # of a set of up to 1,000 clips
 _WARMUP, _RAMP = 0.15, 0.02  # of all steps
 _LARGEST_BANK = 16384  # the paper's
 _MIX, _MANY = (0.1,), 10_000  # one share λ below so many clips, and from there on the paper's four
+_FLAT_SHEAR = 0.5  # with two axes only, a shear of 1 is often near to a line
 _RATE = 0.3  # of the BiGRU; the other encoders take a tenth of it
 
 DERIVED = (
     "views.frames",
+    "views.shear",
     "loss.mix",
     "encoder.hidden",
     "bank.size",
@@ -51,13 +53,15 @@ class Facts(NamedTuple):
     frames: int  # their median length
     joints: int
     persons: int
+    flat: bool = False  # 2-D keypoints
 
 
 def facts(clips: Clips, split: str) -> Facts:
     """Those of a protocol's training clips. `InputError` if there is no such protocol."""
     training = clips.split(split)[0]
     median = int(clips.lengths[training].median()) if len(training) else 0
-    return Facts(len(training), median, clips.skeleton.num_joints, clips.num_persons)
+    flat = not bool(clips.has_depth)
+    return Facts(len(training), median, clips.skeleton.num_joints, clips.num_persons, flat)
 
 
 def derive(config: Config, known: Facts, given: Collection[str] = ()) -> Config:
@@ -81,7 +85,11 @@ def derive(config: Config, known: Facts, given: Collection[str] = ()) -> Config:
     return replace(
         config,
         loss=replace(config.loss, mix=chosen("loss.mix", mix if config.loss.mix else ())),
-        views=replace(config.views, frames=frames),
+        views=replace(
+            config.views,
+            frames=frames,
+            shear=chosen("views.shear", _FLAT_SHEAR if known.flat else config.views.shear),
+        ),
         encoder=replace(config.encoder, hidden=chosen("encoder.hidden", _width(clips))),
         bank=replace(
             config.bank,
@@ -118,7 +126,7 @@ def sentence(config: Config, known: Facts) -> str:
     persons = "one person" if known.persons == 1 else f"{known.persons} persons"
     return (
         f"derived from {known.clips} training clips of {known.frames} frames (median), {known.joints} joints "
-        f"and {persons}: {flags}"
+        f"{'in a plane ' * known.flat}and {persons}: {flags}"
     )
 
 
