@@ -26,7 +26,7 @@ _STEPS = 2000  # of a set of up to 1,000 clips
 _WARMUP, _RAMP = 0.15, 0.02  # of all steps
 _LARGEST_BANK = 16384  # the paper's
 _MIX, _MANY = (0.1,), 10_000  # one share λ below so many clips, and from there on the paper's four
-_FLAT_SHEAR = 0.5  # with two axes only, a shear of 1 is often near to a line
+_FLAT_SHEAR = 0.3  # with two axes only, a shear of 1 is often near to a line
 _RATE = 0.3  # of the BiGRU; the other encoders take a tenth of it
 
 DERIVED = (
