@@ -107,8 +107,8 @@ def test_its_steps_backwards_are_those_of_the_other_kernel(
 @pytest.mark.parametrize("reverse", [False, True])
 def test_all_steps_in_one_launch(reverse: bool) -> None:
     """Sixteen units are one program's, which waits for itself alone."""
-    given = inputs(1, 5, 3, 16)
-    how: dict[str, Any] = {"reverse": reverse, "followed": 1, "slots": 5}
+    given = inputs(1, 3, 3, 16)
+    how: dict[str, Any] = {"reverse": reverse, "followed": 1, "slots": 3}
     one = [*forward(given, resident=True, **how), *backward(given, resident=True, reverse=reverse)]
     steps = [*forward(given, **how), *backward(given, reverse=reverse)]
     for a, b in zip(one, steps, strict=True):
