@@ -217,17 +217,19 @@ def _sequence(value: Any, hint: Any, where: str) -> Any:
         return tuple(typed(item, arg, where) for item, arg in zip(value, args))
     if args[0] in (int, str) and all(type(item) is args[0] for item in value):
         return typing.cast(type, origin)(value)  # a matrix has millions
-    return typing.cast(type, origin)(typed(item, args[0], where) for item in value)
+    items = (typed(item, args[0], f"{where}[{i}]") for i, item in enumerate(value))
+    return typing.cast(type, origin)(items)
 
 
 def _one_of(value: Any, hints: tuple[Any, ...], where: str) -> Any:
     """The first of a union's types that fits."""
+    refused = []
     for hint in hints:
         try:
             return value if value is None and hint is types.NoneType else typed(value, hint, where)
         except InputError as error:
-            refused = error
-    raise refused
+            refused.append(error)
+    raise refused[0]
 
 
 def read_tensors(path: Path, form: str, what: str) -> tuple[dict[str, str], dict[str, Any]]:

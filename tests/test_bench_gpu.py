@@ -221,9 +221,10 @@ def test_records_survive_their_file_and_bad_ones_are_one_sentence(tmp_path: Path
     assert read(path).machine["commit"] == "abc"
     for content, words in (
         ("[]", "is not a file of records"),
-        ('{"machine": {}, "records": [{"ms": 1}]}', "record 0 does not say what it is"),
-        ('{"machine": {}, "records": [{"what": "x", "ms": "1"}]}', "record 0.ms is no ms of a record"),
-        ('{"machine": {}, "records": [{"what": "x", "speed": 1}]}', "record 0.speed is no speed of a record"),
+        ('{"records": []}', "has no machine, date"),
+        ('{"machine": {}, "date": "", "records": [{"ms": 1}]}', "records[0] has no what"),
+        ('{"machine": {}, "date": "", "records": [{"what": "x", "ms": "1"}]}', "records[0].ms must be float"),
+        ('{"machine": {}, "date": "", "records": [{"what": "x", "speed": 1}]}', "unknown fields: speed"),
     ):
         path.write_text(content)
         with pytest.raises(InputError, match=re.escape(words)):

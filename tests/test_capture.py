@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from a2mc_fast import trainer
 from a2mc_fast.data import Clips
 from a2mc_fast.errors import InputError
+from a2mc_fast.run import parts
 from a2mc_fast.run.capture import Captured, Part
 from a2mc_fast.train import main
 from tests.conftest import SMALL
@@ -115,7 +115,7 @@ def test_a_run_goes_on_without_what_the_compiler_refuses(
 ) -> None:
     monkeypatch.setattr(torch, "compile", refusing(function, backward))
     # as on a GPU, where parts are compiled unless told otherwise
-    monkeypatch.setattr(trainer, "Part", lambda name, f, _, strict, say: Part(name, f, True, strict, say))
+    monkeypatch.setattr(parts, "Part", lambda name, f, _, strict, say: Part(name, f, True, strict, say))
     main([*command, str(tmp_path / "run")])
     out = capsys.readouterr().out
     told = [line for line in out.splitlines() if "runs uncompiled" in line]
