@@ -168,7 +168,7 @@ def test_bad_files_are_one_sentence(
         (tmp_path / "none.json", "none.json not found; make it with: pytest bench"),
         (tmp_path / "other.json", "is not a file of records"),
         (tmp_path / "broken.json", "is not JSON"),
-        (tmp_path / "odd.json", "records.ms must be"),
+        (tmp_path / "odd.json", "records[0].ms must be"),
         (recorded(Record(what="x")), "holds nothing to draw"),
     ):
         with pytest.raises(SystemExit) as stopped:
