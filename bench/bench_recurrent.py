@@ -84,7 +84,7 @@ def test_pair_of_directions(record: Recorder, clips: int) -> None:
         forms = {"ours": by_kernels(pair, x), **forms}
         if CUDA:
             forms["resident"] = by_kernels(pair, x, resident=True)
-        for one in forms:
+        for one in forms.keys() - {"cudnn"}:
             mine, theirs = (forms[name]["forward"]() for name in (one, "cudnn"))
             assert isinstance(mine, Tensor) and isinstance(theirs, Tensor)
             worst = ((mine.transpose(0, 1) - theirs).float().norm() / theirs.float().norm()).item()
