@@ -177,16 +177,10 @@ class A2MC(nn.Module):
     # what follows the optimiser step
 
     @torch.no_grad()
-    def update_key(self) -> None:
-        """Moving average of the parameters (Eq. 4); BatchNorm statistics come from the key's own passes."""
-        torch._foreach_lerp_(
-            list(self.key.parameters()), list(self.query.parameters()), 1 - self.config.optim.ema
-        )
-
-    @torch.no_grad()
-    def copy_query_to_key(self) -> None:
-        """Query parameters into the key encoder, when the bank has been filled."""
-        torch._foreach_copy_(list(self.key.parameters()), list(self.query.parameters()))
+    def update_key(self, ema: float) -> None:
+        """Moving average of the parameters (Eq. 4), with 0 a copy of the query's; BatchNorm statistics come
+        from the key's own passes."""
+        torch._foreach_lerp_(list(self.key.parameters()), list(self.query.parameters()), 1 - ema)
 
     def write_keys(self, features: dict[str, Features], most: int | None = None) -> None:
         """The keys of a batch, at most so many, into the next rows of the banks: stacked pairs share them."""

@@ -92,7 +92,7 @@ class Trainer:
         """Step number `step`. Returns what to log, on the device; a later step writes over it."""
         config = self.config
         if step == config.warmup_steps:
-            self.model.copy_query_to_key()
+            self.model.update_key(ema=0.0)  # the bank has been filled
         run = self.parts.captured(self._warmup_step if step < config.warmup_steps else self._train_step)
         self.schedule.set(step)
         # the only other random numbers are those of dropout layers, each rank its own
@@ -105,7 +105,7 @@ class Trainer:
         model = self.model
         index, (draw0, draw3, _, _) = self._share()
         with record_function("key"):
-            model.update_key()
+            model.update_key(self.config.optim.ema)
         with record_function("views"):
             x0, x3 = self.parts.view(index.repeat(2), "weak", draw0 + draw3, self.schedule.time).chunk(2)
         features = model.features(x0, x3)
@@ -123,7 +123,7 @@ class Trainer:
         model, config, time = self.model, self.config, self.schedule.time
         index, (draw0, draw3, draw1, draw2) = self._share()
         with record_function("key"):
-            model.update_key()
+            model.update_key(self.config.optim.ema)
 
         # two basic views; a weak and a strong view of the attacked clip
         with record_function("views"):

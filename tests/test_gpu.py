@@ -168,7 +168,7 @@ def test_a_step_that_cannot_be_captured_is_launched(
     update = run.model.update_key
     # a capture cannot wait for the device
     monkeypatch.setattr(
-        run.model, "update_key", lambda: (torch.cuda.current_stream().synchronize(), update())
+        run.model, "update_key", lambda ema: (torch.cuda.current_stream().synchronize(), update(ema))
     )
     assert losses(run) == expected
     assert len(said) == 2 and run.parts.ran["step"].startswith("launched: "), said

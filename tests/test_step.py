@@ -160,7 +160,7 @@ def test_what_ranks_say_in_the_step_stays_on_the_device(
 def test_a_value_read_in_the_step_is_noticed(elsewhere: Callable[[Config], Trainer]) -> None:
     trainer = elsewhere(small())
     update = trainer.model.update_key
-    trainer.model.update_key = lambda: update() if trainer.schedule.time > 0 else None  # type: ignore[method-assign]
+    trainer.model.update_key = lambda ema: update(ema) if trainer.schedule.time > 0 else None  # type: ignore[method-assign]
     with (
         pytest.raises((AssertionError, RuntimeError), match=r"in the step|meta tensors"),
         OnTheDevice("meta"),

@@ -164,7 +164,7 @@ def test_the_bank_climbs_and_the_key_encoder_follows(data: Path, tmp_path: Path)
     assert all(torch.equal(k, q) for k, q in zip(model.key.parameters(), query))
     assert (model.bank().rows != rows).any(1).all()  # every row moves, not only a batch of them
     key, query = ([p.clone() for p in m.parameters()] for m in (model.key, model.query))
-    model.update_key()
+    model.update_key(config.optim.ema)
     for now, k, q in zip(model.key.parameters(), key, query):
         torch.testing.assert_close(now, 0.999 * k + 0.001 * q)
 
