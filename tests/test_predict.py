@@ -101,6 +101,16 @@ def test_recordings_are_classified_as_prepared_clips_are(folder: Path, tmp_path:
         assert said == [(name, pytest.approx(p, abs=1e-5)) for name, p in [*found[0]["classes"].items()][:2]]
 
 
+def test_recordings_in_another_unit_are_doubted(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for factor in (0.5, 50):  # random bodies of four metres
+        np.save(tmp_path / "a.npy", recording(folder, 7) * factor)
+        main([str(folder / "run"), str(tmp_path / "a.npy"), str(tmp_path / "a.csv")])
+        said = capsys.readouterr().err
+        assert ("centimetres would fit, times 0.01 makes it" in said) == (factor == 50), said
+
+
 def test_a_window_slides_over_long_recordings(folder: Path, tmp_path: Path) -> None:
     long = np.concatenate([recording(folder, clip) for clip in range(4)])
     long[48:72] = 0  # nobody is there

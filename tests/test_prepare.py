@@ -153,6 +153,10 @@ def test_units_are_measured_doubted_and_scaled(tmp_path: Path, capsys: pytest.Ca
         said = capsys.readouterr().out
         assert (f"{unit} would fit, --scale {1 / factor:g} makes it 1.7 m" in said) == (unit != "metres")
         assert bool(report["doubt"]) == (unit != "metres")
+    pixels = metres["joints"] * 200 * (1, 0, 1)  # and a confidence, without axes
+    np.savez(tmp_path / "flat.npz", **{**metres, "joints": (pixels + (0, 0.9, 0)).astype(np.float32)})
+    run("npz", tmp_path / "flat.npz", out, "--overwrite")
+    assert "they are flat: 2-D keypoints are joints [F, M, V, 2]" in capsys.readouterr().out
     run("npz", tmp_path / "in.npz", out, "--overwrite", "--scale", 0.0254)
     scaled = Clips.load(out)
     np.savez(tmp_path / "in.npz", **metres)

@@ -19,6 +19,7 @@ from a2mc_fast.data import Clips
 from a2mc_fast.data.keypoints import as_joints
 from a2mc_fast.data.npy import Archive, map_npy
 from a2mc_fast.data.rules import MAX_LABEL
+from a2mc_fast.data.units import doubt, measure
 from a2mc_fast.errors import InputError, require, tell
 from a2mc_fast.evaluation.inference import (
     ClipClassifier,
@@ -69,7 +70,10 @@ def predict(
     rows: list[dict[str, Any]] = []
     refused: list[str] = []
     for some in _groups(_pieces(classifier, data, window, stride, refused)):
-        found = most_probable(classifier, packed(encoder, [joints for _, joints in some]), top)
+        clips = packed(encoder, [joints for _, joints in some])
+        if not rows and (doubted := doubt(measure(clips), "times")):
+            tell(doubted, error=True)
+        found = most_probable(classifier, clips, top)
         rows += [{**about, "classes": classes} for (about, _), classes in zip(some, found)]
     for reason in refused:
         tell(f"skipped {reason}", error=True)
