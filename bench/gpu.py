@@ -100,7 +100,7 @@ def all_parts(rehearse: bool = False, data: bool = False) -> list[Part]:
         for method in ("own", "own-b1"):
             test = f"runs.py::test_real_data[{method}-{seed}]"
             parts.append(_beside(bench(f"{method}, seed {seed}", test, 150)))
-    return [replace(part, seconds=8 * part.seconds) for part in parts] if rehearse else parts
+    return [replace(part, seconds=7 * part.seconds) for part in parts] if rehearse else parts
 
 
 def _beside(part: Part) -> Part:

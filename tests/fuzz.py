@@ -349,7 +349,8 @@ def in_archive(rng: random.Random, data: Data) -> Data:
         warnings.simplefilter("ignore")  # a name given twice is intended
         for name, array in arrays.items():
             member = io.BytesIO()
-            with contextlib.suppress(ValueError, OverflowError):
+            # RuntimeError: an array of objects with more dimensions than a pickle of it takes
+            with contextlib.suppress(ValueError, OverflowError, RuntimeError):
                 np.save(member, array)
             content = damage_bytes(rng, member.getvalue()) if name == hurt else member.getvalue()
             safe = name.encode("utf-8", "replace").decode().replace("\0", "?")

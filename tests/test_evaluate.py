@@ -323,6 +323,7 @@ def test_bad_input_is_one_sentence(
         (["ensemble", run], "at least two runs, got 1"),
         (["ensemble", run, run, "--weights", "1"], "1 weights for 2 runs"),
         (["ensemble", run, run, "--weights", "1", "1", "--equal"], "--weights or --equal, not both"),
+        (["ensemble", run, f"{run}/."], "joint is given twice"),
         (["ensemble", run, str(folder / "x")], "x not found"),
         (
             ["ensemble", run, str(folder / "motion"), "--protocol", "transfer"],

@@ -437,7 +437,7 @@ def test_scores_survive_the_file_and_add_up(tmp_path: Path) -> None:
         ({"labels": torch.tensor([0, 1])}, r"\[2\] labels"),
         ({"clips": torch.tensor([1.0])}, "must be float32"),
         ({"names": '["a", "b"]'}, "2 names"),
-        ({"names": "[[]]"}, "names must be str"),
+        ({"names": "[[]]"}, r"names\[0\] must be str"),
         ({"names": "NaN"}, "names is not JSON"),
         ({"stream": "sum"}, "stream must be one of joint, motion, bone, got 'sum'"),
         ({"class_names": 2}, "class_names must be a list"),

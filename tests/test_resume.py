@@ -317,11 +317,17 @@ _axes = {"parents": [0], "mirror": [0], "center": 0, "axis_z": [0, 0], "axis_x":
         ({"config": '{"optim": {"lr": "0"}}'}, "config.optim.lr must be float"),
         ({"skeleton": '{"parents": 3}'}, "skeleton has no mirror, center, axis_z, axis_x"),
         ({"skeleton": json.dumps(_axes | {"parents": 3})}, "skeleton.parents must be a list"),
-        ({"skeleton": json.dumps(_axes | {"parents": [0, 1.0]})}, "skeleton.parents must be int, got 1.0"),
+        (
+            {"skeleton": json.dumps(_axes | {"parents": [0, 1.0]})},
+            r"skeleton.parents\[1\] must be int, got 1.0",
+        ),
         ({"skeleton": json.dumps(_axes | {"center": 1.5})}, "skeleton.center must be int, got 1.5"),
         ({"skeleton": json.dumps(_axes | {"axis_z": [0]})}, "skeleton.axis_z must hold 2 values, got 1"),
-        ({"skeleton": json.dumps(_axes | {"joint_names": [1, []]})}, "skeleton.joint_names must be str"),
-        ({"class_names": '[["a"]]'}, "class_names must be str"),
+        (
+            {"skeleton": json.dumps(_axes | {"joint_names": [1, []]})},
+            r"skeleton.joint_names\[1\] must be str",
+        ),
+        ({"class_names": '[["a"]]'}, r"class_names\[0\] must be str"),
         (
             {"skeleton": json.dumps(_axes | {"parents": [0] * 10**6, "mirror": []})},
             "a skeleton has 1 to 1,000 joints",

@@ -113,6 +113,10 @@ def ensemble(options: Ensemble) -> dict[str, Any]:
     names = [s.about["stream"] for s in streams]
     weights = options.weights or tuple(1.0 if options.equal else _STREAM_WEIGHTS[name] for name in names)
     scores = weighted_sum(streams, weights, options.of)
+    twice = [
+        run for i, run in enumerate(options.runs) if run.resolve() in map(Path.resolve, options.runs[:i])
+    ]
+    require(not twice, f"ensemble adds up different runs, and {', '.join(map(str, twice))} is given twice")
     first, truth = streams[0].about, streams[0].labels
     result = {
         "format": FORMAT,
