@@ -325,7 +325,7 @@ _axes = {"parents": [0], "mirror": [0], "center": 0, "axis_z": [0, 0], "axis_x":
         ({"skeleton": json.dumps(_axes | {"axis_z": [0]})}, "skeleton.axis_z must hold 2 values, got 1"),
         (
             {"skeleton": json.dumps(_axes | {"joint_names": [1, []]})},
-            r"skeleton.joint_names\[1\] must be str",
+            r"skeleton.joint_names\[0\] must be str",
         ),
         ({"class_names": '[["a"]]'}, r"class_names\[0\] must be str"),
         (
