@@ -110,7 +110,7 @@ def forward_weights(
     weight_ptr += ((part // BLOCK_H) * H + unit)[None, :] * H + k[:, None]
     real = ((part < 3 * BLOCK_H) & (unit < H))[None, :]
     held = ()
-    for chunk in tl.static_range(tl.cdiv(H, BLOCK_K)):
+    for chunk in tl.static_range((H + BLOCK_K - 1) // BLOCK_K):
         held = held + (weights_of(weight_ptr, chunk * BLOCK_K, k, real, H, False, UPCAST),)  # type: ignore[assignment]
     return held
 
@@ -133,6 +133,11 @@ def forward_step(
     if REVERSE:
         frame = tl.where(direction == 1, T - 1 - t, frame)
         before = tl.where(direction == 1, T - t, before)
+    # on their way while the product is made
+    gates_ptr += ((group * T + frame) * N * 2 + direction) * 3 * H
+    input_r = tile_of(gates_ptr, 6 * H, n, j, inside)
+    input_z = tile_of(gates_ptr + H, 6 * H, n, j, inside)
+    input_n = tile_of(gates_ptr + 2 * H, 6 * H, n, j, inside)
     # the state before the first step is zero
     read = n[:, None] < tl.where(t > 0, N, 0)
     own = n[:, None] * 2 * H + j[None, :]
@@ -142,7 +147,7 @@ def forward_step(
     rows_ptr += n[:, None] * 2 * H + k[None, :]
     if RESIDENT:
         products = tl.zeros((BLOCK_N, PARTS * BLOCK_H), tl.float32)
-        for chunk in tl.static_range(0, tl.cdiv(H, BLOCK_K), TOGETHER):
+        for chunk in tl.static_range(0, (H + BLOCK_K - 1) // BLOCK_K, TOGETHER):
             tiles = tiles_of(rows_ptr, chunk, TOGETHER, k, read, H, UPCAST, BLOCK_K)
             for i in tl.static_range(len(tiles)):
                 products = tl.dot(tiles[i], held[chunk + i], products, input_precision=PRECISION)
@@ -173,11 +178,10 @@ def forward_step(
     bias_z = tl.load(bias_ptr + H, mask=known, other=0.0) + tl.load(of_state + H, mask=known, other=0.0)
     bias_n = tl.load(bias_ptr + 2 * H, mask=known, other=0.0)
     bias_c = tl.load(of_state + 2 * H, mask=known, other=0.0)
-    gates_ptr += ((group * T + frame) * N * 2 + direction) * 3 * H
-    r = tl.sigmoid(ar + bias_r[None, :] + tile_of(gates_ptr, 6 * H, n, j, inside))
-    z = tl.sigmoid(az + bias_z[None, :] + tile_of(gates_ptr + H, 6 * H, n, j, inside))
+    r = tl.sigmoid(ar + bias_r[None, :] + input_r)
+    z = tl.sigmoid(az + bias_z[None, :] + input_z)
     c = an + bias_c[None, :]
-    new = tanh(tile_of(gates_ptr + 2 * H, 6 * H, n, j, inside) + bias_n[None, :] + r * c)
+    new = tanh(input_n + bias_n[None, :] + r * c)
     h = new + z * (h - new)
     if RESIDENT:
         # after a wait that was too long nothing is right, and shall not seem so
@@ -246,7 +250,7 @@ def backward_weights(
     k, j = tl.arange(0, BLOCK_K), tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     weight_ptr += tl.program_id(2).to(tl.int64) * 3 * H * H + j[None, :] * 3 * H + k[:, None]
     held = ()
-    for chunk in tl.static_range(tl.cdiv(3 * H, BLOCK_K)):
+    for chunk in tl.static_range((3 * H + BLOCK_K - 1) // BLOCK_K):
         held = held + (  # type: ignore[assignment]
             weights_of(weight_ptr, chunk * BLOCK_K, k, j[None, :] < H, 3 * H, False, UPCAST),
         )
@@ -273,15 +277,26 @@ def backward_step(
         frame = tl.where(direction == 1, step, frame)
         before = tl.where(direction == 1, step + 1, before)
         after = tl.where(direction == 1, step - 1, after)
+    # on their way while the product is made
+    place = ((group * T + frame) * N * 2 + direction) * H
+    r = tile_of(gates_ptr + place * 3, 6 * H, n, j, inside)
+    z = tile_of(gates_ptr + place * 3 + H, 6 * H, n, j, inside)
+    new = tile_of(gates_ptr + place * 3 + 2 * H, 6 * H, n, j, inside)
+    c = tile_of(inner_ptr + place, 2 * H, n, j, inside)
+    earlier = ((group * T + before) * N * 2 + direction) * H
+    not_first = inside & (n[:, None] < tl.where(t > 0, N, 0))
+    h = tile_of(states_ptr + earlier, 2 * H, n, j, not_first)
     # nothing comes from behind the last frame
     read = n[:, None] < tl.where(step > 0, N, 0)
     own = n[:, None] * 2 * H + j[None, :]
     carry_ptr += group * N * 2 * H + direction * H + own
     dh = tl.load(carry_ptr, mask=inside & read, other=0.0)
+    if ALL:
+        dh += tile_of(grad_ptr + place, 2 * H, n, j, inside)
     rows_ptr = state_ptr + ((group * S + after % S) * N * 2 + direction) * 3 * H
     rows_ptr += n[:, None] * 6 * H + k[None, :]
     if RESIDENT:
-        for chunk in tl.static_range(0, tl.cdiv(3 * H, BLOCK_K), TOGETHER_BACK):
+        for chunk in tl.static_range(0, (3 * H + BLOCK_K - 1) // BLOCK_K, TOGETHER_BACK):
             tiles = tiles_of(rows_ptr, chunk, TOGETHER_BACK, k, read, 3 * H, UPCAST, BLOCK_K)
             for i in tl.static_range(len(tiles)):
                 dh = tl.dot(tiles[i], held[chunk + i], dh, input_precision=PRECISION)
@@ -299,16 +314,6 @@ def backward_step(
         out = grad_final_ptr + group * N * 2 * H + direction * H + own
         at_end = inside & (n[:, None] < tl.where(step > 0, 0, N))
         dh += tl.load(out, mask=at_end, other=0.0).to(tl.float32)
-    place = ((group * T + frame) * N * 2 + direction) * H
-    if ALL:
-        dh += tile_of(grad_ptr + place, 2 * H, n, j, inside)
-    r = tile_of(gates_ptr + place * 3, 6 * H, n, j, inside)
-    z = tile_of(gates_ptr + place * 3 + H, 6 * H, n, j, inside)
-    new = tile_of(gates_ptr + place * 3 + 2 * H, 6 * H, n, j, inside)
-    c = tile_of(inner_ptr + place, 2 * H, n, j, inside)
-    earlier = ((group * T + before) * N * 2 + direction) * H
-    not_first = inside & (n[:, None] < tl.where(t > 0, N, 0))
-    h = tile_of(states_ptr + earlier, 2 * H, n, j, not_first)
     dn = dh * (1.0 - z) * (1.0 - new * new)
     dz = dh * (h - new) * z * (1.0 - z)
     dr = dn * c * r * (1.0 - r)
