@@ -71,14 +71,20 @@ _stays: dict[tuple[Any, ...], bool] = {}
 
 
 def _planned(plan: Callable[..., Plan], *given: Tensor | None, resident: bool, **how: Any) -> Plan:
-    """With `resident` one launch for all steps, where the device can run it; else one per step."""
-    form = *(None if x is None else (x.shape, x.dtype, x.device) for x in given), *sorted(how.items())
-    if resident and _stays.get(form, True):
-        found = plan(*given, resident=True, **how)
-        if form not in _stays:
-            _stays[form] = fits(found.calls[0])
-        if _stays[form]:
-            return found
+    """With `resident` one launch for all steps, or one for each group's, where the device can run it; else
+    one per step."""
+    shapes: list[Any] = [None if x is None else (x.shape, x.dtype, x.device) for x in given]
+    groups = 1 if given[0] is None else len(given[0])
+    ways = [how, {**how, "apart": True}] if groups > 1 else [how]
+    way: dict[str, Any]
+    for way in ways if resident else []:
+        form: tuple[Any, ...] = (plan, *shapes, *sorted(way.items()))
+        if _stays.get(form, True):
+            found = plan(*given, resident=True, **way)
+            if form not in _stays:
+                _stays[form] = fits(found.calls[0])
+            if _stays[form]:
+                return found
     return plan(*given, **how)
 
 

@@ -25,7 +25,7 @@ class Tile(NamedTuple):
     units: int  # hidden units per program
     depth: int  # columns of the product per iteration
     warps: int
-    stages: int
+    stages: int  # tiles of the product that are on their way at once
 
 
 # by pass and by clips up to which the sizes are meant, for 16-bit operands; wider ones have half the depth
@@ -38,7 +38,7 @@ _TILES = {
 # products of full float32 run without tensor cores, from registers
 _FULL = Tile(32, 32, 32, 4, 2)
 # of all steps in one launch: at H 1024 a program's weights take 128 and 192 KiB of shared memory
-_RESIDENT = {"forward": Tile(64, 16, 128, 4, 1), "backward": Tile(32, 32, 128, 8, 1)}
+_RESIDENT = {"forward": Tile(64, 16, 128, 4, 2), "backward": Tile(32, 32, 128, 8, 2)}
 _PROGRAMS = 128  # of one launch, where clips can be divided among more: an H100 has 132 multiprocessors
 
 
@@ -65,8 +65,10 @@ def sizes_for(
     return Sizes(tile, blocks)
 
 
-def _launches(kernel: Any, arguments: dict[str, Any], sizes: Sizes, resident: bool) -> list[Call]:
-    """One launch per time step, or one for all."""
+def _launches(
+    kernel: Any, arguments: dict[str, Any], sizes: Sizes, resident: bool, apart: bool = False
+) -> list[Call]:
+    """One launch per time step; or one for all steps, of all groups or, `apart`, of each."""
     (groups, steps, n, _, _), h = arguments["gates_ptr"].shape, arguments["H"]
     tile, states = sizes.tile, arguments["states_ptr"]
     grid = (triton.cdiv(h, tile.units), sizes.blocks, 2 * groups)
@@ -84,6 +86,7 @@ def _launches(kernel: Any, arguments: dict[str, Any], sizes: Sizes, resident: bo
         "BLOCK_N": tile.rows,
         "BLOCK_H": tile.units,
         "BLOCK_K": tile.depth,
+        "TOGETHER": tile.stages if resident else 1,
     }
     if not resident:
         return [Call(kernel, grid, common | {"first": t}, tile.warps, tile.stages) for t in range(steps)]
@@ -92,7 +95,11 @@ def _launches(kernel: Any, arguments: dict[str, Any], sizes: Sizes, resident: bo
         "fault_ptr": fault(states.device),
         "STEPS": steps,
     }
-    return [Call(kernel, grid, common | {"first": 0}, tile.warps, tile.stages, cooperative=True)]
+    if not apart:
+        return [Call(kernel, grid, common | {"first": 0}, tile.warps, 1, cooperative=True)]
+    grid = (*grid[:2], 2)
+    each = [common | {"first": 0, "origin": 2 * group} for group in range(groups)]
+    return [Call(kernel, grid, one, tile.warps, 1, cooperative=True) for one in each]
 
 
 class Forward(NamedTuple):
@@ -106,10 +113,10 @@ class Forward(NamedTuple):
 
 def plan_forward(
     gates: Tensor, weight: Tensor, bias: Tensor, *, reverse: bool, followed: int, slots: int, precision: str,
-    resident: bool = False,
+    resident: bool = False, apart: bool = False,
 ) -> Forward:  # fmt: skip
     """Forward over gates [G, T, N, 2, 3H], the input's products, which the gates replace in the groups
-    `followed`.
+    `followed`. `resident`: all steps in one launch, or in one for each group where the groups run `apart`.
 
     weight [G, 2, 3H, H] of the same type, bias [G, 2, 2, 3H] float32.
     """
@@ -128,9 +135,10 @@ def plan_forward(
         "REVERSE": reverse,
         "FOLLOWED": followed,
         "PRECISION": precision,
+        "origin": 0,
     }
-    sizes = sizes_for("forward", groups, n, h, gates.dtype, precision, resident)
-    return Forward(_launches(forward_kernel, arguments, sizes, resident), states, final, inner)
+    sizes = sizes_for("forward", 1 if apart else groups, n, h, gates.dtype, precision, resident)
+    return Forward(_launches(forward_kernel, arguments, sizes, resident, apart), states, final, inner)
 
 
 class Backward(NamedTuple):

@@ -30,9 +30,6 @@ import triton.language as tl
 
 PARTS = tl.constexpr(4)  # r, z, n, and zeros, for a product's columns are a power of two
 APART = tl.constexpr(32)  # counters, to lie in lines of their own
-# tiles that a program of all steps reads at once, to wait for them together: what shared memory holds of them
-# beside the weights
-TOGETHER, TOGETHER_BACK = tl.constexpr(2), tl.constexpr(2)
 
 
 @triton.jit
@@ -101,12 +98,12 @@ def meet(counter_ptr, fault_ptr, target, patience):
 
 @triton.jit
 def forward_weights(
-    weight_ptr, H: tl.constexpr, UPCAST: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr
+    weight_ptr, pair, H: tl.constexpr, UPCAST: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr
 ):
     """What a program keeps of W_hh: its units' rows of r, z and n, and zeros, in tiles of BLOCK_K columns."""
     k, part = tl.arange(0, BLOCK_K), tl.arange(0, PARTS * BLOCK_H)
     unit = tl.program_id(0) * BLOCK_H + part % BLOCK_H
-    weight_ptr += tl.program_id(2).to(tl.int64) * 3 * H * H
+    weight_ptr += pair.to(tl.int64) * 3 * H * H
     weight_ptr += ((part // BLOCK_H) * H + unit)[None, :] * H + k[:, None]
     real = ((part < 3 * BLOCK_H) & (unit < H))[None, :]
     held = ()
@@ -117,13 +114,13 @@ def forward_weights(
 
 @triton.jit
 def forward_step(
-    t, start, held, patience, gates_ptr, weight_ptr, bias_ptr, states_ptr, inner_ptr, final_ptr, carry_ptr,
-    T, N, S, H: tl.constexpr, REVERSE: tl.constexpr, FOLLOWED: tl.constexpr, RESIDENT: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+    t, pair, start, held, patience, gates_ptr, weight_ptr, bias_ptr, states_ptr, inner_ptr, final_ptr,
+    carry_ptr, T, N, S, H: tl.constexpr, REVERSE: tl.constexpr, FOLLOWED: tl.constexpr,
+    RESIDENT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """Step t of the clips from `start` on."""
-    group, direction = (tl.program_id(2) // 2).to(tl.int64), tl.program_id(2) % 2
+    """Step t of the clips from `start` on, in one direction of a group: pair = 2 group + direction."""
+    group, direction = (pair // 2).to(tl.int64), pair % 2
     n, k = start + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     j = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = n[:, None] < N
@@ -158,7 +155,7 @@ def forward_step(
     else:
         WHOLE: tl.constexpr = H % BLOCK_K == 0 and H % BLOCK_H == 0
         known = j[None, :] < H
-        weight_ptr += tl.program_id(2).to(tl.int64) * 3 * H * H + j[None, :] * H + k[:, None]
+        weight_ptr += pair.to(tl.int64) * 3 * H * H + j[None, :] * H + k[:, None]
         ar = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
         az = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
         an = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
@@ -203,7 +200,7 @@ def forward_step(
 
 
 # a launch per step must not compile anew for its number
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(do_not_specialize=["first", "origin"])
 def forward_kernel(
     gates_ptr,  # [G, T, N, 2, 3H] W_ih x of r, z and n; in groups that are followed the gates replace them
     weight_ptr,  # [G, 2, 3H, H]
@@ -214,31 +211,33 @@ def forward_kernel(
     carry_ptr,  # [G, N, 2, H] float32 states between steps
     counter_ptr,  # [2G, blocks of clips, APART] int32 zeros, with RESIDENT
     fault_ptr,  # [1] int32, with RESIDENT
+    origin,  # twice the launch's first group
     first, T, N, S, patience,
     STEPS: tl.constexpr,  # per launch
     H: tl.constexpr, REVERSE: tl.constexpr, FOLLOWED: tl.constexpr, RESIDENT: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
+    pair = origin + tl.program_id(2)
     if RESIDENT:
-        held = forward_weights(weight_ptr, H, UPCAST, BLOCK_H, BLOCK_K)
-        counter_ptr += (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * APART
+        held = forward_weights(weight_ptr, pair, H, UPCAST, BLOCK_H, BLOCK_K)
+        counter_ptr += (pair * tl.num_programs(1) + tl.program_id(1)) * APART
         for t in tl.range(first, first + STEPS, disable_licm=True):
             for start in tl.range(
                 tl.program_id(1) * BLOCK_N, N, tl.num_programs(1) * BLOCK_N, disable_licm=True
             ):
                 forward_step(
-                    t, start, held, patience, gates_ptr, weight_ptr, bias_ptr, states_ptr, inner_ptr,
+                    t, pair, start, held, patience, gates_ptr, weight_ptr, bias_ptr, states_ptr, inner_ptr,
                     final_ptr, carry_ptr, T, N, S, H, REVERSE, FOLLOWED, RESIDENT, PRECISION, UPCAST,
-                    BLOCK_N, BLOCK_H, BLOCK_K,
+                    BLOCK_N, BLOCK_H, BLOCK_K, TOGETHER,
                 )  # fmt: skip
             if t < first + STEPS - 1:
                 patience = meet(counter_ptr, fault_ptr, (t - first + 1) * tl.num_programs(0), patience)
     else:
         forward_step(
-            first, tl.program_id(1) * BLOCK_N, (), patience, gates_ptr, weight_ptr, bias_ptr, states_ptr,
-            inner_ptr, final_ptr, carry_ptr, T, N, S, H, REVERSE, FOLLOWED, RESIDENT, PRECISION, UPCAST,
-            BLOCK_N, BLOCK_H, BLOCK_K,
+            first, pair, tl.program_id(1) * BLOCK_N, (), patience, gates_ptr, weight_ptr, bias_ptr,
+            states_ptr, inner_ptr, final_ptr, carry_ptr, T, N, S, H, REVERSE, FOLLOWED, RESIDENT, PRECISION,
+            UPCAST, BLOCK_N, BLOCK_H, BLOCK_K, TOGETHER,
         )  # fmt: skip
 
 
@@ -263,6 +262,7 @@ def backward_step(
     input_ptr, state_ptr, carry_ptr, T, N, S, H: tl.constexpr, REVERSE: tl.constexpr, ALL: tl.constexpr,
     FINAL: tl.constexpr, BIAS: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """Step number `step` of those backwards in time, of the clips from `start` on -> the sums, advanced."""
     group, direction = (tl.program_id(2) // 2).to(tl.int64), tl.program_id(2) % 2
@@ -296,8 +296,8 @@ def backward_step(
     rows_ptr = state_ptr + ((group * S + after % S) * N * 2 + direction) * 3 * H
     rows_ptr += n[:, None] * 6 * H + k[None, :]
     if RESIDENT:
-        for chunk in tl.static_range(0, (3 * H + BLOCK_K - 1) // BLOCK_K, TOGETHER_BACK):
-            tiles = tiles_of(rows_ptr, chunk, TOGETHER_BACK, k, read, 3 * H, UPCAST, BLOCK_K)
+        for chunk in tl.static_range(0, (3 * H + BLOCK_K - 1) // BLOCK_K, TOGETHER):
+            tiles = tiles_of(rows_ptr, chunk, TOGETHER, k, read, 3 * H, UPCAST, BLOCK_K)
             for i in tl.static_range(len(tiles)):
                 dh = tl.dot(tiles[i], held[chunk + i], dh, input_precision=PRECISION)
         # after a wait that was too long nothing is right, and shall not seem so
@@ -358,7 +358,7 @@ def backward_kernel(
     STEPS: tl.constexpr,  # per launch
     H: tl.constexpr, REVERSE: tl.constexpr, ALL: tl.constexpr, FINAL: tl.constexpr, BIAS: tl.constexpr,
     RESIDENT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """Step `first` is the one of the last frame, counted backwards in time."""
     block = tl.program_id(2) // 2 * tl.num_programs(1) + tl.program_id(1)
@@ -379,7 +379,7 @@ def backward_kernel(
                 sums = backward_step(
                     step, start, held, patience, sums, grad_ptr, grad_final_ptr, weight_ptr, states_ptr,
                     gates_ptr, inner_ptr, input_ptr, state_ptr, carry_ptr, T, N, S, H, REVERSE, ALL, FINAL,
-                    BIAS, RESIDENT, PRECISION, UPCAST, BLOCK_N, BLOCK_H, BLOCK_K,
+                    BIAS, RESIDENT, PRECISION, UPCAST, BLOCK_N, BLOCK_H, BLOCK_K, TOGETHER,
                 )  # fmt: skip
             if step < first + STEPS - 1:
                 patience = meet(counter_ptr, fault_ptr, (step - first + 1) * tl.num_programs(0), patience)
@@ -387,7 +387,7 @@ def backward_kernel(
         sums = backward_step(
             first, tl.program_id(1) * BLOCK_N, (), patience, sums, grad_ptr, grad_final_ptr, weight_ptr,
             states_ptr, gates_ptr, inner_ptr, input_ptr, state_ptr, carry_ptr, T, N, S, H, REVERSE, ALL,
-            FINAL, BIAS, RESIDENT, PRECISION, UPCAST, BLOCK_N, BLOCK_H, BLOCK_K,
+            FINAL, BIAS, RESIDENT, PRECISION, UPCAST, BLOCK_N, BLOCK_H, BLOCK_K, TOGETHER,
         )  # fmt: skip
     if BIAS:
         for i in tl.static_range(4):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,10 +54,12 @@ def recurrence_mismatch(
     *,
     reverse: bool = False,
     precision: Precision = "tf32",
+    resident: bool = False,
 ) -> str:
     """Why `gru_pair` cannot be used on `device` for batches of these sizes; "" if it agrees with float64."""
     problems = ((n, wanted) for n in clips for wanted in ("all", "input", "nothing"))
-    compare = partial(_compare_recurrence, device, hidden, dtype, reverse, precision)
+    how = {"reverse": reverse, "precision": precision, "resident": resident}
+    compare = partial(_compare_recurrence, device, hidden, dtype, how)
     return _first_mismatch(chain.from_iterable(compare(*problem) for problem in problems))
 
 
@@ -103,9 +106,8 @@ def _compare_ascent(
 
 
 def _compare_recurrence(
-    device: torch.device, hidden: int, dtype: torch.dtype, reverse: bool, precision: Precision, n: int,
-    wanted: str,
-) -> Iterator[tuple[str, Tensor, Tensor]]:  # fmt: skip
+    device: torch.device, hidden: int, dtype: torch.dtype, how: dict[str, Any], n: int, wanted: str
+) -> Iterator[tuple[str, Tensor, Tensor]]:
     """States and gradients of a pair: all of them, the input's from the final states, or no gradients."""
     generator = torch.Generator().manual_seed(0)
 
@@ -123,10 +125,10 @@ def _compare_recurrence(
         parameters = [w.requires_grad_(wanted == "all") for w in copies]
         with torch.enable_grad():
             if kind == dtype:
-                states = gru_pair(leaf, parameters, reverse=reverse, final=final, precision=precision)
+                states = gru_pair(leaf, parameters, final=final, **how)
             else:
-                states = reference.gru_pair(leaf, parameters, reverse=reverse)
-                last = states[0, :, hidden:] if reverse else states[-1, :, hidden:]
+                states = reference.gru_pair(leaf, parameters, reverse=how["reverse"])
+                last = states[0, :, hidden:] if how["reverse"] else states[-1, :, hidden:]
                 states = torch.cat((states[-1, :, :hidden], last), 1) if final else states
         leaves = [w for w in (leaf, *parameters) if w.requires_grad]
         direction = torch.linspace(-1, 1, states.numel(), device=device).view(states.shape).to(dtype)

@@ -150,13 +150,19 @@ def test_a_cpu_runs_torch_and_says_so_when_asked_otherwise(monkeypatch: pytest.M
         EncoderConfig(name="stgcn", recurrence="fused")
 
 
+ONE_LAUNCH = "fused kernels with all time steps in one launch"
+
+
 @pytest.mark.parametrize(
-    "reason, fused, chosen, words",
+    "wrong, fused, resident, chosen, words",
     [
-        ("", 2.0, "fused", "recurrent layers by fused kernels: 2.0 ms of a step, 3.0 by cuDNN"),
-        ("", 4.0, "torch", "recurrent layers by cuDNN: 3.0 ms of a step, 4.0 by fused kernels"),
+        ("", 2.0, 2.5, "fused", f"by fused kernels: 2.0 ms of a step, 2.5 by {ONE_LAUNCH}, 3.0 by cuDNN"),
+        ("", 2.5, 2.0, "resident", f"by {ONE_LAUNCH}: 2.0 ms of a step, 2.5 by fused kernels, 3.0 by cuDNN"),
+        ("resident", 2.0, 1.0, "fused", "recurrent layers by fused kernels: 2.0 ms of a step, 3.0 by cuDNN"),
+        ("", 4.0, 5.0, "torch", f"by cuDNN: 3.0 ms of a step, 4.0 by fused kernels, 5.0 by {ONE_LAUNCH}"),
         (
-            "a GRU's states is off by 9.0% from float64",
+            "both",
+            1.0,
             1.0,
             "torch",
             "recurrent layers by cuDNN, because the fused kernels cannot be used here: "
@@ -165,20 +171,26 @@ def test_a_cpu_runs_torch_and_says_so_when_asked_otherwise(monkeypatch: pytest.M
     ],
 )
 def test_the_faster_right_one_is_taken(
-    monkeypatch: pytest.MonkeyPatch, reason: str, fused: float, chosen: str, words: str
+    monkeypatch: pytest.MonkeyPatch, wrong: str, fused: float, resident: float, chosen: str, words: str
 ) -> None:
     asked: list[tuple[Any, ...]] = []
 
-    def mismatch(device: torch.device, hidden: int, clips: Any, dtype: torch.dtype, **_: Any) -> str:
-        asked.append((hidden, clips, dtype))
-        return reason
+    def mismatch(
+        device: torch.device, hidden: int, clips: Any, dtype: torch.dtype, *, resident: bool, **_: Any
+    ) -> str:
+        asked.append((hidden, clips, dtype, resident))
+        broken = wrong == "both" or (wrong == "resident" and resident)
+        return "a GRU's states is off by 9.0% from float64" if broken else ""
 
+    times = {"torch": 3.0, "fused": fused, "resident": resident}
     monkeypatch.setattr(verify, "recurrence_mismatch", mismatch)
-    monkeypatch.setattr(recurrence, "milliseconds", lambda *args: {"torch": 3.0, "fused": fused}[args[-1]])
+    monkeypatch.setattr(recurrence, "milliseconds", lambda *args: times[args[-1]])
     config = replace(small(), precision="fp16")
-    assert choose_recurrence(config, encoder(), torch.device("cuda"), 4) == (chosen, words)
-    kinds = [torch.float16, torch.float32][: 1 if reason else 2]
-    assert asked == [(16, (4, 12), dtype) for dtype in kinds]
+    got, said = choose_recurrence(config, encoder(), torch.device("cuda"), 4)
+    assert got == chosen and said.endswith(words)
+    kinds = [torch.float16, torch.float32]
+    asks = [(16, (4, 12), dtype, form) for form in (False, True) for dtype in kinds]
+    assert asked == [ask for ask in asks if not (wrong == "both" or (ask[3] and wrong)) or ask[2] == kinds[0]]
 
 
 OTHERS = "until now it was the other, so from here on the run's last bits are not those it would have had"
@@ -189,6 +201,7 @@ OTHERS = "until now it was the other, so from here on the run's last bits are no
     [
         ("cuda", "torch", "", "torch", "recurrent layers by cuDNN, as until now"),
         ("cuda", "fused", "", "fused", "recurrent layers by fused kernels, as until now"),
+        ("cuda", "resident", "", "resident", f"recurrent layers by {ONE_LAUNCH}, as until now"),
         ("cuda", "fused", "broken", "torch", f"kernels cannot be used here: broken; {OTHERS}"),
         (
             "cpu",

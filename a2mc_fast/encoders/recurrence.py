@@ -1,6 +1,7 @@
-"""How a run computes its recurrent layers: by cuDNN or by the fused kernels, whichever is faster there.
+"""How a run computes its recurrent layers: by cuDNN or by one of the forms of the fused kernels, whichever is
+fastest there.
 
-The kernels are compared with float64 on the run's own width first, and then both are timed on what one step
+The kernels are compared with float64 on the run's own width first, and then all are timed on what one step
 does with them: the key's pass, the attack's with the gradient of its input, the query's with all gradients.
 """
 
@@ -20,6 +21,11 @@ from a2mc_fast.encoders.common import Encoder, frozen, weights_held
 from a2mc_fast.errors import first_line, require
 
 Recurrence = Literal["torch", "fused", "resident"]
+_NAMES = {
+    "torch": "cuDNN",
+    "fused": "fused kernels",
+    "resident": "fused kernels with all time steps in one launch",
+}
 _ROUNDS = 5
 
 
@@ -44,9 +50,10 @@ def choose_recurrence(
 ) -> tuple[Recurrence, str]:
     """What computes the recurrent layers, and why, as a sentence for the log or "".
 
-    `auto` takes the fused kernels on a GPU, if they agree with float64 there and are faster than cuDNN, with
-    so many `clips` of a batch on this device. A run that goes on keeps what it had `before`, faster or not,
-    for the bits would be others; where it cannot, the sentence says so.
+    `auto` takes fused kernels on a GPU, with a launch per time step or one for all, if they agree with
+    float64 there and are faster than cuDNN, with so many `clips` of a batch on this device. A run that goes
+    on keeps what it had `before`, faster or not, for the bits would be others; where it cannot, the sentence
+    says so.
     """
     asked = config.encoder.recurrence
     if asked in ("fused", "resident"):
@@ -62,8 +69,31 @@ def choose_recurrence(
         return "torch", note if changed else ""
     if before == "torch":
         return "torch", "recurrent layers by cuDNN, as until now"
-    low, wide = _dtypes(config, "fused")
-    for dtype in dict.fromkeys((low, wide)):
+    forms: list[Recurrence] = [before] if before else ["fused", "resident"]
+    reasons = {form: _mismatch(config, encoder, device, clips, form) for form in forms}
+    right = [form for form in forms if not reasons[form]]
+    if not right:
+        return (
+            "torch",
+            f"recurrent layers by cuDNN, because the fused kernels cannot be used here: {reasons[forms[0]]}"
+            + (others if before else ""),
+        )
+    if before:
+        return before, f"recurrent layers by {_NAMES[before]}, as until now"
+    try:
+        times = {form: milliseconds(config, encoder, device, clips, form) for form in ("torch", *right)}
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of the driver or of a compiler: the layers that torch has always had remain
+        return "torch", f"recurrent layers by cuDNN, because timing failed: {first_line(error)}"
+    first, *rest = sorted(times, key=times.__getitem__)
+    beside = ", ".join(f"{times[form]:.1f} by {_NAMES[form]}" for form in rest)
+    return first, f"recurrent layers by {_NAMES[first]}: {times[first]:.1f} ms of a step, {beside}"
+
+
+def _mismatch(config: Config, encoder: BiGRU, device: torch.device, clips: int, form: Recurrence) -> str:
+    """Why these kernels cannot be used for the run's passes; "" if they agree with float64."""
+    for dtype in dict.fromkeys(_dtypes(config, form)):
         reason = kernels.verify.recurrence_mismatch(
             device,
             encoder.feature_dim // 2,
@@ -71,24 +101,11 @@ def choose_recurrence(
             dtype,
             reverse=encoder.time_mode == "bidirectional",
             precision="tf32" if torch.backends.cudnn.allow_tf32 else "ieee",
+            resident=form == "resident",
         )
         if reason:
-            return (
-                "torch",
-                f"recurrent layers by cuDNN, because the fused kernels cannot be used here: {reason}"
-                + (others if before else ""),
-            )
-    if before:
-        return before, "recurrent layers by fused kernels, as until now"
-    try:
-        cudnn, fused = (milliseconds(config, encoder, device, clips, form) for form in ("torch", "fused"))
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # of the driver or of a compiler: the layers that torch has always had remain
-        return "torch", f"recurrent layers by cuDNN, because timing both failed: {first_line(error)}"
-    if fused < cudnn:
-        return "fused", f"recurrent layers by fused kernels: {fused:.1f} ms of a step, {cudnn:.1f} by cuDNN"
-    return "torch", f"recurrent layers by cuDNN: {cudnn:.1f} ms of a step, {fused:.1f} by fused kernels"
+            return reason
+    return ""
 
 
 def milliseconds(config: Config, encoder: BiGRU, device: torch.device, clips: int, form: Recurrence) -> float:
