@@ -24,7 +24,7 @@ def philox_kernel(
     step_ptr,  # int64 scalar
     words_ptr,  # int64 [4, count]
     seed,
-    stream,
+    stream_number,  # Triton's launcher refuses an argument named `stream`
     first,
     count,
     BLOCK: tl.constexpr,
@@ -35,7 +35,7 @@ def philox_kernel(
     c0, c1, c2, c3 = tl.philox(
         seed,
         (first + i).to(tl.uint32),
-        (zero + stream).to(tl.uint32),
+        (zero + stream_number).to(tl.uint32),
         (zero + step).to(tl.uint32),
         (zero + (step >> 32)).to(tl.uint32),
     )
@@ -53,7 +53,7 @@ def plan(step: Tensor, seed: int, stream: int, first: int, count: int) -> tuple[
         "step_ptr": step,
         "words_ptr": words,
         "seed": seed,
-        "stream": stream,
+        "stream_number": stream,
         "first": first,
         "count": count,
         "BLOCK": _BLOCK,

@@ -11,8 +11,12 @@ import math
 import os
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from functools import partial
+from importlib import import_module
+from inspect import signature
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +38,8 @@ from a2mc_fast.kernels import mixing_contrast as contrast_module  # noqa: E402
 from a2mc_fast.kernels.bank_ascent import bank_ascent  # noqa: E402
 from a2mc_fast.kernels.mixing_contrast import mixing_contrast  # noqa: E402
 from a2mc_fast.kernels.problem import Contrast, Contrasted, Features, Step, contrast_from  # noqa: E402
+from triton.backends.nvidia.compiler import CUDAOptions  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
 
 assert DEVICE == "cuda" or common.INTERPRET, "the kernels were imported before TRITON_INTERPRET was set"
 
@@ -451,6 +457,18 @@ def test_ascent_compiles_without_a_graph_break(backend: str) -> None:
 
 
 # arguments
+
+
+def test_the_launcher_claims_no_name_of_a_parameter() -> None:
+    """Triton's launcher would take, or refuse, what it should hand on; the interpreter lets all pass."""
+    files = Path(common.__file__).parent.glob("[a-z]*.py")
+    modules = [import_module(f"a2mc_fast.kernels.{file.stem}") for file in files]
+    found = {name: value for module in modules for name, value in vars(module).items() if "_kernel" in name}
+    assert {"ascent_kernel", "bank_pass_kernel", "forward_kernel", "philox_kernel"} < set(found)
+    claimed = {"stream", "device", "device_type"}  # refused by name
+    claimed |= set(signature(JITFunction.run).parameters) | {field.name for field in fields(CUDAOptions)}
+    for name, kernel in found.items():
+        assert not claimed & set(kernel.arg_names), name
 
 
 @pytest.mark.parametrize(
