@@ -61,7 +61,7 @@ class Program(nn.Module):
         center = self.skeleton.center
         sides = torch.tensor((center, self.skeleton.mirror[center]), device=joints.device)
         found = (there[:, 0, sides] & kept.unsqueeze(1)).any(0)
-        center_joint = sides[(~found[0] & found[1]).long()].view(1)
+        center_joint = torch.where(~found[:1] & found[1:], sides[1:], sides[:1])
         has = there[:, 0].index_select(1, center_joint)[:, 0] & kept
         distance = (steps.unsqueeze(1) - steps).abs().float() + 1e9 * (~has).float()
         origin = joints[:, 0].index_select(1, center_joint)[:, 0][distance.argmin(1)]
@@ -72,8 +72,9 @@ class Program(nn.Module):
         for (start, end), target in zip((self.skeleton.axis_z, self.skeleton.axis_x), self.targets):
             vectors = joints[:, 0, end].double() - joints[:, 0, start]
             usable = there[:, 0, start] & there[:, 0, end] & (vectors.norm(dim=1) > PARALLEL)
-            first = usable.float().argmax(0)
-            vector = torch.where(usable.any(), vectors[first], 0.0)
+            # one element, since torch 2.11 takes an index without dimensions for a number to be known
+            first = usable.float().argmax(0, keepdim=True)
+            vector = torch.where(usable.any(), vectors[first][0], 0.0)
             turn = _rotation_onto(turn @ vector, target) @ turn
         flat = ~(joints[..., 2] != 0).any()
         return torch.where(flat, joints, joints @ turn.T.float())
