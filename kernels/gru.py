@@ -14,15 +14,15 @@ Legend: G groups, each a pair with weights of its own, of which gradients reach 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .common import FEATURE_DTYPES, INTERPRET, launch_all, require
-from .gru_plan import Backward, Forward, plan_backward, plan_forward
+from .gru_plan import Forward, plan_backward, plan_forward
 from .gru_resident import fits
 from .problem import Precision
 
@@ -66,26 +66,22 @@ def make_operands(parameters: Sequence[Tensor], dtype: torch.dtype, *, backward:
     return operands
 
 
-Plan = TypeVar("Plan", Forward, Backward)
 _stays: dict[tuple[Any, ...], bool] = {}
 
 
-def _planned(plan: Callable[..., Plan], *given: Tensor | None, resident: bool, **how: Any) -> Plan:
+def _planned(gates: Tensor, weight: Tensor, bias: Tensor, *, resident: bool, **how: Any) -> Forward:
     """With `resident` one launch for all steps, or one for each group's, where the device can run it; else
     one per step."""
-    shapes: list[Any] = [None if x is None else (x.shape, x.dtype, x.device) for x in given]
-    groups = 1 if given[0] is None else len(given[0])
-    ways = [how, {**how, "apart": True}] if groups > 1 else [how]
-    way: dict[str, Any]
+    ways = [how, {**how, "apart": True}] if len(gates) > 1 else [how]
     for way in ways if resident else []:
-        form: tuple[Any, ...] = (plan, *shapes, *sorted(way.items()))
+        form = (gates.shape, gates.dtype, gates.device, *sorted(way.items()))
         if _stays.get(form, True):
-            found = plan(*given, resident=True, **way)
+            found = plan_forward(gates, weight, bias, resident=True, **way)
             if form not in _stays:
                 _stays[form] = fits(found.calls[0])
             if _stays[form]:
                 return found
-    return plan(*given, **how)
+    return plan_forward(gates, weight, bias, **how)
 
 
 @torch.library.custom_op("a2mc::gru_pairs", mutates_args=())
@@ -101,7 +97,7 @@ def _op(
     for sequence, weight, out in zip(sequences, input_weight, gates, strict=True):
         torch.mm(sequence.flatten(0, 1), weight.T, out=out.view(steps * n, 6 * h))
     plan = _planned(
-        plan_forward, gates, state_weight, bias, resident=resident and steps > 1, reverse=reverse,
+        gates, state_weight, bias, resident=resident and steps > 1, reverse=reverse,
         followed=int(keep), slots=min(2, steps) if final and not keep else steps, precision=precision,
     )  # fmt: skip
     launch_all(plan.calls, sequences.device)
@@ -126,17 +122,16 @@ def _(
 @torch.library.custom_op("a2mc::gru_pairs_backward", mutates_args=())
 def _backward_op(
     grad: Tensor | None, grad_final: Tensor | None, back: Tensor, states: Tensor, gates: Tensor,
-    inner: Tensor, reverse: bool, with_weights: bool, precision: str, resident: bool,
+    inner: Tensor, reverse: bool, with_weights: bool, precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Of the first group: gradients of the input's products [1, T, N, 2, 3H] and, `with_weights`, of the
     state's, and the sums of both over clips and frames as [1, 2, 4H] float32: r, z, n of the input, n of the
     state."""
     steps, states = states.shape[1], states[:1]
     grad, grad_final = (None if x is None else x[:1] for x in (grad, grad_final))
-    plan = _planned(
-        plan_backward, grad, grad_final, back, states, gates, inner, resident=resident and steps > 1,
-        reverse=reverse, slots=steps if with_weights else min(2, steps), with_bias=with_weights,
-        precision=precision,
+    plan = plan_backward(
+        grad, grad_final, back, states, gates, inner, reverse=reverse,
+        slots=steps if with_weights else min(2, steps), with_bias=with_weights, precision=precision,
     )  # fmt: skip
     launch_all(plan.calls, states.device)
     if with_weights:
@@ -147,18 +142,18 @@ def _backward_op(
 @_backward_op.register_fake
 def _(
     grad: Tensor | None, grad_final: Tensor | None, back: Tensor, states: Tensor, gates: Tensor,
-    inner: Tensor, reverse: bool, with_weights: bool, precision: str, resident: bool,
+    inner: Tensor, reverse: bool, with_weights: bool, precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     sums = gates.new_empty((1, 2, 4 * back.shape[2]) if with_weights else (0,), dtype=torch.float32)
     return torch.empty_like(gates), torch.empty_like(gates) if with_weights else gates.new_empty(0), sums
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    sequences, parameters, input_weight, _, _, back, reverse, _, _, precision, resident = inputs
+    sequences, parameters, input_weight, _, _, back, reverse, _, _, precision, _ = inputs
     states, _, gates, inner = output
     ctx.with_weights = any(p.requires_grad for p in parameters)
     ctx.save_for_backward(sequences if ctx.with_weights else None, input_weight, back, states, gates, inner)
-    ctx.groups, ctx.reverse, ctx.how = len(sequences), reverse, (precision, resident)
+    ctx.groups, ctx.reverse, ctx.precision = len(sequences), reverse, precision
     ctx.set_materialize_grads(False)
 
 
@@ -167,7 +162,7 @@ def _backward(ctx: Any, grad: Tensor | None, grad_final: Tensor | None, *_: Tens
     of_input, of_state, bias = _backward_op(
         None if grad is None else grad.contiguous(),
         None if grad_final is None else grad_final.contiguous(),
-        back, states, gates, inner, ctx.reverse, ctx.with_weights, *ctx.how,
+        back, states, gates, inner, ctx.reverse, ctx.with_weights, ctx.precision,
     )  # fmt: skip
     rows, others = of_input[0].flatten(2).flatten(0, 1), ctx.groups - 1
     of_sequences = None
@@ -230,7 +225,7 @@ def gru_pairs(
     order r, z, n (torch.nn.GRU). Gradients flow to the first group alone: the sequences of the others, whose
     parameters must not require any, are constants. `reverse`: direction 1 walks from the last frame to the
     first. `operands` are what `make_operands` gave for this type; without them they are made here.
-    `resident`: all steps in one launch, where the device can run it (`gru_resident`).
+    `resident`: all steps forward in one launch, where the device can run it (`gru_resident`).
     """
     _check(sequences, parameters, operands)
     learns = sequences.requires_grad or any(p.requires_grad for p in parameters)

@@ -1,4 +1,4 @@
-"""The launches of a pair of GRUs: their sizes, and what they fill; one per time step, or one for all.
+"""The launches of a pair of GRUs: their sizes, and what they fill; one per time step, or forward one for all.
 
 Legend: as in `gru_steps`.
 """
@@ -32,13 +32,13 @@ class Tile(NamedTuple):
 _TILES = {
     ("forward", 64): Tile(64, 16, 64, 4, 4),
     ("forward", 192): Tile(64, 32, 64, 4, 4),
-    ("backward", 64): Tile(64, 16, 64, 4, 4),
-    ("backward", 192): Tile(64, 64, 128, 8, 3),
+    ("backward", 64): Tile(64, 16, 128, 4, 4),
+    ("backward", 192): Tile(64, 32, 128, 4, 4),
 }
 # products of full float32 run without tensor cores, from registers
 _FULL = Tile(32, 32, 32, 4, 2)
-# of all steps in one launch: at H 1024 a program's weights take 128 and 192 KiB of shared memory
-_RESIDENT = {"forward": Tile(64, 16, 128, 4, 2), "backward": Tile(32, 32, 128, 8, 2)}
+# of all steps in one launch: at H 1024 a program's weights take 128 KiB of shared memory
+_RESIDENT = Tile(64, 16, 128, 4, 4)
 _PROGRAMS = 128  # of one launch, where clips can be divided among more: an H100 has 132 multiprocessors
 
 
@@ -53,53 +53,34 @@ def sizes_for(
     kind: Kind, groups: int, n: int, h: int, dtype: torch.dtype, precision: str, resident: bool
 ) -> Sizes:
     """The launch sizes for N clips and H units."""
-    tile = _RESIDENT[kind] if resident else _TILES[kind, 64 if n <= 64 else 192]
+    tile = _RESIDENT if resident else _TILES[kind, 64 if n <= 64 else 192]
     if dtype == torch.float32 and not resident:
         tile = _FULL if precision == "ieee" else tile._replace(depth=tile.depth // 2)
-    tile = tile._replace(
-        rows=min(tile.rows, width(n)), units=min(tile.units, width(h)), depth=min(tile.depth, width(h))
+    rows, units = min(tile.rows, width(n)), min(tile.units, width(h))
+    most = max(1, _PROGRAMS // (2 * groups * triton.cdiv(h, units)))
+    while rows > 16 and triton.cdiv(n, rows // 2) <= most:
+        rows //= 2
+    blocks = triton.cdiv(n, rows)
+    tile = tile._replace(rows=rows, units=units, depth=min(tile.depth, width(h)))
+    return Sizes(tile, min(blocks, most) if resident else blocks)
+
+
+def _arguments(arguments: dict[str, Any], tile: Tile) -> dict[str, Any]:
+    """Those that both kernels share beside their own."""
+    (groups, steps, n, _, _), h, states = (
+        arguments["gates_ptr"].shape,
+        arguments["H"],
+        arguments["states_ptr"],
     )
-    blocks = triton.cdiv(n, tile.rows)
-    if resident:
-        blocks = min(blocks, max(1, _PROGRAMS // (2 * groups * triton.cdiv(h, tile.units))))
-    return Sizes(tile, blocks)
-
-
-def _launches(
-    kernel: Any, arguments: dict[str, Any], sizes: Sizes, resident: bool, apart: bool = False
-) -> list[Call]:
-    """One launch per time step; or one for all steps, of all groups or, `apart`, of each."""
-    (groups, steps, n, _, _), h = arguments["gates_ptr"].shape, arguments["H"]
-    tile, states = sizes.tile, arguments["states_ptr"]
-    grid = (triton.cdiv(h, tile.units), sizes.blocks, 2 * groups)
-    carry = states.new_empty(groups, n, 2, h, dtype=torch.float32)
-    common = arguments | {
-        "carry_ptr": carry,
-        "counter_ptr": carry,
-        "fault_ptr": carry,
+    return arguments | {
+        "carry_ptr": states.new_empty(groups, n, 2, h, dtype=torch.float32),
         "T": steps,
         "N": n,
-        "patience": PATIENCE,
-        "STEPS": 1,
-        "RESIDENT": resident,
         "UPCAST": INTERPRET and states.dtype == torch.bfloat16,
         "BLOCK_N": tile.rows,
         "BLOCK_H": tile.units,
         "BLOCK_K": tile.depth,
-        "TOGETHER": tile.stages if resident else 1,
     }
-    if not resident:
-        return [Call(kernel, grid, common | {"first": t}, tile.warps, tile.stages) for t in range(steps)]
-    common |= {
-        "counter_ptr": states.new_zeros(2 * groups, sizes.blocks, APART.value, dtype=torch.int32),
-        "fault_ptr": fault(states.device),
-        "STEPS": steps,
-    }
-    if not apart:
-        return [Call(kernel, grid, common | {"first": 0}, tile.warps, 1, cooperative=True)]
-    grid = (*grid[:2], 2)
-    each = [common | {"first": 0, "origin": 2 * group} for group in range(groups)]
-    return [Call(kernel, grid, one, tile.warps, 1, cooperative=True) for one in each]
 
 
 class Forward(NamedTuple):
@@ -123,22 +104,40 @@ def plan_forward(
     groups, steps, n, _, h = *gates.shape[:4], weight.shape[-1]
     states, final = gates.new_empty(groups, slots, n, 2 * h), gates.new_empty(groups, n, 2 * h)
     inner = gates.new_empty(followed, steps, n, 2, h)
-    arguments = {
-        "gates_ptr": gates,
-        "weight_ptr": weight,
-        "bias_ptr": bias,
-        "states_ptr": states,
-        "inner_ptr": inner,
-        "final_ptr": final,
-        "S": slots,
-        "H": h,
-        "REVERSE": reverse,
-        "FOLLOWED": followed,
-        "PRECISION": precision,
-        "origin": 0,
-    }
-    sizes = sizes_for("forward", 1 if apart else groups, n, h, gates.dtype, precision, resident)
-    return Forward(_launches(forward_kernel, arguments, sizes, resident, apart), states, final, inner)
+    each = 1 if apart else groups
+    tile, blocks = sizes_for("forward", each, n, h, gates.dtype, precision, resident)
+    counters = 2 * groups, blocks, APART.value
+    arguments = _arguments(
+        {
+            "gates_ptr": gates,
+            "weight_ptr": weight,
+            "bias_ptr": bias,
+            "states_ptr": states,
+            "inner_ptr": inner,
+            "final_ptr": final,
+            "counter_ptr": gates.new_zeros(*counters, dtype=torch.int32) if resident else gates,
+            "fault_ptr": fault(gates.device) if resident else gates,
+            "patience": PATIENCE,
+            "S": slots,
+            "H": h,
+            "REVERSE": reverse,
+            "FOLLOWED": followed,
+            "RESIDENT": resident,
+            "PRECISION": precision,
+            "STEPS": steps if resident else 1,
+            "TOGETHER": tile.stages if resident else 1,
+        },
+        tile,
+    )
+    starts = [(t, 0) for t in range(steps)]
+    if resident:
+        starts = [(0, 2 * group) for group in range(0, groups, each)]
+    call = Call(
+        forward_kernel, (triton.cdiv(h, tile.units), blocks, 2 * each), arguments, tile.warps,
+        1 if resident else tile.stages, cooperative=resident,
+    )  # fmt: skip
+    calls = [call._replace(arguments=arguments | {"step": step, "origin": origin}) for step, origin in starts]
+    return Forward(calls, states, final, inner)
 
 
 class Backward(NamedTuple):
@@ -152,34 +151,41 @@ class Backward(NamedTuple):
 
 def plan_backward(
     grad: Tensor | None, grad_final: Tensor | None, weight: Tensor, states: Tensor, gates: Tensor,
-    inner: Tensor, *, reverse: bool, slots: int, with_bias: bool, precision: str, resident: bool = False,
+    inner: Tensor, *, reverse: bool, slots: int, with_bias: bool, precision: str,
 ) -> Backward:  # fmt: skip
     """Backward from the gradients of all states [G, T, N, 2H], of the final ones [G, N, 2H], or of both.
 
     weight [G, 2, H, 3H] is transposed; states, gates and inner are what a forward pass left of the groups it
     was told to follow.
     """
-    groups, _, n, _, h = *gates.shape[:4], weight.shape[-2]
-    sizes = sizes_for("backward", groups, n, h, gates.dtype, precision, resident)
+    groups, steps, n, _, h = *gates.shape[:4], weight.shape[-2]
+    tile, blocks = sizes_for("backward", groups, n, h, gates.dtype, precision, resident=False)
     of_input, of_state = gates.new_empty(gates.shape), gates.new_empty(groups, slots, n, 2, 3 * h)
-    blocks = sizes.blocks if with_bias else 0
-    bias = gates.new_empty(groups, blocks, 2, 4 * h, dtype=torch.float32)
-    arguments = {
-        "grad_ptr": states if grad is None else grad,
-        "grad_final_ptr": states if grad_final is None else grad_final,
-        "weight_ptr": weight,
-        "states_ptr": states,
-        "gates_ptr": gates,
-        "inner_ptr": inner,
-        "input_ptr": of_input,
-        "state_ptr": of_state,
-        "bias_ptr": bias,
-        "S": slots,
-        "H": h,
-        "REVERSE": reverse,
-        "ALL": grad is not None,
-        "FINAL": grad_final is not None,
-        "BIAS": with_bias,
-        "PRECISION": precision,
-    }
-    return Backward(_launches(backward_kernel, arguments, sizes, resident), of_input, of_state, bias)
+    bias = gates.new_empty(groups, blocks if with_bias else 0, 2, 4 * h, dtype=torch.float32)
+    arguments = _arguments(
+        {
+            "grad_ptr": states if grad is None else grad,
+            "grad_final_ptr": states if grad_final is None else grad_final,
+            "weight_ptr": weight,
+            "states_ptr": states,
+            "gates_ptr": gates,
+            "inner_ptr": inner,
+            "input_ptr": of_input,
+            "state_ptr": of_state,
+            "bias_ptr": bias,
+            "S": slots,
+            "H": h,
+            "REVERSE": reverse,
+            "ALL": grad is not None,
+            "FINAL": grad_final is not None,
+            "BIAS": with_bias,
+            "PRECISION": precision,
+        },
+        tile,
+    )
+    grid = (triton.cdiv(h, tile.units), blocks, 2 * groups)
+    calls = [
+        Call(backward_kernel, grid, arguments | {"step": step}, tile.warps, tile.stages)
+        for step in range(steps)
+    ]
+    return Backward(calls, of_input, of_state, bias)

@@ -1,4 +1,4 @@
-"""All time steps of a pass in one launch: where that can run, and what tells that it did not end well.
+"""All time steps of a forward pass in one launch: where that can run, and what tells that it ended badly.
 
 A program that waits for one which has not started waits for ever, so this is launched only where all programs
 run at once (`fits`), as a cooperative launch, which the driver refuses otherwise. Should a wait be too long

@@ -11,8 +11,8 @@ with dh the gradient of a step's state, h' the state before it, and q = (dr, dz,
     dn = dh (1 - z) (1 - n²),  dz = dh (h' - n) z (1 - z),  dr = dn c r (1 - r),  dh' = dh z + q W_hh
 
 A launch is one step, which needs nothing of its neighbours and runs anywhere: the next one sees all states of
-the last. Or it is all steps (RESIDENT): then a program keeps its units' weights in shared memory, and meets
-the others of its direction and clips at a counter after each step, to read what they wrote past the
+the last. Or, forward, it is all steps (RESIDENT): then a program keeps its units' weights in shared memory,
+and meets the others of its direction and clips at a counter after each step, to read what they wrote past the
 first-level cache. `gru_resident` tells where that can run.
 Direction 1 of a `reverse` pair walks from the last frame to the first; positions are those of the frames.
 Legend: G groups, each a pair of directions with weights of its own · P of them, the first, that a backward
@@ -200,7 +200,7 @@ def forward_step(
 
 
 # a launch per step must not compile anew for its number
-@triton.jit(do_not_specialize=["first", "origin"])
+@triton.jit(do_not_specialize=["step", "origin"])
 def forward_kernel(
     gates_ptr,  # [G, T, N, 2, 3H] W_ih x of r, z and n; in groups that are followed the gates replace them
     weight_ptr,  # [G, 2, 3H, H]
@@ -212,7 +212,8 @@ def forward_kernel(
     counter_ptr,  # [2G, blocks of clips, APART] int32 zeros, with RESIDENT
     fault_ptr,  # [1] int32, with RESIDENT
     origin,  # twice the launch's first group
-    first, T, N, S, patience,
+    step,  # the launch's first
+    T, N, S, patience,
     STEPS: tl.constexpr,  # per launch
     H: tl.constexpr, REVERSE: tl.constexpr, FOLLOWED: tl.constexpr, RESIDENT: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -222,7 +223,7 @@ def forward_kernel(
     if RESIDENT:
         held = forward_weights(weight_ptr, pair, H, UPCAST, BLOCK_H, BLOCK_K)
         counter_ptr += (pair * tl.num_programs(1) + tl.program_id(1)) * APART
-        for t in tl.range(first, first + STEPS, disable_licm=True):
+        for t in tl.range(step, step + STEPS, disable_licm=True):
             for start in tl.range(
                 tl.program_id(1) * BLOCK_N, N, tl.num_programs(1) * BLOCK_N, disable_licm=True
             ):
@@ -231,42 +232,45 @@ def forward_kernel(
                     final_ptr, carry_ptr, T, N, S, H, REVERSE, FOLLOWED, RESIDENT, PRECISION, UPCAST,
                     BLOCK_N, BLOCK_H, BLOCK_K, TOGETHER,
                 )  # fmt: skip
-            if t < first + STEPS - 1:
-                patience = meet(counter_ptr, fault_ptr, (t - first + 1) * tl.num_programs(0), patience)
+            if t < step + STEPS - 1:
+                patience = meet(counter_ptr, fault_ptr, (t - step + 1) * tl.num_programs(0), patience)
     else:
         forward_step(
-            first, pair, tl.program_id(1) * BLOCK_N, (), patience, gates_ptr, weight_ptr, bias_ptr,
+            step, pair, tl.program_id(1) * BLOCK_N, (), patience, gates_ptr, weight_ptr, bias_ptr,
             states_ptr, inner_ptr, final_ptr, carry_ptr, T, N, S, H, REVERSE, FOLLOWED, RESIDENT, PRECISION,
             UPCAST, BLOCK_N, BLOCK_H, BLOCK_K, TOGETHER,
         )  # fmt: skip
 
 
 @triton.jit
-def backward_weights(
-    weight_ptr, H: tl.constexpr, UPCAST: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """What a program keeps of W_hh: its units' columns, in tiles of BLOCK_K rows."""
-    k, j = tl.arange(0, BLOCK_K), tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
-    weight_ptr += tl.program_id(2).to(tl.int64) * 3 * H * H + j[None, :] * 3 * H + k[:, None]
-    held = ()
-    for chunk in tl.static_range((3 * H + BLOCK_K - 1) // BLOCK_K):
-        held = held + (  # type: ignore[assignment]
-            weights_of(weight_ptr, chunk * BLOCK_K, k, j[None, :] < H, 3 * H, False, UPCAST),
-        )
-    return held
+def advance(sum_ptr, x, j, step, H: tl.constexpr):
+    """Add the sums of x over clips to those of the steps before."""
+    before = tl.load(sum_ptr + j, mask=j < tl.where(step > 0, H, 0), other=0.0)
+    tl.store(sum_ptr + j, before + tl.sum(x, 0), mask=j < H)
 
 
-@triton.jit
-def backward_step(
-    step, start, held, patience, sums, grad_ptr, grad_final_ptr, weight_ptr, states_ptr, gates_ptr, inner_ptr,
-    input_ptr, state_ptr, carry_ptr, T, N, S, H: tl.constexpr, REVERSE: tl.constexpr, ALL: tl.constexpr,
-    FINAL: tl.constexpr, BIAS: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
-    TOGETHER: tl.constexpr,
+# a launch per step must not compile anew for its number
+@triton.jit(do_not_specialize=["step"])
+def backward_kernel(
+    grad_ptr,  # [G, T, N, 2H] gradient of the states, with ALL
+    grad_final_ptr,  # [G, N, 2H] that of the final ones, with FINAL
+    weight_ptr,  # [G, 2, H, 3H] transposed
+    states_ptr,  # [G, T, N, 2H]
+    gates_ptr,  # [G, T, N, 2, 3H]
+    inner_ptr,  # [G, T, N, 2, H]
+    input_ptr,  # [G, T, N, 2, 3H] gradients of a
+    state_ptr,  # [G, S, N, 2, 3H] and of c
+    bias_ptr,  # [G, blocks of clips, 2, 4H] float32 sums over clips, frames: r, z, n of a, n of c; with BIAS
+    carry_ptr,  # [G, N, 2, H] float32 dh between steps
+    step,  # counted from the last frame backwards in time
+    T, N, S,
+    H: tl.constexpr, REVERSE: tl.constexpr, ALL: tl.constexpr, FINAL: tl.constexpr, BIAS: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Step number `step` of those backwards in time, of the clips from `start` on -> the sums, advanced."""
     group, direction = (tl.program_id(2) // 2).to(tl.int64), tl.program_id(2) % 2
-    n, k = start + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
     j = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = n[:, None] < N
     if H % BLOCK_H:
@@ -295,20 +299,12 @@ def backward_step(
         dh += tile_of(grad_ptr + place, 2 * H, n, j, inside)
     rows_ptr = state_ptr + ((group * S + after % S) * N * 2 + direction) * 3 * H
     rows_ptr += n[:, None] * 6 * H + k[None, :]
-    if RESIDENT:
-        for chunk in tl.static_range(0, (3 * H + BLOCK_K - 1) // BLOCK_K, TOGETHER):
-            tiles = tiles_of(rows_ptr, chunk, TOGETHER, k, read, 3 * H, UPCAST, BLOCK_K)
-            for i in tl.static_range(len(tiles)):
-                dh = tl.dot(tiles[i], held[chunk + i], dh, input_precision=PRECISION)
-        # after a wait that was too long nothing is right, and shall not seem so
-        dh = tl.where(patience == 0, float("nan"), dh)
-    else:
-        WHOLE: tl.constexpr = 3 * H % BLOCK_K == 0 and H % BLOCK_H == 0
-        weight_ptr += tl.program_id(2).to(tl.int64) * 3 * H * H + j[None, :] * 3 * H + k[:, None]
-        for begin in range(0, tl.where(step > 0, 3 * H, 0), BLOCK_K):
-            a = columns_of(rows_ptr, begin, k, n[:, None] < N, 3 * H, UPCAST, BLOCK_K)
-            w = weights_of(weight_ptr, begin, k, j[None, :] < H, 3 * H, WHOLE, UPCAST)
-            dh = tl.dot(a, w, dh, input_precision=PRECISION)
+    WHOLE: tl.constexpr = 3 * H % BLOCK_K == 0 and H % BLOCK_H == 0
+    weight_ptr += tl.program_id(2).to(tl.int64) * 3 * H * H + j[None, :] * 3 * H + k[:, None]
+    for begin in range(0, tl.where(step > 0, 3 * H, 0), BLOCK_K):
+        a = columns_of(rows_ptr, begin, k, n[:, None] < N, 3 * H, UPCAST, BLOCK_K)
+        w = weights_of(weight_ptr, begin, k, j[None, :] < H, 3 * H, WHOLE, UPCAST)
+        dh = tl.dot(a, w, dh, input_precision=PRECISION)
 
     if FINAL:
         out = grad_final_ptr + group * N * 2 * H + direction * H + own
@@ -329,66 +325,9 @@ def backward_step(
     tl.store(out + 2 * H, (dn * r).to(kind), mask=inside)
     tl.store(carry_ptr, dh * z, mask=inside)
     if BIAS:
-        return (
-            sums[0] + tl.sum(dr, 0),
-            sums[1] + tl.sum(dz, 0),
-            sums[2] + tl.sum(dn, 0),
-            sums[3] + tl.sum(dn * r, 0),
-        )
-    else:
-        return sums
-
-
-# a launch per step must not compile anew for its number
-@triton.jit(do_not_specialize=["first"])
-def backward_kernel(
-    grad_ptr,  # [G, T, N, 2H] gradient of the states, with ALL
-    grad_final_ptr,  # [G, N, 2H] that of the final ones, with FINAL
-    weight_ptr,  # [G, 2, H, 3H] transposed
-    states_ptr,  # [G, T, N, 2H]
-    gates_ptr,  # [G, T, N, 2, 3H]
-    inner_ptr,  # [G, T, N, 2, H]
-    input_ptr,  # [G, T, N, 2, 3H] gradients of a
-    state_ptr,  # [G, S, N, 2, 3H] and of c
-    bias_ptr,  # [G, blocks of clips, 2, 4H] float32 sums over clips, frames: r, z, n of a, n of c; with BIAS
-    carry_ptr,  # [G, N, 2, H] float32 dh between steps
-    counter_ptr,  # [2G, blocks of clips, APART] int32 zeros, with RESIDENT
-    fault_ptr,  # [1] int32, with RESIDENT
-    first, T, N, S, patience,
-    STEPS: tl.constexpr,  # per launch
-    H: tl.constexpr, REVERSE: tl.constexpr, ALL: tl.constexpr, FINAL: tl.constexpr, BIAS: tl.constexpr,
-    RESIDENT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, TOGETHER: tl.constexpr,
-):  # fmt: skip
-    """Step `first` is the one of the last frame, counted backwards in time."""
-    block = tl.program_id(2) // 2 * tl.num_programs(1) + tl.program_id(1)
-    j = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
-    bias_ptr += (block * 2 + tl.program_id(2) % 2) * 4 * H + j
-    sums = ()
-    if BIAS:
-        known = j < tl.where(first > 0, H, 0)
-        for i in tl.static_range(4):
-            sums = sums + (tl.load(bias_ptr + i * H, mask=known, other=0.0),)  # type: ignore[assignment]
-    if RESIDENT:
-        held = backward_weights(weight_ptr, H, UPCAST, BLOCK_H, BLOCK_K)
-        counter_ptr += (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * APART
-        for step in tl.range(first, first + STEPS, disable_licm=True):
-            for start in tl.range(
-                tl.program_id(1) * BLOCK_N, N, tl.num_programs(1) * BLOCK_N, disable_licm=True
-            ):
-                sums = backward_step(
-                    step, start, held, patience, sums, grad_ptr, grad_final_ptr, weight_ptr, states_ptr,
-                    gates_ptr, inner_ptr, input_ptr, state_ptr, carry_ptr, T, N, S, H, REVERSE, ALL, FINAL,
-                    BIAS, RESIDENT, PRECISION, UPCAST, BLOCK_N, BLOCK_H, BLOCK_K, TOGETHER,
-                )  # fmt: skip
-            if step < first + STEPS - 1:
-                patience = meet(counter_ptr, fault_ptr, (step - first + 1) * tl.num_programs(0), patience)
-    else:
-        sums = backward_step(
-            first, tl.program_id(1) * BLOCK_N, (), patience, sums, grad_ptr, grad_final_ptr, weight_ptr,
-            states_ptr, gates_ptr, inner_ptr, input_ptr, state_ptr, carry_ptr, T, N, S, H, REVERSE, ALL,
-            FINAL, BIAS, RESIDENT, PRECISION, UPCAST, BLOCK_N, BLOCK_H, BLOCK_K, TOGETHER,
-        )  # fmt: skip
-    if BIAS:
-        for i in tl.static_range(4):
-            tl.store(bias_ptr + i * H, sums[i], mask=j < H)
+        block = tl.program_id(2) // 2 * tl.num_programs(1) + tl.program_id(1)
+        bias_ptr += (block * 2 + direction) * 4 * H
+        advance(bias_ptr, dr, j, step, H)
+        advance(bias_ptr + H, dz, j, step, H)
+        advance(bias_ptr + 2 * H, dn, j, step, H)
+        advance(bias_ptr + 3 * H, dn * r, j, step, H)

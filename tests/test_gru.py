@@ -160,7 +160,7 @@ def test_the_input_alone_keeps_neither_the_input_nor_its_own_gates() -> None:
             gru_pair(x, weights)
         assert any(tensor.data_ptr() == x.data_ptr() for tensor in kept) is learn
     of_input, of_state, bias = gru._backward_op(
-        torch.zeros(1, 4, 3, 32, device=DEVICE), None, *kept[-4:], False, False, "ieee", False
+        torch.zeros(1, 4, 3, 32, device=DEVICE), None, *kept[-4:], False, False, "ieee"
     )
     assert of_input.shape == (1, 4, 3, 2, 48) and of_state.numel() == bias.numel() == 0
 
@@ -254,7 +254,7 @@ def test_opcheck(final: bool, reverse: bool, keep: bool) -> None:
         with torch.no_grad():
             states, last, gates, inner = gru._op(*arguments)
         for grads in ((torch.ones_like(states), None), (None, torch.ones_like(last))):
-            arguments = (*grads, operands.back, states, gates, inner, reverse, final, "ieee", False)
+            arguments = (*grads, operands.back, states, gates, inner, reverse, final, "ieee")
             torch.library.opcheck(gru._backward_op, arguments, test_utils=shapes)
 
 

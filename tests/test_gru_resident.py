@@ -20,7 +20,7 @@ if DEVICE == "cpu":
 pytest.importorskip("triton")
 
 from a2mc_fast.kernels import common, gru, gru_plan, gru_resident  # noqa: E402
-from a2mc_fast.kernels.gru import gru_pair, make_operands  # noqa: E402
+from a2mc_fast.kernels.gru import gru_pair, gru_pairs, make_operands  # noqa: E402
 
 from a2mc_fast.encoders.bigru import BiGRU  # noqa: E402
 from a2mc_fast.errors import InputError  # noqa: E402
@@ -31,11 +31,10 @@ pytestmark = pytest.mark.usefixtures("memory_starts_as_nan")
 
 
 def inputs(groups: int, t: int, n: int, h: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """The input's products, weights and biases, and the gradient of the states."""
+    """The input's products, weights and biases."""
     gates = torch.randn(groups, t, n, 2, 3 * h, device=DEVICE).to(dtype)
     weight = (torch.randn(groups, 2, 3 * h, h, device=DEVICE) / h**0.5).to(dtype)
-    grad = torch.randn(groups, t, n, 2 * h, device=DEVICE).to(dtype)
-    return [gates, weight, torch.randn(groups, 2, 2, 3 * h, device=DEVICE), grad]
+    return [gates, weight, torch.randn(groups, 2, 2, 3 * h, device=DEVICE)]
 
 
 def launch(planned: Any, one_by_one: bool) -> Any:
@@ -44,7 +43,7 @@ def launch(planned: Any, one_by_one: bool) -> Any:
     if one_by_one:
         (call,) = calls
         steps = range(call.arguments["T"])
-        calls = [call._replace(arguments=call.arguments | {"first": t, "STEPS": 1}) for t in steps]
+        calls = [call._replace(arguments=call.arguments | {"step": t, "STEPS": 1}) for t in steps]
     common.launch_all(calls, planned.calls[0].arguments["states_ptr"].device)
     return planned
 
@@ -52,24 +51,8 @@ def launch(planned: Any, one_by_one: bool) -> Any:
 def forward(given: Sequence[Tensor], *, one_by_one: bool = False, **how: Any) -> list[Tensor]:
     """What a forward pass leaves."""
     gates = given[0].clone()
-    planned = launch(gru_plan.plan_forward(gates, *given[1:3], precision="ieee", **how), one_by_one)
+    planned = launch(gru_plan.plan_forward(gates, *given[1:], precision="ieee", **how), one_by_one)
     return [planned.states, planned.final, planned.inner, gates]
-
-
-def backward(
-    given: Sequence[Tensor], *, one_by_one: bool = False, resident: bool = False, all_states: bool = True,
-    reverse: bool = False, slots: int | None = None,
-) -> list[Tensor]:  # fmt: skip
-    """What a backward pass leaves, after a forward pass of one launch per step."""
-    steps = given[0].shape[1]
-    states, _, inner, gates = forward(given, reverse=reverse, followed=len(given[0]), slots=steps)
-    grads = (given[3], None) if all_states else (None, given[3][:, 0])
-    planned = gru_plan.plan_backward(
-        *grads, given[1].transpose(2, 3).contiguous(), states, gates, inner, reverse=reverse,
-        slots=slots or steps, with_bias=slots is None, precision="ieee", resident=resident,
-    )  # fmt: skip
-    launch(planned, one_by_one)
-    return [planned.input, planned.state, planned.bias.sum(1)]
 
 
 FORMS = [
@@ -92,26 +75,12 @@ def test_its_steps_are_those_of_the_other_kernel(
         torch.testing.assert_close(a, b, rtol=error, atol=error)
 
 
-@pytest.mark.parametrize("groups,t,n,h,dtype,reverse,slots", FORMS, ids=IDS)
-def test_its_steps_backwards_are_those_of_the_other_kernel(
-    groups: int, t: int, n: int, h: int, dtype: torch.dtype, reverse: bool, slots: int
-) -> None:
-    given = inputs(groups, t, n, h, dtype)
-    how: dict[str, Any] = {"reverse": reverse, "slots": None if slots == t else 2, "all_states": reverse}
-    got = backward(given, one_by_one=True, resident=True, **how)
-    error = 2e-2 if dtype == torch.bfloat16 else 1e-5
-    for a, b in zip(got, backward(given, **how), strict=True):
-        torch.testing.assert_close(a, b, rtol=error, atol=error)
-
-
 @pytest.mark.parametrize("reverse", [False, True])
 def test_all_steps_in_one_launch(reverse: bool) -> None:
     """Sixteen units are one program's, which waits for itself alone."""
     given = inputs(1, 3, 3, 16)
     how: dict[str, Any] = {"reverse": reverse, "followed": 1, "slots": 3}
-    one = [*forward(given, resident=True, **how), *backward(given, resident=True, reverse=reverse)]
-    steps = [*forward(given, **how), *backward(given, reverse=reverse)]
-    for a, b in zip(one, steps, strict=True):
+    for a, b in zip(forward(given, resident=True, **how), forward(given, **how), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     assert not gru_resident.timed_out(given[0].device)
 
@@ -123,9 +92,6 @@ def test_a_wait_that_is_too_long_ends_and_is_told(monkeypatch: pytest.MonkeyPatc
     states, final, *_ = forward(given, resident=True, reverse=False, followed=1, slots=4)
     assert states[0, 0].isfinite().all() and final.isnan().any()
     assert gru_resident.timed_out(given[0].device) and not gru_resident.timed_out(given[0].device)
-    of_input, *_, sums = backward(given, resident=True)
-    assert of_input[0, -1].isfinite().all() and of_input[0, 0].isnan().any() and sums.isnan().any()
-    assert gru_resident.timed_out(given[0].device)
 
 
 def test_the_log_names_a_wait_that_was_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,22 +119,28 @@ def test_the_log_names_a_wait_that_was_too_long(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("n,t,h", [(64, 64, 1024), (192, 16, 1024), (5, 7, 100)])
-def test_on_a_gpu_it_is_the_same_pass(n: int, t: int, h: int) -> None:
-    """Forward and backward, launched, and replayed many times."""
+@pytest.mark.parametrize(
+    "groups,n,t,h,ways",
+    [(1, 64, 64, 1024, 1), (1, 192, 16, 1024, 1), (2, 64, 16, 1024, 2), (2, 5, 7, 100, 1)],
+)
+def test_on_a_gpu_it_is_the_same_pass(groups: int, n: int, t: int, h: int, ways: int) -> None:
+    """Launched, and replayed many times; groups together where they fit, else one after another."""
     shapes = [(3 * h, 150)] * 2 + [(3 * h, h)] * 2 + [(3 * h,)] * 4
-    weights = [(torch.randn(s, device=DEVICE) / h**0.5).requires_grad_() for s in shapes]
-    x = torch.randn(t, n, 150, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-    operands, direction = make_operands(weights, x.dtype), torch.randn(t, n, 2 * h, device=DEVICE)
+    weights = [torch.randn(shape, device=DEVICE) / h**0.5 for shape in shapes * groups]
+    for weight in weights[: len(shapes)]:
+        weight.requires_grad_()
+    x = torch.randn(groups, t, n, 150, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    operands = make_operands(weights, x.dtype)
+    direction = torch.randn(groups, t, n, 2 * h, device=DEVICE, dtype=x.dtype)
 
     def passes(resident: bool) -> list[Tensor]:
-        states = gru_pair(x, weights, operands, resident=resident)
-        return [states, *torch.autograd.grad(states, [x, *weights], direction.to(x.dtype))]
+        states = gru_pairs(x, weights, operands, resident=resident)
+        return [states, *torch.autograd.grad(states, [x, *weights[: len(shapes)]], direction)]
 
     gru._stays.clear()
     for a, b in zip(first := passes(True), passes(False), strict=True):
         assert (a - b).float().norm() <= 2e-2 * b.float().norm()
-    assert len(gru._stays) == 2 and all(gru._stays.values())
+    assert [*gru._stays.values()] == [False] * (ways - 1) + [True]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         again = passes(True)

@@ -129,7 +129,7 @@ PASSES = [
 
 def steps(problem: Pass, resident: bool = False) -> list[Any]:
     """The first launch forward, as kept for a backward pass, and that backward, on tensors without memory; of
-    a pass without gradients of the weights also one that keeps nothing."""
+    a pass without gradients of the weights also one that keeps nothing. `resident`: that forward alone."""
     import torch
     from a2mc_fast.kernels import gru_plan
 
@@ -139,15 +139,17 @@ def steps(problem: Pass, resident: bool = False) -> list[Any]:
         return torch.empty(1, *shape, dtype=dtype, device="meta")
 
     gates, grad, grad_final = empty(p.t, p.n, 2, 3 * p.h), empty(p.t, p.n, 2 * p.h), empty(p.n, 2 * p.h)
-    how: dict[str, Any] = {"reverse": p.reverse, "precision": p.precision, "resident": resident}
+    how: dict[str, Any] = {"reverse": p.reverse, "precision": p.precision}
     weight, bias = empty(2, 3 * p.h, p.h), empty(2, 2, 3 * p.h, dtype=torch.float32)
-    ahead = gru_plan.plan_forward(gates, weight, bias, followed=1, slots=p.t, **how)
+    ahead = gru_plan.plan_forward(gates, weight, bias, followed=1, slots=p.t, resident=resident, **how)
+    if resident:
+        return ahead.calls
     behind = gru_plan.plan_backward(
         None if p.final else grad, grad_final if p.final else None, empty(2, p.h, 3 * p.h),
         ahead.states, gates, ahead.inner, slots=p.t if p.learns else 2, with_bias=p.learns, **how,
     )  # fmt: skip
     calls = [ahead.calls[0], behind.calls[0]]
-    if p.learns or resident:
+    if p.learns:
         return calls
     slots = 2 if p.final else p.t
     return [*calls, gru_plan.plan_forward(gates, weight, bias, followed=0, slots=slots, **how).calls[0]]
@@ -156,8 +158,7 @@ def steps(problem: Pass, resident: bool = False) -> list[Any]:
 def weights_in_loops(call: Any, chip: int) -> tuple[int, int]:
     """How often tiles of the weights' shape are loaded or put into shared memory: before the first loop, and
     from there on."""
-    depth, columns = call.arguments["BLOCK_K"], call.arguments["BLOCK_H"]
-    columns *= 4 if call.kernel.__name__ == "forward_kernel" else 1
+    depth, columns = call.arguments["BLOCK_K"], 4 * call.arguments["BLOCK_H"]
     before, after = compiled_for(call, chip).asm["ttgir"].split("scf.for", 1)
     pattern = rf"(?:tt\.load|local_alloc) .*(?:tensor|memdesc)<{depth}x{columns}x(?:bf16|!tt.ptr)"
     return len(re.findall(pattern, before)), len(re.findall(pattern, after))
@@ -204,7 +205,7 @@ def compile_all() -> dict[str, list[dict[str, Any]]]:
                     )
     for problem in (Pass(learns=False), Pass(n=192)):
         for call in steps(problem, resident=True):
-            row = {"kernel": f"resident {call.kernel.__name__}", "problem": str(problem), **usage(call, 90)}
+            row = {"kernel": "resident", "problem": str(problem), **usage(call, 90)}
             weights = weights_in_loops(call, 90)
             results["90"].append({**row, "programs": math.prod(call.grid), "weights": weights})
     return results
@@ -233,7 +234,7 @@ def test_no_spills_and_shared_memory_fits(compiled: dict[str, list[dict[str, Any
         "summary_kernel",
         "forward_kernel",
         "backward_kernel",
-        *(["resident forward_kernel", "resident backward_kernel"] if chip == 90 else []),
+        *(["resident"] if chip == 90 else []),
     }
     for row in rows:
         assert row["stack"] == row["local"] == 0, f"spills: {row}"
@@ -257,11 +258,11 @@ def test_the_weights_stay_on_the_chip(compiled: dict[str, list[dict[str, Any]]])
     """At the paper's size all programs run at once on an H100, and no loop reads or moves the weights."""
     from a2mc_fast.kernels.gru_resident import programs_at_once
 
-    rows = [row for row in compiled["90"] if row["kernel"].startswith("resident")]
-    assert len(rows) == 4
+    rows = [row for row in compiled["90"] if row["kernel"] == "resident"]
+    assert len(rows) == 2
     for row in rows:
-        # loaded and put there: eight tiles of 128 columns each, and backwards 24
-        assert row["weights"] == [16 if "forward" in row["kernel"] else 48, 0], row
+        # loaded and put there: eight tiles of 128 columns each
+        assert row["weights"] == [16, 0], row
         at_once = programs_at_once(row["shared"], row["reg"], row["threads"], 228 * 1024)
         assert row["programs"] == 128 <= 132 * at_once, row
 
