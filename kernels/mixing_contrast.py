@@ -148,7 +148,8 @@ def plan(features: Features, bank: Tensor, settings: Contrast) -> tuple[list[Cal
         "BLOCK_D": width(d),
         "CHUNK": _CHUNK,
     }
-    calls = [bank_pass.call, Call(combine_kernel, (len(terms), n), combine)]
+    # one warp, which adds a row's columns without meeting others
+    calls = [bank_pass.call, Call(combine_kernel, (len(terms), n), combine, num_warps=1)]
     return calls, losses, gradients, bank_pass.stats
 
 
