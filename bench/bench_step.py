@@ -153,6 +153,7 @@ def test_step_by_phase(record: Recorder, data: Clips, case: str) -> None:
     )
     record(found)
     print(f"\n{case}: {found.ms:.2f} ms per step, {found.per_second:,.0f} clips/s, {found.sizes}")
+    print(f"  {trainer.parts.ran}")
     for name, value in found.numbers.items():
         print(f"  {name:<34} {value:10.3f}")
     spent = sum(found.phases.values())

@@ -1,9 +1,10 @@
 """Everything that is worth a GPU's minutes, in one command: `python -m bench.gpu OUT --minutes 8`.
 
-First all parts start and compile side by side, beside the tests, which are not timed; then each part that is
-timed runs alone, the most telling first. OUT gets `gpu.json` (machine, records, how each part went),
-`logs.txt`, and `table.txt`, which the command also prints last. Exit code 1: a part failed, hung or had no
-time left. `--rehearse` goes the same way on a CPU at toy sizes, where numbers mean nothing.
+First all timed parts start and compile side by side, beside the tests of operations; then each of them runs
+alone, the most telling first, and whole runs that are not timed take the time that is left. OUT gets
+`gpu.json` (machine, records, how each part went), `logs.txt`, and `table.txt`, which the command also prints
+last. Exit code 1: a part failed, hung or had no time left. `--rehearse` goes the same way on a CPU at toy
+sizes, where numbers mean nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from bench.records import here, write
 from bench.runner import PASSED, ROOT, Part, Runner
 from bench.table import table
 
-SIDE_BY_SIDE = 0.4  # of the minutes, at most, before the first part that is timed
+SIDE_BY_SIDE = 0.5  # of the minutes, at most, before the first part that is timed
 LEFT_OVER = 12.0  # seconds for ending what hangs and for the table
 
 
@@ -43,6 +45,8 @@ class Options:
     """The source's commit, where no checkout can be asked."""
     rehearse: bool = False
     """On the CPU, at toy sizes."""
+    parts: str = ""
+    """Only those whose names contain one of these words, by commas; all by default."""
 
 
 def bench(name: str, test: str, seconds: float, *, waits: bool = True) -> Part:
@@ -52,22 +56,27 @@ def bench(name: str, test: str, seconds: float, *, waits: bool = True) -> Part:
 
 
 def gpu_tests(rehearse: bool) -> list[Part]:
-    """The tests that need a GPU; those of several ranks apart, because they can hang."""
-    marked = [
+    """The tests that need a GPU: of operations, of whole runs, which compile for minutes, and of several
+    ranks, which can hang."""
+    marked = {
         f"tests/{path.name}"
         for path in sorted((ROOT / "tests").glob("test_*.py"))
         if re.search(r"mark\.(gpu|anywhere)", path.read_text(encoding="utf-8"))
-    ]
-    ranks = "tests/test_distributed.py"
-    command = ["-m", "pytest", "--tb=short", "-rfE", "-W", "ignore"]
+    }
+    runs, ranks = "tests/test_gpu.py", "tests/test_distributed.py"
+    command = ["-m", "pytest", "-v", "--tb=short", "-W", "ignore"]
     if importlib.util.find_spec("pytest_timeout"):
         command += ["--timeout", "100"]
-    workers = ["-n", "2" if rehearse else "6"] if importlib.util.find_spec("xdist") else []
-    files = ["tests/test_rng.py"] if rehearse else ["--gpu", *(name for name in marked if name != ranks)]
-    among_ranks = ["--collect-only", ranks] if rehearse else ["--gpu", ranks]
+
+    def part(name: str, seconds: float, workers: int, files: Iterable[str], instead: list[str]) -> Part:
+        many = ["-n", str(workers)] if importlib.util.find_spec("xdist") else []
+        words = (*command, *many, *(instead if rehearse else ["--gpu", *sorted(files)]))
+        return Part(name=name, command=words, seconds=seconds, alone=False)
+
     return [
-        Part(name="GPU tests", command=(*command, *workers, *files), seconds=180, alone=False),
-        Part(name="GPU tests of ranks", command=(*command, *among_ranks), seconds=120, alone=False),
+        part("GPU tests of operations", 180, 4, marked - {runs, ranks}, ["tests/test_rng.py"]),
+        part("GPU tests of runs", 180, 6, [runs], ["--collect-only", runs]),
+        part("GPU tests of ranks", 120, 0, [ranks], ["--collect-only", ranks]),
     ]
 
 
@@ -75,6 +84,7 @@ def all_parts(rehearse: bool = False, data: bool = False) -> list[Part]:
     """In the order in which they run, those that compile beforehand aside."""
     short = ["--bank.warmup-steps", "8", "--optim.epochs", "1"]
     short += ["--synthetic.clips", "200"] if rehearse else []  # on a GPU sizes must be those of the main job
+    operations, *later = gpu_tests(rehearse)
     parts = [
         Part(
             name="compile: main job",
@@ -83,18 +93,20 @@ def all_parts(rehearse: bool = False, data: bool = False) -> list[Part]:
             alone=False,
             prepares=True,
         ),
-        *gpu_tests(rehearse),
-        _beside(bench("equal bits", "runs.py::test_equal_bits", 150)),
+        operations,
         bench("main job", "runs.py::test_main_job", 90, waits=False),
         bench("step, bigru", "step.py::test_step_by_phase[bigru]", 45),
-        bench("loss and ascent", "kernels.py", 60),
         *(
             bench(f"step, {case}", f"step.py::test_step_by_phase[{case}]", 60)
-            for case in ("own", "stgcn", "dsta", "scd")
+            for case in ("stgcn", "dsta", "scd", "own")
         ),
+        bench("loss and ascent", "kernels.py", 60),
         bench("recurrent layers", "recurrent.py", 60),
         bench("public-style trainer", "step.py::test_against_a_public_style_trainer", 45),
         bench("views", "views.py::test_views_of_a_step", 30),
+        # what compiles for long and is not timed gets the time that is left
+        _beside(bench("equal bits", "runs.py::test_equal_bits", 150)),
+        *later,
     ]
     for seed in () if not data else (0,) if rehearse else (0, 1):
         for method in ("own", "own-b1"):
@@ -170,6 +182,7 @@ def measure(options: Options) -> int:
         # as Ctrl-C, so that no part outlives its runner
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         parts = all_parts(options.rehearse, bool(options.data) or options.rehearse)
+        parts = [part for part in parts if any(word in part.name for word in options.parts.split(","))]
         runner.run(parts, began + SIDE_BY_SIDE * seconds)
     text = table(runner.results)
     (options.out / "table.txt").write_text(text, encoding="utf-8")
@@ -179,7 +192,7 @@ def measure(options: Options) -> int:
 
 
 def main(args: list[str] | None = None) -> None:
-    """The command line: OUT [--minutes M] [--data FILE] [--commit ID] [--rehearse]."""
+    """The command line: OUT [--minutes M] [--data FILE] [--commit ID] [--parts WORDS] [--rehearse]."""
     with exit_on_error():
         options = tyro.cli(Options, args=args, prog="python -m bench.gpu", description=__doc__)
         sys.exit(measure(options))

@@ -57,6 +57,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if belongs(item)]
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """On a lent GPU say at once why a test failed: the run may be ended before its summary."""
+    if GPU and report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        print(f"\n{report.nodeid} {report.when}:\n{report.longreprtext[-1500:]}", flush=True)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
