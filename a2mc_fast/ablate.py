@@ -15,8 +15,7 @@ from typing import Annotated, get_args
 import tyro
 
 from a2mc_fast.config import BASE_PRESETS, Config, preset
-from a2mc_fast.config.ranges import Count, check_ranges
-from a2mc_fast.errors import exit_on_error, require
+from a2mc_fast.errors import Count, check_ranges, exit_on_error, require
 from a2mc_fast.evaluation.rows import RowName
 from a2mc_fast.evaluation.settings import LinearConfig
 

@@ -27,8 +27,7 @@ from typing import Annotated, Any, Literal, NotRequired
 
 from safetensors import SafetensorError, safe_open
 
-from a2mc_fast.config.ranges import Range
-from a2mc_fast.errors import InputError, require
+from a2mc_fast.errors import InputError, Range, require
 
 _LARGEST_JSON = 32 << 20  # bytes, of which Python makes up to 24 times as much
 _LARGEST = sys.float_info.max

@@ -12,8 +12,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional, arg
 
-from a2mc_fast.config.ranges import Count, CountOrNone, check_ranges
-from a2mc_fast.errors import exit_on_error, require
+from a2mc_fast.errors import Count, CountOrNone, check_ranges, exit_on_error, require
 
 
 @dataclass(frozen=True, kw_only=True)

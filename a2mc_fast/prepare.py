@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg, subcommand
 
-from a2mc_fast.config.ranges import Count, Range, Share, check_ranges
-from a2mc_fast.errors import exit_on_error, one_line, tell
+from a2mc_fast.errors import Count, Range, Share, check_ranges, exit_on_error, one_line, tell
 
 _LONGEST_COMMAND = 10_000  # characters
 

@@ -64,7 +64,7 @@ from a2mc_fast.files import read_json, typed, write_json
 from a2mc_fast.model import A2MC
 from a2mc_fast.plots.confusion import read_confusion
 from a2mc_fast.plots.study import read_study
-from a2mc_fast.run import checkpoint
+from a2mc_fast.run import checkpoint, weights
 from a2mc_fast.run.log import QuietLog
 from a2mc_fast.run.metrics import read_metrics
 from a2mc_fast.trainer import Trainer
@@ -672,7 +672,9 @@ def target_of(reader: str, folder: Path) -> Target:
         "flags": Target(folder / "flags.json", in_flags, lambda path: _train(path, clips)),
         "metrics": Target(folder / "metrics.jsonl", in_lines, lambda path: read_metrics(path.parent)),
         "checkpoint": Target(
-            folder / "checkpoint.safetensors", in_checkpoint, lambda path: checkpoint.load(path).build()
+            folder / "checkpoint.safetensors",
+            in_checkpoint,
+            lambda path: weights.whole(checkpoint.load(path)),
         ),
         "result": Target(folder / "knn.json", in_json, _shown),
         "study": Target(folder / "study.json", in_json, read_study),

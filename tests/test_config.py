@@ -30,10 +30,9 @@ from a2mc_fast.config import (
     settings,
     to_dict,
 )
-from a2mc_fast.config.ranges import ranges
 from a2mc_fast.data import Clips
 from a2mc_fast.embed import Embed
-from a2mc_fast.errors import InputError
+from a2mc_fast.errors import InputError, ranges
 from a2mc_fast.evaluation import settings as asked
 from a2mc_fast.files import typed
 from a2mc_fast.plots import __main__ as plots

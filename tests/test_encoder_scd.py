@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from a2mc_fast.config.settings import SCD_HEADS, EncoderConfig
 from a2mc_fast.encoders import build_encoder, scd
 from a2mc_fast.encoders.common import frozen, projection_head
 from a2mc_fast.encoders.scd import GraphBlock, GraphStack, MultiScaleTime, SCDNet, TokenTransformer
@@ -21,6 +20,7 @@ from bench.count import parameters_and_macs
 from tests.conftest import SMALL
 
 FRAMES = 6
+_HEADS = 8
 CHAIN20 = Skeleton(
     parents=(0, *range(19)), mirror=tuple(range(20)), center=0, axis_z=(0, 1), axis_x=(2, 3), joint_names=()
 )
@@ -157,9 +157,9 @@ def transformer(part: TokenTransformer, tokens: Tensor) -> Tensor:
     width = x.shape[-1]
     projected = linear(part.query_key_value, x)
     query, key, value = projected[..., :width], projected[..., width : 2 * width], projected[..., 2 * width :]
-    size = width // SCD_HEADS
+    size = width // _HEADS
     heads = []
-    for h in range(SCD_HEADS):
+    for h in range(_HEADS):
         at = slice(h * size, (h + 1) * size)
         scores = torch.einsum("nqd,nkd->nqk", query[..., at], key[..., at]) / math.sqrt(size)
         shares = scores.exp() / scores.exp().sum(-1, keepdim=True)
@@ -283,7 +283,7 @@ def test_other_clips_are_named(shape: tuple[int, ...]) -> None:
 
 def test_heads_must_divide_the_width() -> None:
     with pytest.raises(InputError, match=r"width 12 must be a multiple of SCD-Net's 8 attention heads"):
-        EncoderConfig(width=12)
+        SCDNet(SMALL, width=12)
 
 
 def test_dropout_is_off_while_frozen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -228,13 +228,13 @@ def test_forward_is_the_definition(name: str, options: dict[str, Any], training:
 
 
 def test_partitions_of_the_kinect_skeleton() -> None:
-    clipped = spatial_partitions(NTU25)
+    clipped = spatial_partitions(NTU25.parents)
     assert (clipped != 0).sum((1, 2)).tolist() == [25, 40, 8]
     torch.testing.assert_close(clipped.sum((1, 2)), torch.tensor([8.95, 13.3, 2.75]))
     assert {(row + 1, column + 1) for row, column in clipped[2].nonzero().tolist()} == {
         (2, 1), (3, 4), (5, 6), (9, 10), (21, 2), (21, 3), (21, 5), (21, 9)
     }  # fmt: skip
-    directed = directed_partitions(NTU25)
+    directed = directed_partitions(NTU25.parents)
     assert (directed != 0).sum((1, 2)).tolist() == [25, 24, 24]
     torch.testing.assert_close(directed.sum((1, 2)), torch.tensor([25.0, 24, 20]))
     assert {tuple(entry) for entry in directed[1].nonzero().tolist()} == {(p, j) for j, p in NTU25.bones}
@@ -243,7 +243,7 @@ def test_partitions_of_the_kinect_skeleton() -> None:
 
 @pytest.mark.parametrize("skeleton", [NTU25, KINECT20, SMALL], ids=["ntu", "kinect", "small"])
 def test_partitions_are_the_definition(skeleton: Skeleton) -> None:
-    partitions = spatial_partitions(skeleton)
+    partitions = spatial_partitions(skeleton.parents)
     torch.testing.assert_close(partitions, slow_partitions(skeleton))
     torch.testing.assert_close(partitions.sum((0, 1)), torch.ones(skeleton.num_joints))
 

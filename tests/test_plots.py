@@ -33,7 +33,7 @@ from a2mc_fast.plots.neighbours import nearest, neighbours, spread_over_classes
 from a2mc_fast.plots.output import write_picture
 from a2mc_fast.plots.skeletons import LEFT, MIDDLE, RIGHT, draw_pose, draw_strip, even_frames, project, sides
 from a2mc_fast.plots.tsne import neighbour_agreement, tsne
-from a2mc_fast.run import checkpoint
+from a2mc_fast.run import checkpoint, weights
 from a2mc_fast.run.metrics import read_metrics
 from a2mc_fast.run.opened import Opened, open_run
 from a2mc_fast.run.start import pretrain
@@ -432,7 +432,7 @@ def test_attacked_stages_are_those_of_the_model(ntu_run: Path) -> None:
     run = opened(ntu_run)
     number = int((run.clips.labels < 16).nonzero()[0])  # an action of one person
     stages = attacked_stages(run, number, 0)
-    model = checkpoint.load(ntu_run).build().eval()
+    model = weights.whole(checkpoint.load(ntu_run)).eval()
     whole = run.views.whole(torch.tensor([number]))
     assert torch.equal(stages[0].clip, whole)
     torch.testing.assert_close(stages[0].probability, model.classify(whole).softmax(1)[0])
@@ -458,7 +458,7 @@ def test_a_clip_is_found_by_name_then_by_number(small_run: Path) -> None:
 def test_neighbours_are_the_nearest_training_clips(ntu_run: Path) -> None:
     run = opened(ntu_run)
     train_index, test_index = run.clips.split("xsub")
-    branch = checkpoint.load(ntu_run).build().query
+    branch = checkpoint.load(ntu_run).branch()
     for match in nearest(run, 4, 3, 0):
         assert match.query in test_index
         feature = encode(branch, run.views, torch.tensor([match.query]))

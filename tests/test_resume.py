@@ -24,7 +24,7 @@ from a2mc_fast.data import Clips
 from a2mc_fast.errors import InputError
 from a2mc_fast.evaluate import main as evaluate
 from a2mc_fast.files import read_tensors, write_json
-from a2mc_fast.run import checkpoint, machine, saver
+from a2mc_fast.run import checkpoint, machine, saver, weights
 from a2mc_fast.run import log as runlog
 from a2mc_fast.run.checkpoint import FILE, load, numbered
 from a2mc_fast.run.folder import open_folder
@@ -361,7 +361,7 @@ def test_a_header_that_claims_terabytes_allocates_nothing(finished: Path, sectio
     found = load(finished)
     before = machine.peak_memory(torch.device("cpu"))
     with pytest.raises(InputError, match="does not hold the model that it describes"):
-        found.build()
+        weights.whole(found)
     assert machine.peak_memory(torch.device("cpu")) - before < 100e6
 
 

@@ -12,7 +12,6 @@ import os
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from a2mc_fast.config.ranges import Seed, check_ranges
 from a2mc_fast.config.settings import (
     AttackConfig,
     BankConfig,
@@ -23,7 +22,7 @@ from a2mc_fast.config.settings import (
     SyntheticConfig,
     ViewConfig,
 )
-from a2mc_fast.errors import InputError, require
+from a2mc_fast.errors import InputError, Seed, check_ranges, require
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

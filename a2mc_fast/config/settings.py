@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from a2mc_fast.config.ranges import (
+from a2mc_fast.errors import (
     Count,
     CountOrNone,
     Momentum,
@@ -18,11 +18,8 @@ from a2mc_fast.config.ranges import (
     Share,
     Temperature,
     check_ranges,
+    require,
 )
-from a2mc_fast.errors import require
-
-SCD_HEADS = 8
-"""Attention heads of SCD-Net's transformers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,10 +80,6 @@ class EncoderConfig:
             self.name in _ENCODER_OPTIONS or re.fullmatch(r"[\w.]+:\w+", self.name) is not None,
             f"encoder.name must be {', '.join(_ENCODER_OPTIONS)}, or MODULE:CLASS of an own one, "
             f"got {self.name!r:.80}",
-        )
-        require(
-            self.width % SCD_HEADS == 0,
-            f"encoder.width {self.width} must be a multiple of SCD-Net's {SCD_HEADS} attention heads",
         )
         require(
             self.recurrence == "auto" or self.name == "bigru",

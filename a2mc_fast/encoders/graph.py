@@ -1,50 +1,46 @@
 """Partitions of a skeleton's adjacency, as graph convolutions read them: y[..., w] = sum_v x[..., v] A[v, w].
 
 Entry [v, w] is what joint w takes from joint v, so bone (joint, parent) is the entry [parent, joint] in one
-direction and [joint, parent] in the other. Every column is divided by its degree. (ST-GCN sec. 3.3, CTR-GCN)
+direction and [joint, parent] in the other. Every column is divided by its degree. A skeleton is given by its
+joints' parents; the root is its own. (ST-GCN sec. 3.3, CTR-GCN)
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from a2mc_fast.skeleton import Skeleton
 
-
-def spatial_partitions(skeleton: Skeleton) -> Tensor:
+def spatial_partitions(parents: Sequence[int]) -> Tensor:
     """Self-loops, neighbours away from the root, neighbours towards it. -> [3, V, V] float32
 
     The columns of the sum add to one. Public ST-GCN code, and so this, measures distance for the root's own
     neighbours alone: all others are equally far, and a bone between two of those lies in the second partition
     in both directions.
     """
-    away, towards = _outward(skeleton), _inward(skeleton)
-    parents = torch.tensor(skeleton.parents)
-    grandparents = parents[parents]
+    towards, parent = _inward(parents), torch.tensor(parents)
+    grandparent = parent[parent]
     # whose parent is the root or its neighbour; the root is its own parent
-    near = parents[grandparents] == grandparents
-    partitions = torch.stack((torch.eye(skeleton.num_joints), away + towards * ~near, towards * near))
+    near = parent[grandparent] == grandparent
+    partitions = torch.stack((torch.eye(len(parents)), towards.T + towards * ~near, towards * near))
     return partitions / partitions.sum((0, 1))
 
 
-def directed_partitions(skeleton: Skeleton) -> Tensor:
+def directed_partitions(parents: Sequence[int]) -> Tensor:
     """Self-loops, each joint's parent, each joint's children; columns of each add to one or are empty.
 
     -> [3, V, V] float32 (CTR-GCN)
     """
-    partitions = torch.stack((torch.eye(skeleton.num_joints), _inward(skeleton), _outward(skeleton)))
+    inward = _inward(parents)
+    partitions = torch.stack((torch.eye(len(parents)), inward, inward.T))
     return partitions / partitions.sum(1, keepdim=True).clamp_min(1)
 
 
-def _inward(skeleton: Skeleton) -> Tensor:
+def _inward(parents: Sequence[int]) -> Tensor:
     """One entry [parent, joint] per bone. -> [V, V]"""
-    entries = torch.zeros(skeleton.num_joints, skeleton.num_joints)
-    for joint, parent in skeleton.bones:
-        entries[parent, joint] = 1
+    entries = torch.zeros(len(parents), len(parents))
+    for joint, parent in enumerate(parents):
+        entries[parent, joint] = joint != parent
     return entries
-
-
-def _outward(skeleton: Skeleton) -> Tensor:
-    """One entry [joint, parent] per bone. -> [V, V]"""
-    return _inward(skeleton).T

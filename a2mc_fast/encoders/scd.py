@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from a2mc_fast.config.settings import SCD_HEADS
 from a2mc_fast.encoders.common import Encoder, norm_per_view
 from a2mc_fast.encoders.graph import directed_partitions
 from a2mc_fast.errors import require
 from a2mc_fast.skeleton import Skeleton
 
 _CHANNELS = (3, 64, 256, 64)
+_HEADS = 8
 _DROPOUT = 0.1
 
 
@@ -32,6 +32,10 @@ class SCDNet(Encoder):
 
     def __init__(self, skeleton: Skeleton, *, persons: int = 2, frames: int = 64, width: int = 2048) -> None:
         super().__init__()
+        require(
+            width % _HEADS == 0,
+            f"--encoder.width {width} must be a multiple of SCD-Net's {_HEADS} attention heads",
+        )
         self.clip_shape = (frames, _CHANNELS[0], skeleton.num_joints, persons)
         self.feature_dim = 2 * width
         self.levels = {"t": slice(0, width), "s": slice(width, 2 * width), "i": slice(None)}
@@ -61,7 +65,7 @@ class GraphStack(nn.Module):
     def __init__(self, skeleton: Skeleton, persons: int) -> None:
         super().__init__()
         self.input_norm = nn.BatchNorm1d(persons * skeleton.num_joints * _CHANNELS[0])
-        partitions = directed_partitions(skeleton)
+        partitions = directed_partitions(skeleton.parents)
         self.blocks = nn.Sequential(
             *(
                 GraphBlock(channels, out, partitions, residual=i > 0)
@@ -177,7 +181,7 @@ class TokenTransformer(nn.Module):
     def _attend(self, x: Tensor) -> Tensor:
         """Multi-head self-attention. [N, L, width] -> same shape"""
         query, key, value = (
-            part.unflatten(2, (SCD_HEADS, -1)).transpose(1, 2) for part in self.query_key_value(x).chunk(3, 2)
+            part.unflatten(2, (_HEADS, -1)).transpose(1, 2) for part in self.query_key_value(x).chunk(3, 2)
         )
         dropout = self.dropout.p if self.training else 0.0
         mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)  # [N, heads, L, .]

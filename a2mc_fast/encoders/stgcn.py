@@ -33,7 +33,7 @@ class STGCN(Encoder):
         channels: int = 16,
     ) -> None:
         super().__init__()
-        partitions = spatial_partitions(skeleton)
+        partitions = spatial_partitions(skeleton.parents)
         self.input_norm = nn.BatchNorm1d(3 * skeleton.num_joints)
         # time is halved wherever the base width doubles
         widths = [channels] * 4 + [2 * channels] * 3 + [4 * channels] * 2 + [self.feature_dim]

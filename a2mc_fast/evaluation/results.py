@@ -1,23 +1,40 @@
-"""Results of protocols: one measured on a run, one added up from the scores of several; written and printed.
+"""Results of protocols: one measured on an opened run, one added up from the scores of several; written and
+printed.
 
 A result is a JSON file beside the run; protocols with one classifier also save the test clips' scores.
 """
 
 from __future__ import annotations
 
+import csv
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from a2mc_fast.config import to_dict
+from a2mc_fast.data import Clips
+from a2mc_fast.data.identity import copies
+from a2mc_fast.encoders.branch import Branch
 from a2mc_fast.errors import one_speaks, require, tell
-from a2mc_fast.evaluation.measure import measure
-from a2mc_fast.evaluation.protocols import class_names
-from a2mc_fast.evaluation.scores import About, Scores, accuracy, details, weighted_sum
-from a2mc_fast.evaluation.settings import AnyEvaluation, Ensemble, Knn
-from a2mc_fast.evaluation.tables import FORMAT, accuracies, table
-from a2mc_fast.files import sha256, write_json
+from a2mc_fast.evaluation.finetune import finetune, semi_supervised
+from a2mc_fast.evaluation.protocols import (
+    check_classes,
+    class_names,
+    encode,
+    labelled_split,
+    linear_evaluation,
+    nearest,
+    vote,
+)
+from a2mc_fast.evaluation.scores import About, Outcome, Scores, accuracy, details, weighted_sum
+from a2mc_fast.evaluation.settings import AnyEvaluation, Ensemble, Finetune, Knn, Linear, Semi
+from a2mc_fast.evaluation.tables import FORMAT, accuracies, mean_and_std, table
+from a2mc_fast.files import atomic_path, sha256, write_json
 from a2mc_fast.ranks import join
 from a2mc_fast.run import checkpoint
 from a2mc_fast.run.machine import machine, pick_device
@@ -103,6 +120,148 @@ def _on_fresh(result: dict[str, Any]) -> str:
     if value is None:
         return ""
     return f"{value:.2f} % on the {result['fresh_test_clips']} test clips that equal no training clip\n"
+
+
+# what a protocol measures
+
+
+class Measured(NamedTuple):
+    """What a protocol found: the result's own entries, and its classifier's outcome if it has just one."""
+
+    entries: dict[str, Any]
+    outcome: Outcome | None = None
+
+
+def measure(options: AnyEvaluation, branch: Branch, run: Opened, which: str = "") -> Measured:
+    """Accuracies in percent and what belongs to them. May train `branch`, which is not used again; `which`
+    encoder it is, the user is told."""
+    if isinstance(options, Knn):
+        return _knn(options, branch, run)
+    name = f"{options.protocol}{which and ', ' + which}"
+    if isinstance(options, Semi):
+        return _semi(options, branch, run, name)
+    split = run.config.split
+    train, test = labelled_split(run.views, split)
+    check_classes(run.views, train, test, f"protocol {split!r}", options.allow_missing)
+    report = _begins(options, name, f"{len(train)} training and {len(test)} test clips", options.seed)
+    if isinstance(options, Linear):
+        outcome = linear_evaluation(branch, run.views, split, options, progress=report)
+    else:
+        outcome = finetune(branch, run.views, train, test, options, progress=report)
+    return _classified(outcome, run)
+
+
+def _begins(
+    options: Linear | Finetune | Semi, name: str, what: str, seed: int
+) -> Callable[[int, float], None]:
+    """Tells on standard error that a training begins. Returns what tells how it goes, (epoch, accuracy); of
+    many trainings, only how each one ended."""
+    tell(f"{name}: {what}, {options.epochs} epochs, seed {seed}", error=True)
+    start = time.perf_counter()
+
+    def report(epoch: int, accuracy: float) -> None:
+        seconds = time.perf_counter() - start
+        left = seconds * (options.epochs / epoch - 1)
+        if not isinstance(options, Semi) or epoch == options.epochs:
+            times = f"{seconds:.0f} s" + (f", {left:.0f} s left" if epoch < options.epochs else "")
+            tell(f"{name}: epoch {epoch}/{options.epochs}  top-1 {accuracy:.2f} %  {times}", error=True)
+
+    return report
+
+
+def _knn(options: Knn, branch: Branch, run: Opened) -> Measured:
+    clips, views = run.clips, run.views
+    split = run.config.split
+    train, test = clips.split(split) if options.neighbours else labelled_split(views, split)
+    require(len(train) > 0 and len(test) > 0, f"a side of protocol {split!r} has no clips")
+    gallery, queries = encode(branch, views, train), encode(branch, views, test)
+    if options.neighbours and views.world.main:
+        similarity, rows = nearest(gallery, queries, min(options.top, len(train)))
+        _write_neighbours(Path(options.neighbours), clips, test, train[rows], similarity)
+    # clips without a label are listed, but neither vote nor count
+    known, asked = clips.labels[train] >= 0, clips.labels[test] >= 0
+    if not (known.any() and asked.any()):
+        return Measured({})
+    train, test = train[known], test[asked]
+    _, rows = nearest(gallery[known], queries[asked], options.k)
+    predicted, truth = vote(clips.labels[train][rows]), clips.labels[test]
+    shown = details(predicted, truth, clips.num_classes)
+    return Measured({"top1": accuracy(predicted, truth), **_fresh("top1", predicted, run), **shown})
+
+
+def _semi(options: Semi, branch: Branch, run: Opened, name: str) -> Measured:
+    def begins(share: float, clips: int, seed: int) -> Callable[[int, float], None]:
+        return _begins(options, name, f"{100 * share:g} % of the labels, {clips} training clips", seed)
+
+    entries = []
+    shares = semi_supervised(branch, run.views, run.config.split, options, begins=begins)
+    for share, clips, outcomes in shares:
+        runs = [{"top1_best": o.best, "top1_last": o.last} for o in outcomes]
+        seeds = range(options.seed, options.seed + options.seeds)
+        entries.append(
+            {
+                "fraction": share,
+                "training_clips": clips,
+                **mean_and_std(runs),
+                "runs": [{"seed": seed, **one} for seed, one in zip(seeds, runs)],
+                **_details(outcomes, run),
+            }
+        )
+    return Measured({"fractions": entries})
+
+
+def _classified(outcome: Outcome, run: Opened) -> Measured:
+    """The result of one trained classifier; confusion and classes are those of the last epoch."""
+    entries = {"top1_best": outcome.best, "top1_last": outcome.last}
+    fresh = _fresh("top1_last", outcome.predicted, run)
+    return Measured({**entries, **fresh, **_details([outcome], run)}, outcome)
+
+
+def _fresh(name: str, predicted: Tensor, run: Opened) -> dict[str, Any]:
+    """`name`_fresh: the accuracy on test clips that equal no training clip; nothing if none does."""
+    clips, test = run.clips, run.labelled("test")
+    fresh = ~copies(clips.frames, clips.lengths, run.labelled("training"), test).to(test.device)
+    if fresh.all() or not fresh.any():
+        return {}
+    truth = clips.labels[test]
+    return {f"{name}_fresh": accuracy(predicted[fresh], truth[fresh]), "fresh_test_clips": int(fresh.sum())}
+
+
+def _details(outcomes: Sequence[Outcome], run: Opened) -> dict[str, Any]:
+    truth = run.clips.labels[run.labelled("test")].repeat(len(outcomes))
+    return details(torch.cat([o.predicted for o in outcomes]), truth, run.clips.num_classes)
+
+
+def _write_neighbours(path: Path, clips: Clips, queries: Tensor, found: Tensor, similarity: Tensor) -> None:
+    """Every test clip with its nearest training clips. queries [Q] and found [Q, k] clip numbers."""
+    names, labels = clips.names, [*class_names(clips), ""]  # of label -1
+    truth = clips.labels.tolist()
+
+    def describe(clip: int) -> dict[str, Any]:
+        return {"name": names[clip], "label": truth[clip], "class": labels[truth[clip]]}
+
+    rows = [
+        {
+            **describe(query),
+            "neighbours": [
+                {**describe(clip), "similarity": round(value, 6)} for clip, value in zip(clips_, values)
+            ],
+        }
+        for query, clips_, values in zip(queries.tolist(), found.tolist(), similarity.tolist())
+    ]
+    if path.suffix == ".json":
+        write_json(path, rows)
+        return
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        head = ("name", "label", "class")
+        table.writerow((*head, "rank", *(f"neighbour_{h}" for h in head), "similarity"))
+        for row in rows:
+            for rank, other in enumerate(row["neighbours"], 1):
+                table.writerow((*(row[h] for h in head), rank, *other.values()))
+
+
+# several results together
 
 
 def ensemble(options: Ensemble) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from tyro.conf import Positional, arg
 
-from a2mc_fast.config.ranges import (
+from a2mc_fast.errors import (
     Count,
     CountOrNone,
     Momentum,
@@ -21,8 +21,8 @@ from a2mc_fast.config.ranges import (
     Seed,
     Share,
     check_ranges,
+    require,
 )
-from a2mc_fast.errors import require
 
 _LINEAR_LR = {
     "bigru": 0.1,

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
 
-from a2mc_fast.config.ranges import Range
-from a2mc_fast.errors import one_line, require
+from a2mc_fast.errors import Range, one_line, require
 from a2mc_fast.files import read_json, typed
 
 FORMAT = "a2mc-evaluation/1"

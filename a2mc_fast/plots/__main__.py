@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from a2mc_fast.config.ranges import CountOrNone, Range, check_ranges
-from a2mc_fast.errors import exit_on_error
+from a2mc_fast.errors import CountOrNone, Range, check_ranges, exit_on_error
 from a2mc_fast.plots.output import write_picture
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from torch import Tensor
 from a2mc_fast.errors import InputError, require
 from a2mc_fast.plots.skeletons import draw_strip, even_frames, extent, legend_lines, persons_seen
 from a2mc_fast.plots.style import GREY, SKY, class_label, figure, shorten
+from a2mc_fast.run import weights
 from a2mc_fast.run.opened import Opened
 
 _TOP = 5
@@ -87,7 +88,7 @@ def find_clip(run: Opened, clip: str) -> int:
 
 def attacked_stages(run: Opened, number: int, seed: int) -> list[Stage]:
     """The clip and what Att-Aug makes of it, with the class distribution of each."""
-    model, views = run.saved.build(run.clips.device), run.views
+    model, views = weights.whole(run.saved, run.clips.device), run.views
     model.eval()
     index = torch.tensor([number], device=run.clips.device)
     whole = views.whole(index)

@@ -14,8 +14,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from a2mc_fast.config.ranges import Count
-from a2mc_fast.errors import require
+from a2mc_fast.errors import Count, require
 from a2mc_fast.evaluation.tables import read_ended
 from a2mc_fast.files import read_json, typed
 from a2mc_fast.plots.style import BLACK, BLUE, GREEN, GREY, LINES, VERMILION, figure, shorten

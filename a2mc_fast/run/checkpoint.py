@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NotRequired, TypedDict, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -24,19 +24,20 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from a2mc_fast.config import Config
-from a2mc_fast.config.ranges import Count, Range
 from a2mc_fast.encoders.branch import Branch
 from a2mc_fast.encoders.recurrence import Recurrence
-from a2mc_fast.errors import InputError, os_reason, require
+from a2mc_fast.errors import Count, InputError, Range, os_reason, require
 from a2mc_fast.files import atomic_path, parse_json, read_tensors, typed
-from a2mc_fast.model import A2MC
 from a2mc_fast.skeleton import Skeleton
+
+if TYPE_CHECKING:
+    from a2mc_fast.model import A2MC
 
 FORMAT = "a2mc-checkpoint/5"
 FILE = "checkpoint.safetensors"
 # a model may need this many elements beside those in its checkpoint: small tables that it makes anew
 _SPARE_ELEMENTS = 1 << 18
-Model = TypeVar("Model", A2MC, Branch)
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class Header(TypedDict):
@@ -173,16 +174,6 @@ class Checkpoint:
     recurrence: Recurrence | None = None
     """What computed the recurrent layers, where there are any."""
 
-    def build(self, device: torch.device | str = "cpu") -> A2MC:
-        """The model with its trained tensors. `InputError` if it would not fit the tensors of the file."""
-        model = self._fitting(
-            lambda: A2MC(self.config, self.skeleton, self.persons, self.classes),
-            self.config.bank.size,
-            self.classes,
-        )
-        self.restore(model)
-        return model.to(device)
-
     def branch(self, device: torch.device | str = "cpu", *, untrained: bool = False) -> Branch:
         """The query encoder and its heads, as trained or as before; heads that are not in the file are new.
 
@@ -193,14 +184,17 @@ class Checkpoint:
             torch.manual_seed(self.config.seed)  # as A2MC does before it makes them
             return Branch(self.config, self.skeleton, self.persons)
 
-        branch = self._fitting(new)
+        branch = self.fitting(new)
         if not untrained:
             heads = {n: t for n, t in branch.state_dict().items() if n.startswith("heads.")}
             self._copy(branch, "model.query.", heads)
         return branch.to(device)
 
-    def _fitting(self, build: Callable[[], Model], *sizes: int) -> Model:
-        """What `build` makes of the header, which may claim any size, among them `sizes`."""
+    def fitting(self, build: Callable[[], Model], *sizes: int) -> Model:
+        """What `build` makes of the header, which may claim any size, among them `sizes`.
+
+        `InputError` if it would not fit the tensors of the file.
+        """
         held = sum(tensor.numel() for tensor in self.tensors.values())
         options = [n for n in self.config.encoder.options.values() if type(n) is int]
         largest = max(*options, *sizes, self.config.encoder.projection, self.persons)

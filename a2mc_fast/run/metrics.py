@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, NotRequired, TypedDict
 
-from a2mc_fast.config.ranges import Range
-from a2mc_fast.errors import InputError, require
+from a2mc_fast.errors import InputError, Range, require
 from a2mc_fast.files import parse_json, read_bytes, typed
 
 _LARGEST_LOG, _LONGEST_LINE = 1 << 30, 1 << 16  # bytes

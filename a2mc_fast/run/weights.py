@@ -109,6 +109,17 @@ def load_reference(bigru: BiGRU, state: Mapping[str, Tensor]) -> None:
     bigru.load_state_dict(mapped)
 
 
+def whole(saved: Checkpoint, device: torch.device | str = "cpu") -> A2MC:
+    """The trained model, heads and banks included. `InputError` if it would not fit the file's tensors."""
+    model = saved.fitting(
+        lambda: A2MC(saved.config, saved.skeleton, saved.persons, saved.classes),
+        saved.config.bank.size,
+        saved.classes,
+    )
+    saved.restore(model)
+    return model.to(device)
+
+
 def begin_with(model: A2MC, config: Config) -> str:
     """Start both encoders of a new run with that of `config.init_from`; heads and banks stay new.
 
