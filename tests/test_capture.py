@@ -262,7 +262,6 @@ def test_the_fourth_call_is_captured_and_later_ones_replay(stand_in: list[str]) 
     assert stand_in == ["run"] * 3 + ["capture", "run", "captured"] + ["replay"] * 3
     assert results[3] is results[4] is results[5] and results[2] is not results[3]
     assert step.ran == "captured"
-    assert Captured(function, None)()["loss"] == 0 and stand_in[-1] == "run"
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -127,7 +127,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 class Captured:
-    """A function of static tensors; on a GPU its fourth call captures it, and from then on it is replayed.
+    """A function of static tensors on a GPU: its fourth call captures it, and from then on it is replayed.
 
     It takes no arguments and reads what changes from call to call from tensors that its owner writes before.
     It must not wait for the device, and must allocate nothing that outlives it but what it returns: those
@@ -138,12 +138,11 @@ class Captured:
     def __init__(
         self,
         function: Callable[[], dict[str, Tensor]],
-        stream: torch.cuda.Stream | None,
+        stream: torch.cuda.Stream,
         strict: bool = False,
         say: Say = print,
     ) -> None:
-        """`stream` None: every call runs as usual, on the current stream. `strict` turns a refused capture
-        into an `InputError`."""
+        """`strict` turns a refused capture into an `InputError`."""
         self.function, self.stream, self.strict, self.say = function, stream, strict, say
         self.graph: torch.cuda.CUDAGraph | None = None
         self.reason = ""
@@ -158,8 +157,6 @@ class Captured:
         return f"launched: {self.reason}" if self.reason else "launched"
 
     def __call__(self) -> dict[str, Tensor]:
-        if self.stream is None:
-            return self.function()
         current = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
@@ -175,7 +172,6 @@ class Captured:
 
     def _capture(self) -> None:
         """Record the work, which does none of it; a refusal leaves all as it was."""
-        assert self.stream is not None
         graph = torch.cuda.CUDAGraph()
         generator = torch.cuda.default_generators[self.stream.device.index or 0]
         before = generator.get_state()

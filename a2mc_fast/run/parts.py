@@ -51,7 +51,7 @@ class Parts:
             branch.compiled = self._part(name, branch.encoder, not branch.encoder.recurrent)
             self._all.append(branch.compiled)
         self._stream = torch.cuda.Stream(device) if cuda and run.graph != "off" else None
-        self._run = Captured(dict, None)
+        self._captured: Captured | None = None
 
     def _choose_recurrence(self, device: torch.device, before: Recurrence | None) -> None:
         """Both encoders' recurrent layers by what suits all ranks, and as `before` if that is possible."""
@@ -68,23 +68,25 @@ class Parts:
         strict = self.config.run.compile == "on"
         return Part(name, function, compile and self._compiles, strict, lambda line: self.say(line))
 
-    def captured(self, body: Callable[[], dict[str, Tensor]]) -> Captured:
-        """What runs `body`: after some calls in a row, on a GPU, the capture of it."""
-        if self._run.function != body:
+    def captured(self, body: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:
+        """What runs `body`: itself, or on a GPU, after some calls in a row, the capture of it."""
+        if self._stream is None:
+            return body
+        if self._captured is None or self._captured.function != body:
             strict = self.config.run.graph == "on"
-            self._run = Captured(body, self._stream, strict, lambda line: self.say(line))
-        return self._run
+            self._captured = Captured(body, self._stream, strict, lambda line: self.say(line))
+        return self._captured
 
     def launch_steps(self) -> None:
         """From now on the host launches every operation of a step: slower, but a profile can name them."""
-        self._stream, self._run = None, Captured(dict, None)
+        self._stream = self._captured = None
 
     @property
     def ran(self) -> dict[str, str]:
         """How each part of the step ran, by name: compiled, captured, by which kernels, or why not."""
         return {
             **{part.name: part.ran for part in self._all},
-            "step": self._run.ran,
+            "step": self._captured.ran if self._captured else "launched",
             "loss and bank": "Triton kernels" if self.model.backend == "triton" else "plain torch",
             "random numbers": "Triton kernel" if self._words_by_kernel else "plain torch",
             **({"recurrent layers": self.recurrence} if self.recurrence else {}),
