@@ -7,6 +7,7 @@ then on, and says so, unless the user asked for it strictly. Nothing here knows 
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -14,6 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from a2mc_fast.errors import InputError, first_line
+
+# which float32 products may be rounded is the run's choice
+warnings.filterwarnings("ignore", "TensorFloat32 tensor cores for float32 matrix multiplication available")
 
 Mode = Literal["auto", "on", "off"]
 Say = Callable[[str], None]
