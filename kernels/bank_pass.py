@@ -59,7 +59,7 @@ class Tile(NamedTuple):
 # with tf32, two programs of the pass fit on a multiprocessor at any width
 _TILES = {
     ("tf32", 16): Tile(64, 64, 16, 4, 3),
-    ("tf32", 32): Tile(64, 64, 32, 4, 3),
+    ("tf32", 32): Tile(64, 64, 32, 4, 3, 255),
     ("tf32", 64): Tile(64, 32, 64, 4, 3),
     ("tf32", 128): Tile(64, 32, 128, 4, 2),
     ("tf32", 256): Tile(32, 16, 256, 4, 2),
@@ -219,6 +219,10 @@ def bank_pass_kernel(
         if NORMALIZE:
             inverse = inverse_norm(rows)
             s *= inverse[None, :]
+            rows *= inverse[:, None]
+        # before the exponentials, which need the registers
+        if PRECISION == "tf32":
+            rows = rows.to(tl.float16)
         s = tl.where(valid[None, :], s, LOW)
         higher = tl.maximum(top, tl.max(s, 1))
         reach = level(higher, a, LARGEST)
@@ -231,11 +235,7 @@ def bank_pass_kernel(
         total = total * keep + tl.sum(e, 1)
         if SUMS:
             mass = mass * keep + tl.sum(w, 1)
-            if NORMALIZE:
-                rows *= inverse[:, None]
-            if PRECISION == "tf32":
-                w, rows = w.to(tl.float16), rows.to(tl.float16)
-            sums = tl.dot(w, rows, sums * keep[:, None], input_precision=PRECISION)
+            sums = tl.dot(w.to(rows.dtype), rows, sums * keep[:, None], input_precision=PRECISION)
         top = higher
         rows_ptr += BLOCK_K * D
 
