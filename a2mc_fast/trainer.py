@@ -25,7 +25,6 @@ from a2mc_fast.encoders.branch import set_arithmetic
 from a2mc_fast.encoders.common import weights_held
 from a2mc_fast.encoders.recurrence import Recurrence
 from a2mc_fast.errors import require
-from a2mc_fast.evaluation.protocols import knn_accuracy
 from a2mc_fast.losses import Losses, spread
 from a2mc_fast.model import A2MC
 from a2mc_fast.run import checkpoint
@@ -185,18 +184,6 @@ class Trainer:
         index = self.schedule.batch()
         own = self.world.part(len(index))
         return index[own], [draws.part(own) for draws in self.views.draw(self.schedule.time, len(index))]
-
-    def knn_accuracy(self) -> float | None:
-        """kNN accuracy of the protocol in percent, None where a side of it has no labels."""
-        labels = self.clips.labels
-        if not all(
-            bool((labels[index] >= 0).any())
-            for index in (self.schedule.train_index, self.schedule.test_index)
-        ):
-            return None
-        # its odd batch sizes are not worth compiling for
-        with self.parts.uncompiled():
-            return knn_accuracy(self.model.query, self.views, self.config.split)
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
         """Continue from a checkpoint. `InputError` if it was trained on other data."""

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from a2mc_fast import train
-from a2mc_fast.run import checkpoint, machine, saver
+from a2mc_fast.run import checkpoint, machine, metrics, saver
 from a2mc_fast.run import log as runlog
 from a2mc_fast.run import start as beginning
 from a2mc_fast.trainer import Trainer
@@ -98,11 +98,11 @@ def _at_call(owner: Any, name: str, number: int, then: Callable[..., Any], after
 
 
 def _die_in_a_metrics_line(number: int) -> None:
-    def half(log: runlog.RunLog, line: bytes) -> None:
-        os.write(log._file.fileno(), line[: len(line) // 2])
+    def half(file: metrics.MetricsFile, line: bytes) -> None:
+        os.write(file._file.fileno(), line[: len(line) // 2])
         _die()
 
-    _at_call(runlog.RunLog, "_append", number, half)
+    _at_call(metrics.MetricsFile, "_append", number, half)
 
 
 def _half_written(path: Path, saved: checkpoint.State) -> None:

@@ -37,7 +37,7 @@ from a2mc_fast.evaluation import settings as asked
 from a2mc_fast.files import typed
 from a2mc_fast.plots import __main__ as plots
 from a2mc_fast.predict import Predict
-from a2mc_fast.run.log import QuietLog
+from a2mc_fast.run.log import time_left
 from a2mc_fast.trainer import Trainer
 from tests.conftest import SMALL
 from tests.test_train import tiny
@@ -174,8 +174,6 @@ def test_a_run_at_the_ends_of_the_ranges_stays_finite(make_clips: Callable[..., 
 
 def test_the_warm_up_foretells_its_own_end_alone() -> None:
     config = preset("demo")
-    log = QuietLog(Path(), config, config.warmup_steps + 500, None)
-    log.step = config.warmup_steps - 100
-    assert log._left(rate=10.0) == "10 s of warm-up left"
-    log.step += 100
-    assert log._left(rate=10.0) == "50 s left"
+    warmup = config.warmup_steps
+    assert time_left(config, warmup - 100, warmup + 500, rate=10.0) == "10 s of warm-up left"
+    assert time_left(config, warmup, warmup + 500, rate=10.0) == "50 s left"

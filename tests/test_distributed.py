@@ -32,6 +32,7 @@ from a2mc_fast.errors import InputError
 from a2mc_fast.run import ranks as distributed
 from a2mc_fast.run.checkpoint import FILE
 from a2mc_fast.run.ranks import ALONE, World, join
+from a2mc_fast.run.start import knn_top1
 from a2mc_fast.trainer import Trainer
 from tests import processes
 from tests.conftest import SMALL
@@ -145,7 +146,7 @@ def trained(world: World, config: Config) -> State:
     state = {name: t.numpy() for name, t in trainer.model.state_dict().items()}
     for name, parameter in trainer.model.query.named_parameters():
         state[f"optimizer.{name}"] = trainer.optimizer.state[parameter]["momentum_buffer"].numpy()
-    return {**state, "losses": np.concatenate(losses), "knn": np.array(trainer.knn_accuracy())}
+    return {**state, "losses": np.concatenate(losses), "knn": np.array(knn_top1(trainer))}
 
 
 def assert_close(got: State, expected: State, tolerance: float = 1e-6) -> None:

@@ -442,14 +442,14 @@ def test_metrics_wait_for_room(data: Path, tmp_path: Path, capsys: pytest.Captur
     """/dev/full is a disk without room; the lines come later, in order, and none twice."""
     (tmp_path / "run").mkdir()
     with RunLog(tmp_path / "run", tiny(data, tmp_path / "run"), 9, None) as log:
-        room = log._file
+        file, room = log._file, log._file._file
         log.accuracy(1.0)
-        with Path("/dev/full").open("ab", buffering=0) as log._file:
+        with Path("/dev/full").open("ab", buffering=0) as file._file:
             log.accuracy(2.0)
             log.accuracy(3.0)
             with pytest.raises(OSError, match="No space left"):
                 log.sync()  # so a checkpoint ahead of its metrics is not written either
-        log._file = room
+        file._file = room
         log.accuracy(4.0)
         log.sync()
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -253,6 +253,13 @@ class Clips:
             )
         mask = self.splits[name]
         return mask.nonzero().flatten(), (~mask).nonzero().flatten()
+
+    def labelled(self, name: str, side: Literal["training", "test"]) -> Tensor:
+        """Clip numbers of one side of a protocol, labelled clips only. `InputError` if there are none."""
+        index = self.split(name)[side == "test"]
+        index = index[self.labels[index] >= 0]
+        require(len(index) > 0, f"protocol {name!r} has no labelled {side} clips")
+        return index
 
     def read(self, index: Tensor, position: Tensor) -> Tensor:
         """Frames at fractional times, interpolated linearly, as one gather.

@@ -7,7 +7,6 @@ Legend: n clips · F feature width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -56,15 +55,7 @@ def training_crops(views: Views, seed: int) -> Views:
 
 def labelled_split(views: Views, split: str) -> tuple[Tensor, Tensor]:
     """(train, test) clip numbers of a protocol, labelled clips only. `InputError` if a side is empty."""
-    return labelled(views.clips, split, "training"), labelled(views.clips, split, "test")
-
-
-def labelled(clips: Clips, split: str, side: Literal["training", "test"]) -> Tensor:
-    """Clip numbers of one side of a protocol, labelled clips only. `InputError` if there are none."""
-    index = clips.split(split)[side == "test"]
-    index = index[clips.labels[index] >= 0]
-    require(len(index) > 0, f"protocol {split!r} has no labelled {side} clips")
-    return index
+    return views.clips.labelled(split, "training"), views.clips.labelled(split, "test")
 
 
 def check_classes(views: Views, train: Tensor, test: Tensor, where: str, allow_missing: bool = False) -> None:
@@ -114,11 +105,11 @@ def knn(gallery: Tensor, gallery_labels: Tensor, queries: Tensor, k: int = 1) ->
     return vote(gallery_labels[nearest(gallery, queries, k)[1]])
 
 
-def knn_accuracy(branch: Branch, views: Views, split: str, k: int = 1) -> float:
+def knn_accuracy(branch: Branch, views: Views, split: str) -> float:
     """kNN accuracy of a protocol in percent: training clips are the gallery, test clips the queries."""
     train, test = labelled_split(views, split)
     labels = views.clips.labels
-    predicted = knn(encode(branch, views, train), labels[train], encode(branch, views, test), k)
+    predicted = knn(encode(branch, views, train), labels[train], encode(branch, views, test))
     return accuracy(predicted, labels[test])
 
 

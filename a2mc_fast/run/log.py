@@ -1,16 +1,14 @@
-"""What a run tells: its metrics file, the console line and the progress bar."""
+"""What a run tells: its metrics, the console line and the progress bar, its first and last lines."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import threading
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -18,11 +16,11 @@ from tqdm import tqdm
 
 from a2mc_fast.config import Config, to_dict
 from a2mc_fast.encoders.recurrence import waited_too_long
-from a2mc_fast.errors import InputError, os_reason, require, tell
-from a2mc_fast.files import atomic_path, remove_leftovers, write_json
+from a2mc_fast.errors import InputError, require, tell
+from a2mc_fast.files import remove_leftovers, write_json
 from a2mc_fast.run.checkpoint import FILE, Checkpoint
 from a2mc_fast.run.machine import machine, peak_memory
-from a2mc_fast.run.metrics import lines_of, read_line
+from a2mc_fast.run.metrics import MetricsFile
 
 if TYPE_CHECKING:
     from a2mc_fast.trainer import Trainer
@@ -34,44 +32,29 @@ _NAMED = 8  # clips named in an error
 _NOT_FINITE = "start a new run with a lower --optim.lr or --precision fp32 (a resumed one would repeat this)"
 
 
-class RunLog:
-    """Writes one run's folder and tells the user how it goes. Its clock stands still while `paused`.
+class QuietLog:
+    """How far a run is, and whether it goes well: all that a rank needs which neither prints nor writes.
 
-    Metrics that the disk refuses wait in memory for the next line.
+    Its clock stands still while `paused`.
     """
 
     def __init__(self, folder: Path, config: Config, total_steps: int, resumed: Checkpoint | None) -> None:
         self.folder, self.config, self.total_steps = folder, config, total_steps
-        self.step = self._last_step = resumed.step if resumed else 0
-        self._before = self._last_seconds = resumed.progress.get("seconds", 0.0) if resumed else 0.0
+        self.step = resumed.step if resumed else 0
+        self._before = resumed.progress.get("seconds", 0.0) if resumed else 0.0
         self.watch: Callable[[dict[str, Any]], None] | None = None
         """Who else hears of every metrics line."""
-        self._board = _tensorboard(folder, self.step + 1) if config.run.tensorboard else None
-        for name in (FILE, "config.json", "metrics.jsonl", "result.json", "fault.json"):
-            remove_leftovers(folder / name)
-        self._metrics = folder / "metrics.jsonl"
-        write_json(folder / "config.json", {**to_dict(config), "machine": machine()})
-        (folder / "result.json").unlink(missing_ok=True)  # of a run that is prolonged
-        self.lines = self._keep_metrics(resumed)
-        """Of the metrics file, from the run's beginning."""
-        self._file = self._metrics.open("ab", buffering=0)
-        self._unwritten = b""
-        self._concerns: set[str] = set()  # each is said once
-        self._writing = threading.Lock()  # the thread that saves also asks for what is unwritten
-        self._bar = tqdm(
-            total=total_steps,
-            initial=self.step,
-            unit="step",
-            dynamic_ncols=True,
-            bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
-            disable=None,  # off where there is no terminal
-        )
-        self._started = self._last_console = time.perf_counter()
+        self._started = time.perf_counter()
 
     @property
     def seconds(self) -> float:
         """Training time so far, that before a resume included."""
         return self._before + time.perf_counter() - self._started
+
+    @property
+    def lines(self) -> int:
+        """Of the metrics file, from the run's beginning."""
+        return 0
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -83,7 +66,6 @@ class RunLog:
     def advance(self) -> bool:
         """One step is done. Returns whether to log it."""
         self.step += 1
-        self._bar.update()
         return self.step % self.config.run.log_every == 0 or self.step == self.total_steps
 
     def due(self, epochs: int, steps_per_epoch: int) -> bool:
@@ -92,32 +74,7 @@ class RunLog:
 
     def metrics(self, trainer: Trainer, values: dict[str, Tensor]) -> dict[str, float]:
         """One metrics line of what the last step returned. Returns its numbers; fails as `check` does."""
-        numbers = self.check(trainer, values)
-        seconds, steps = self.seconds, self.step - self._last_step
-        rate = steps / max(seconds - self._last_seconds, 1e-9)
-        self._last_seconds, self._last_step = seconds, self.step
-        record = {
-            "step": self.step,
-            "stage": "warm-up" if self.step <= self.config.warmup_steps else "train",
-            "lr": trainer.schedule.learning_rate(self.step - 1),
-            **numbers,
-            "seconds": round(seconds, 3),
-            "clips_per_second": round(rate * self.config.optim.batch_size, 1),
-            "memory_bytes": peak_memory(trainer.device),
-        }
-        self._write(record)
-        for concern in concerns(record):
-            if concern not in self._concerns:
-                self._concerns.add(concern)
-                self.say(f"step {self.step}/{self.total_steps}  {concern}")
-        # 80 columns hold this
-        short = f"loss {record['loss']:.3f}  {self._speed(record)}  {self._left(rate)}"
-        self._bar.set_postfix_str(short, refresh=False)
-        quiet_for = time.perf_counter() - self._last_console
-        if (self._bar.disable and quiet_for > _CONSOLE_EVERY) or self.step == self.total_steps:
-            self._last_console = time.perf_counter()
-            self.say(self._console_line(record, rate))
-        return numbers
+        return self.check(trainer, values)
 
     def check(self, trainer: Trainer, values: dict[str, Tensor]) -> dict[str, float]:
         """What a step returned, as numbers: the only wait for the device.
@@ -151,7 +108,96 @@ class RunLog:
         return numbers
 
     def _clips(self, trainer: Trainer, step: int) -> str:
-        """The names of a step's clips, the first few, and where all are."""
+        """The names of a step's clips."""
+        return "as rank 0 names them"
+
+    def accuracy(self, knn_top1: float | None, which: str = "") -> dict[str, float]:
+        """A metrics line and a console line of an evaluation, after `step` steps; nothing without labels.
+
+        Returns {"knn_top1" + which: percent}, what the result will hold.
+        """
+        return {} if knn_top1 is None else {f"knn_top1{which}": knn_top1}
+
+    def say(self, line: str) -> None:
+        """Console lines, above the progress bar."""
+
+    def sync(self) -> None:
+        """Have every metrics line on the disk: a checkpoint must not be ahead of them. Or `OSError`."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+class RunLog(QuietLog):
+    """Writes one run's folder and tells the user how it goes."""
+
+    def __init__(self, folder: Path, config: Config, total_steps: int, resumed: Checkpoint | None) -> None:
+        super().__init__(folder, config, total_steps, resumed)
+        self._board = _tensorboard(folder, self.step + 1) if config.run.tensorboard else None
+        for name in (FILE, "config.json", "metrics.jsonl", "result.json", "fault.json"):
+            remove_leftovers(folder / name)
+        write_json(folder / "config.json", {**to_dict(config), "machine": machine()})
+        (folder / "result.json").unlink(missing_ok=True)  # of a run that is prolonged
+        known = resumed.progress.get("lines") if resumed else None
+        self._file = MetricsFile(folder, resumed.step if resumed else -1, known)
+        self._concerns: set[str] = set()  # each is said once
+        self._bar = tqdm(
+            total=total_steps,
+            initial=self.step,
+            unit="step",
+            dynamic_ncols=True,
+            bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
+            disable=None,  # off where there is no terminal
+        )
+        self._last_step, self._last_seconds = self.step, self._before
+        self._started = self._last_console = time.perf_counter()
+
+    @property
+    def lines(self) -> int:
+        return self._file.lines
+
+    def advance(self) -> bool:
+        self._bar.update()
+        return super().advance()
+
+    def metrics(self, trainer: Trainer, values: dict[str, Tensor]) -> dict[str, float]:
+        numbers = self.check(trainer, values)
+        seconds, steps = self.seconds, self.step - self._last_step
+        rate = steps / max(seconds - self._last_seconds, 1e-9)
+        self._last_seconds, self._last_step = seconds, self.step
+        record: dict[str, Any] = {
+            "step": self.step,
+            "stage": "warm-up" if self.step <= self.config.warmup_steps else "train",
+            "lr": trainer.schedule.learning_rate(self.step - 1),
+            **numbers,
+            "seconds": round(seconds, 3),
+            "clips_per_second": round(rate * self.config.optim.batch_size, 1),
+            "memory_bytes": peak_memory(trainer.device),
+        }
+        self._write(record)
+        place = f"step {self.step}/{self.total_steps}"
+        for concern in concerns(record):
+            if concern not in self._concerns:
+                self._concerns.add(concern)
+                self.say(f"{place}  {concern}")
+        speed = f"{record['clips_per_second']:.0f} clips/s  {record['memory_bytes'] / 2**30:.2f} GiB"
+        left = time_left(self.config, self.step, self.total_steps, rate)
+        # 80 columns hold this
+        self._bar.set_postfix_str(f"loss {record['loss']:.3f}  {speed}  {left}", refresh=False)
+        quiet_for = time.perf_counter() - self._last_console
+        if (self._bar.disable and quiet_for > _CONSOLE_EVERY) or self.step == self.total_steps:
+            self._last_console = time.perf_counter()
+            self.say(
+                f"{place}  {record['stage']}  loss {record['loss']:.3f} (L1 {record['loss_weak']:.3f}, "
+                f"L2 {record['loss_strong']:.3f}, L3 {record['loss_basic']:.3f})  lr {record['lr']:.1e}  "
+                f"{speed}  {1e3 / rate:.0f} ms/step  {left}"
+            )
+        return numbers
+
+    def _clips(self, trainer: Trainer, step: int) -> str:
+        """The first few, and where all are."""
         names = [trainer.clips.names[index] for index in trainer.schedule.batch(step).tolist()]
         more = ""
         if len(names) > _NAMED:
@@ -160,43 +206,16 @@ class RunLog:
                 more = f" and {len(names) - _NAMED} more, listed in {self.folder}/fault.json"
         return ", ".join(names[:_NAMED]) + more
 
-    def _console_line(self, record: dict[str, Any], rate: float) -> str:
-        """Fixed order, with units."""
-        return (
-            f"step {self.step}/{self.total_steps}  {record['stage']}  loss {record['loss']:.3f} "
-            f"(L1 {record['loss_weak']:.3f}, L2 {record['loss_strong']:.3f}, L3 {record['loss_basic']:.3f})  "
-            f"lr {record['lr']:.1e}  {self._speed(record)}  {1e3 / rate:.0f} ms/step  {self._left(rate)}"
-        )
-
-    @staticmethod
-    def _speed(record: dict[str, Any]) -> str:
-        return f"{record['clips_per_second']:.0f} clips/s  {record['memory_bytes'] / 2**30:.2f} GiB"
-
-    def _left(self, rate: float) -> str:
-        """The time left at `rate` steps per second. A step of the method proper takes several of the warm-up,
-        which therefore foretells its own end alone."""
-        warmup = self.config.warmup_steps
-        end, what = (warmup, "of warm-up ") if self.step < warmup else (self.total_steps, "")
-        return f"{(end - self.step) / rate:.0f} s {what}left"
-
     def accuracy(self, knn_top1: float | None, which: str = "") -> dict[str, float]:
-        """A metrics line and a console line of an evaluation, after `step` steps; nothing without labels.
-
-        Returns {"knn_top1" + which: percent}, what the result will hold.
-        """
-        if knn_top1 is None:
-            return {}
-        self._write({"step": self.step, "knn_top1": knn_top1})
-        self.say(f"step {self.step}/{self.total_steps}  kNN top-1 {knn_top1:.1f} %")
-        return {f"knn_top1{which}": knn_top1}
+        if knn_top1 is not None:
+            self._write({"step": self.step, "knn_top1": knn_top1})
+            self.say(f"step {self.step}/{self.total_steps}  kNN top-1 {knn_top1:.1f} %")
+        return super().accuracy(knn_top1, which)
 
     def _write(self, record: dict[str, Any]) -> None:
-        waited, self.lines = bool(self._unwritten), self.lines + 1
-        try:
-            self._append(json.dumps(record).encode() + b"\n")
-        except OSError as error:
-            if not waited:
-                self.say(f"{self._metrics} cannot be written ({os_reason(error)}): its lines wait in memory")
+        refused = self._file.add(record)
+        if refused:
+            self.say(refused)
         if self.watch is not None:
             self.watch(record)
         if self._board is not None:
@@ -204,25 +223,12 @@ class RunLog:
                 if isinstance(value, float):
                     self._board.add_scalar(name, value, self.step)
 
-    def _append(self, line: bytes) -> None:
-        """Write what is unwritten and `line`; what is left after an error stays for the next time."""
-        with self._writing:
-            self._unwritten += line
-            while self._unwritten:
-                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
-
     def sync(self) -> None:
-        """Have every metrics line on the disk: a checkpoint must not be ahead of them. Or `OSError`."""
-        self._append(b"")
-        os.fsync(self._file.fileno())
+        self._file.sync()
 
     def say(self, line: str) -> None:
-        """Console lines, above the progress bar."""
         with self._bar.external_write_mode():
             tell(line)
-
-    def __enter__(self) -> RunLog:
-        return self
 
     def __exit__(self, *error: object) -> None:
         """Release the files and the progress bar."""
@@ -231,28 +237,13 @@ class RunLog:
         if self._board is not None:
             self._board.close()
 
-    def _keep_metrics(self, resumed: Checkpoint | None) -> int:
-        """Remove what was logged after the checkpoint: those steps are done again. Returns the lines left.
 
-        Lines that the checkpoint knows and the file lacks are said, and marked by a line that counts them.
-        """
-        step = resumed.step if resumed else -1
-        content, kept, count = lines_of(self._metrics), [], 0
-        for line in content:
-            with suppress(InputError):
-                record = read_line(line)
-                if record["step"] <= step and line.endswith(b"\n"):
-                    kept.append(line)
-                    count += record.get("lost", 1)
-        lost = int(resumed.progress.get("lines", count)) - count if resumed else 0
-        if lost > 0:
-            tell(f"{self._metrics} lacks {lost} of the lines up to step {step}: a line there marks the gap")
-            kept.append(json.dumps({"step": step, "lost": lost}).encode() + b"\n")
-            count += lost
-        if kept != content:
-            with atomic_path(self._metrics) as temporary:
-                temporary.write_bytes(b"".join(kept))
-        return count
+def time_left(config: Config, step: int, total_steps: int, rate: float) -> str:
+    """The time left at `rate` steps per second. A step of the method proper takes several of the warm-up,
+    which therefore foretells its own end alone."""
+    warmup = config.warmup_steps
+    end, what = (warmup, "of warm-up ") if step < warmup else (total_steps, "")
+    return f"{(end - step) / rate:.0f} s {what}left"
 
 
 def concerns(record: dict[str, Any]) -> list[str]:
@@ -273,29 +264,6 @@ def concerns(record: dict[str, Any]) -> list[str]:
     return found
 
 
-class QuietLog(RunLog):
-    """That of a rank which neither prints nor writes: it keeps count of the steps, and fails as the other."""
-
-    def __init__(self, folder: Path, config: Config, total_steps: int, resumed: Checkpoint | None) -> None:
-        self.folder, self.config, self.total_steps = folder, config, total_steps
-        self.step = self._last_step = resumed.step if resumed else 0
-        self._before = self._last_seconds = resumed.progress.get("seconds", 0.0) if resumed else 0.0
-        self._concerns, self.lines = set(), 0
-        self._bar = tqdm(disable=True)
-        self._started = self._last_console = time.perf_counter()
-
-    def _clips(self, trainer: Trainer, step: int) -> str:
-        return "as rank 0 names them"
-
-    def _write(self, record: dict[str, Any]) -> None: ...
-
-    def sync(self) -> None: ...
-
-    def say(self, line: str) -> None: ...
-
-    def __exit__(self, *error: object) -> None: ...
-
-
 def _tensorboard(folder: Path, step: int) -> Any:
     """A writer that hides what an earlier process wrote from `step` on."""
     try:
@@ -303,3 +271,52 @@ def _tensorboard(folder: Path, step: int) -> Any:
     except ImportError:
         raise InputError("--run.tensorboard needs: pip install 'a2mc_fast[tensorboard]'") from None
     return SummaryWriter(str(folder), purge_step=step)
+
+
+# the first and the last lines of a run
+
+
+def command(folder: Path) -> str:
+    """What continues a run."""
+    return f"python -m a2mc_fast.train --resume {shlex.quote(str(folder))}"
+
+
+def heading(trainer: Trainer, folder: Path) -> str:
+    """The first line of a run."""
+    config, schedule, world = trainer.config, trainer.schedule, trainer.world
+    ranks = "" if world.alone else f"{world.size} x "
+    return (
+        f"{config.preset}: {len(schedule.train_index)} training clips, {schedule.total_steps} steps "
+        f"({config.warmup_steps} of warm-up) on {ranks}{machine()['device']} -> {folder}"
+    )
+
+
+def outcome(config: Config, trainer: Trainer, log: QuietLog, progress: dict[str, float]) -> dict[str, Any]:
+    """The content of result.json. It needs no step of this process: the last checkpoint holds the numbers."""
+    return {
+        "preset": config.preset,
+        "steps": log.step,
+        "seconds": round(log.seconds, 2),
+        "clips_per_second": round(log.step * config.optim.batch_size / log.seconds, 1),
+        "peak_memory_bytes": peak_memory(trainer.device),
+        "loss": progress["loss"],
+        "knn_top1": progress.get("knn_top1"),
+        "knn_top1_untrained": progress.get("knn_top1_untrained"),
+        "ran": trainer.parts.ran,
+        **machine(),
+    }
+
+
+def summary(result: dict[str, Any], folder: Path) -> str:
+    """The last lines of a run."""
+    lines = [
+        f"{result['steps']} steps in {result['seconds']:.0f} s, {result['clips_per_second']:.0f} clips/s, "
+        f"peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB, loss {result['loss']:.3f}"
+    ]
+    if result["knn_top1"] is not None:
+        gain = result["knn_top1"] - result["knn_top1_untrained"]
+        lines.append(
+            f"kNN top-1 {result['knn_top1']:.1f} %, untrained encoder {result['knn_top1_untrained']:.1f} % "
+            f"({gain:+.1f} points)"
+        )
+    return "\n".join([*lines, f"wrote {folder}/checkpoint.safetensors and {folder}/result.json"])

@@ -1,12 +1,16 @@
-"""The lines of metrics.jsonl: what a run logs, read again when it is resumed and by the curves."""
+"""metrics.jsonl: the lines that a run logs, read again when it is resumed and by the curves."""
 
 from __future__ import annotations
 
+import json
+import os
+import threading
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, NotRequired, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
-from a2mc_fast.errors import InputError, Range, require
-from a2mc_fast.files import parse_json, read_bytes, typed
+from a2mc_fast.errors import InputError, Range, os_reason, require, tell
+from a2mc_fast.files import atomic_path, parse_json, read_bytes, typed
 
 _LARGEST_LOG, _LONGEST_LINE = 1 << 30, 1 << 16  # bytes
 _Number = Annotated[float, Range("[-1e30, 1e30]")]
@@ -54,3 +58,63 @@ def read_metrics(run: Path) -> list[Record]:
             raise InputError(f"{path}: line {number} is not a metrics record ({error})") from None
     require(any("loss" in record for record in records), f"{path} holds no logged step yet")
     return records
+
+
+class MetricsFile:
+    """The file as a run writes it. Lines that the disk refuses wait in memory for the next one."""
+
+    def __init__(self, run: Path, step: int, known: float | None) -> None:
+        """Goes on after the checkpoint of `step`, which knows so many lines; -1 and None for a new run."""
+        self.path = run / "metrics.jsonl"
+        self.lines = self._keep(step, known)
+        """From the run's beginning."""
+        self._file = self.path.open("ab", buffering=0)
+        self._unwritten = b""
+        self._writing = threading.Lock()  # the thread that saves also asks for what is unwritten
+
+    def _keep(self, step: int, known: float | None) -> int:
+        """Remove what was logged after the checkpoint: those steps are done again. Returns the lines left.
+
+        Lines that the checkpoint knows and the file lacks are said, and marked by a line that counts them.
+        """
+        content, kept, count = lines_of(self.path), [], 0
+        for line in content:
+            with suppress(InputError):
+                record = read_line(line)
+                if record["step"] <= step and line.endswith(b"\n"):
+                    kept.append(line)
+                    count += record.get("lost", 1)
+        lost = 0 if known is None else int(known) - count
+        if lost > 0:
+            tell(f"{self.path} lacks {lost} of the lines up to step {step}: a line there marks the gap")
+            kept.append(json.dumps({"step": step, "lost": lost}).encode() + b"\n")
+            count += lost
+        if kept != content:
+            with atomic_path(self.path) as temporary:
+                temporary.write_bytes(b"".join(kept))
+        return count
+
+    def add(self, record: dict[str, Any]) -> str:
+        """Write a line. Returns what to say when the first one has to wait, else ""."""
+        waited, self.lines = bool(self._unwritten), self.lines + 1
+        try:
+            self._append(json.dumps(record).encode() + b"\n")
+        except OSError as error:
+            if not waited:
+                return f"{self.path} cannot be written ({os_reason(error)}): its lines wait in memory"
+        return ""
+
+    def _append(self, line: bytes) -> None:
+        """Write what is unwritten and `line`; what is left after an error stays for the next time."""
+        with self._writing:
+            self._unwritten += line
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+
+    def sync(self) -> None:
+        """Have every line on the disk, or `OSError`."""
+        self._append(b"")
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()

@@ -16,7 +16,6 @@ from a2mc_fast.data.identity import differing
 from a2mc_fast.data.synthetic import synthetic_clips
 from a2mc_fast.encoders.branch import Branch
 from a2mc_fast.errors import require, tell
-from a2mc_fast.evaluation.protocols import labelled
 from a2mc_fast.run import weights
 from a2mc_fast.run.checkpoint import Checkpoint
 from a2mc_fast.run.machine import most_threads, pick_device
@@ -49,7 +48,7 @@ class Opened:
 
     def labelled(self, side: Literal["training", "test"]) -> Tensor:
         """Clip numbers of one side of the protocol that have a label. `InputError` if there are none."""
-        return labelled(self.clips, self.config.split, side)
+        return self.clips.labelled(self.config.split, side)
 
 
 def open_run(

@@ -6,7 +6,6 @@ One step, the algorithm itself, is `trainer.Trainer.step`.
 from __future__ import annotations
 
 import gc
-import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -17,12 +16,13 @@ import torch
 from a2mc_fast.config import Config, located
 from a2mc_fast.data import Clips
 from a2mc_fast.errors import require, tell
+from a2mc_fast.evaluation.protocols import knn_accuracy
 from a2mc_fast.files import write_json
 from a2mc_fast.run import checkpoint, weights
 from a2mc_fast.run.checkpoint import Checkpoint
 from a2mc_fast.run.folder import open_folder
-from a2mc_fast.run.log import QuietLog, RunLog
-from a2mc_fast.run.machine import keep_threads, machine, peak_memory, pick_device
+from a2mc_fast.run.log import QuietLog, RunLog, command, heading, outcome, summary
+from a2mc_fast.run.machine import keep_threads, pick_device
 from a2mc_fast.run.opened import load_clips
 from a2mc_fast.run.ranks import World, join
 from a2mc_fast.run.saver import Saver
@@ -78,7 +78,7 @@ def _pretrain(
                 progress = resumed.progress
                 log.say(f"resumed after step {resumed.step}{other}")
             else:
-                progress = log.accuracy(trainer.knn_accuracy(), "_untrained")
+                progress = log.accuracy(knn_top1(trainer), "_untrained")
         for step in range(log.step, total):
             values = trainer.step(step)
             logged = log.advance()
@@ -86,7 +86,7 @@ def _pretrain(
                 progress["loss"] = log.metrics(trainer, values)["loss"]
             if log.due(run.eval_every, per_epoch):
                 with log.paused():
-                    progress |= log.accuracy(trainer.knn_accuracy())
+                    progress |= log.accuracy(knn_top1(trainer))
             # read once: a signal may come at any line; several ranks agree where they wait for the device
             asked = world.largest(sum(stop[:1])) if logged or world.alone else 0
             last = bool(asked) or log.step == total
@@ -121,6 +121,16 @@ def _trainer(config: Config, clips: Clips | None, resumed: Checkpoint | None, wo
     return trainer
 
 
+def knn_top1(trainer: Trainer) -> float | None:
+    """kNN accuracy of the protocol in percent, None where a side of it has no labels."""
+    labels, schedule = trainer.clips.labels, trainer.schedule
+    if not all((labels[index] >= 0).any() for index in (schedule.train_index, schedule.test_index)):
+        return None
+    # its odd batch sizes are not worth compiling for
+    with trainer.parts.uncompiled():
+        return knn_accuracy(trainer.model.query, trainer.views, trainer.config.split)
+
+
 @contextmanager
 def _opened(config: Config, resume: bool, world: World) -> Iterator[tuple[Path, Checkpoint | None]]:
     """The run's folder, and the checkpoint to resume, which every rank reads itself."""
@@ -134,49 +144,3 @@ def _opened(config: Config, resume: bool, world: World) -> Iterator[tuple[Path, 
                 f"{newest} of step {step} is not here: every rank reads it, from a folder that all share",
             )
         yield Path(told[0]), resumed
-
-
-def command(folder: Path) -> str:
-    """What continues a run."""
-    return f"python -m a2mc_fast.train --resume {shlex.quote(str(folder))}"
-
-
-def heading(trainer: Trainer, folder: Path) -> str:
-    """The first line of a run."""
-    config, schedule, world = trainer.config, trainer.schedule, trainer.world
-    ranks = "" if world.alone else f"{world.size} x "
-    return (
-        f"{config.preset}: {len(schedule.train_index)} training clips, {schedule.total_steps} steps "
-        f"({config.warmup_steps} of warm-up) on {ranks}{machine()['device']} -> {folder}"
-    )
-
-
-def outcome(config: Config, trainer: Trainer, log: RunLog, progress: dict[str, float]) -> dict[str, Any]:
-    """The content of result.json. It needs no step of this process: the last checkpoint holds the numbers."""
-    return {
-        "preset": config.preset,
-        "steps": log.step,
-        "seconds": round(log.seconds, 2),
-        "clips_per_second": round(log.step * config.optim.batch_size / log.seconds, 1),
-        "peak_memory_bytes": peak_memory(trainer.device),
-        "loss": progress["loss"],
-        "knn_top1": progress.get("knn_top1"),
-        "knn_top1_untrained": progress.get("knn_top1_untrained"),
-        "ran": trainer.parts.ran,
-        **machine(),
-    }
-
-
-def summary(result: dict[str, Any], folder: Path) -> str:
-    """The last lines of a run."""
-    lines = [
-        f"{result['steps']} steps in {result['seconds']:.0f} s, {result['clips_per_second']:.0f} clips/s, "
-        f"peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB, loss {result['loss']:.3f}"
-    ]
-    if result["knn_top1"] is not None:
-        gain = result["knn_top1"] - result["knn_top1_untrained"]
-        lines.append(
-            f"kNN top-1 {result['knn_top1']:.1f} %, untrained encoder {result['knn_top1_untrained']:.1f} % "
-            f"({gain:+.1f} points)"
-        )
-    return "\n".join([*lines, f"wrote {folder}/checkpoint.safetensors and {folder}/result.json"])
