@@ -114,15 +114,13 @@ def losses(name: str, backend: str, rows: str = "1024") -> None:
         assert anchor is None or anchor.grad.shape == shape
 
 
-def encoder(name: str, views: str = "3") -> None:
+def encoder(name: str) -> None:
     """A step of the method under bf16, with as little as possible beside the encoder.
 
-    It runs forward for keys, for the attack and for the queries of three views or of the basic one alone, and
-    backward to the attacked clip and to the weights.
+    It runs forward for keys, for the attack and for the queries, and backward to the attacked clip and to the
+    weights.
     """
     config = preset("ntu60-xsub-a3")
-    if views == "1":
-        config = replace(config, loss=replace(config.loss, weak="off", strong="off"))
     config = replace(
         config,
         encoder=EncoderConfig(name=name),  # type: ignore[arg-type]

@@ -98,8 +98,8 @@ def plain(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[
         ("views", "Views.make", False),
         ("losses", "A2MC.losses", False),
         ("losses", "A2MC.losses", True),
-        ("query encoder", "Encoder.forward", False),
-        ("query encoder", "Encoder.forward", True),
+        ("query encoder", "STGCN.encode", False),
+        ("query encoder", "STGCN.encode", True),
     ],
     ids=["views", "losses", "losses-backward", "encoder", "encoder-backward"],
 )
@@ -115,7 +115,7 @@ def test_a_run_goes_on_without_what_the_compiler_refuses(
 ) -> None:
     monkeypatch.setattr(torch, "compile", refusing(function, backward))
     # as on a GPU, where parts are compiled unless told otherwise
-    monkeypatch.setattr(parts, "Part", lambda name, f, _, strict, say: Part(name, f, True, strict, say))
+    monkeypatch.setattr(parts, "Part", lambda name, f, _, *rest: Part(name, f, True, *rest))
     main([*command, str(tmp_path / "run")])
     out = capsys.readouterr().out
     told = [line for line in out.splitlines() if "runs uncompiled" in line]
@@ -175,7 +175,7 @@ def test_a_trial_leaves_no_trace() -> None:
     def run(compile: bool) -> list[Tensor]:
         torch.manual_seed(0)
         module = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 2))
-        part = Part("module", module, compile, False, pytest.fail)
+        part = Part("module", module.forward, compile, False, pytest.fail, module)
         for rows in (8, 8, 5):
             part(torch.randn(rows, 4)).square().sum().backward()
         return [

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import a2mc_fast.kernels as kernels
-from a2mc_fast.encoders.common import Encoder, norm_per_view
+from a2mc_fast.encoders.common import Encoder, per_view
 from a2mc_fast.skeleton import Skeleton
 
 _CUDNN_WITH_BF16 = 91300  # the version from which torch hands it bf16
@@ -34,7 +34,6 @@ warnings.filterwarnings("ignore", "RNN module weights are not part of single con
 class BiGRU(Encoder):
     """x [N, T, C, V, M] -> [N, 2 hidden], for any number of frames."""
 
-    recurrent = True
     recurrence: Literal["torch", "fused", "resident"] = "torch"
     """How the layers are computed; a trainer chooses once the model is on its device."""
 
@@ -85,7 +84,7 @@ class BiGRU(Encoder):
         """The layers' input. -> [N, T, C*V*M]"""
         sequence = x.flatten(2)
         if self.input_norm is not None:
-            sequence = norm_per_view(self.input_norm, sequence.flatten(0, 1), views).view(sequence.shape)
+            sequence = per_view(self.input_norm, sequence.flatten(0, 1), views).view(sequence.shape)
         return sequence
 
     @contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from a2mc_fast.config import Config
 from a2mc_fast.encoders.bigru import BiGRU
 from a2mc_fast.encoders.build import build_encoder
-from a2mc_fast.encoders.common import projection_head
+from a2mc_fast.encoders.common import per_view, projection_head
 from a2mc_fast.skeleton import Skeleton, bone_stream, motion_stream
 
 
@@ -26,8 +26,8 @@ class Branch(nn.Module):
         self.config = config
         self.register_buffer("parents", torch.tensor(skeleton.parents), persistent=False)
         e = config.encoder
-        self.compiled: Callable[[Tensor, int], Tensor] | None = None
-        """What runs in the encoder's place: the encoder, compiled. The trainer sets it."""
+        self.compiled: Callable[[Tensor], Tensor] | None = None
+        """What runs in the place of the encoder's `encode`: the same, compiled. The trainer sets it."""
         self.encoder = build_encoder(
             e.name, skeleton, persons=persons, frames=config.views.frames, **e.options
         )
@@ -45,7 +45,9 @@ class Branch(nn.Module):
         `wide` computes it in float32 where fp16 is set, for gradients that it cannot hold.
         """
         with autocast(self.config, x.device, wide):
-            return (self.compiled or self.encoder)(self._stream(x), views)
+            stream = self._stream(x)
+            # one view's pass is what is compiled: three in a graph would take a compiler three times as long
+            return per_view(self.compiled, stream, views) if self.compiled else self.encoder(stream, views)
 
     def feature_beside(self, x: Tensor, other: Branch, constant: Tensor) -> tuple[Tensor, Tensor]:
         """`feature` of clips x, wide, and in the same launches another branch's of a constant."""

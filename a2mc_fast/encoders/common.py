@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +15,8 @@ class Encoder(nn.Module):
     """A backbone: forward(x [views N, T, C, V, M], views=1) -> [views N, feature_dim].
 
     Several views may come one after another in the batch; each is normalised by its own batch statistics. An
-    encoder defines `encode` for one view, or `forward` itself where one pass can serve all views.
+    encoder defines `encode` for one view, which torch.compile may take, or `forward` itself where one pass is
+    to serve all views, as recurrent layers do, which would break a compiler's graph.
     """
 
     feature_dim: int
@@ -25,8 +26,6 @@ class Encoder(nn.Module):
     """(query level, key level): the loss is summed over them, each against the key level's bank."""
     head_hidden: int | None = None
     """Hidden units of each level's head; None = as wide as the level."""
-    recurrent: bool = False
-    """Whether torch.compile must leave the encoder alone: cuDNN's recurrent layers break its graph."""
     held: dict[Any, Any] | None = None
     """What was made of the weights for several passes, within `weights_held`."""
 
@@ -37,9 +36,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor, views: int = 1) -> Tensor:
         """One pass per view, so every BatchNorm sees that view alone."""
-        if views == 1:
-            return self.encode(x)
-        return torch.cat([self.encode(view) for view in x.chunk(views)])
+        return per_view(self.encode, x, views)
 
     def encode(self, x: Tensor) -> Tensor:
         """x [N, T, C, V, M] -> [N, feature_dim]"""
@@ -51,12 +48,11 @@ def persons_apart(x: Tensor) -> Tensor:
     return x.permute(0, 4, 1, 3, 2).flatten(0, 1).contiguous()
 
 
-def norm_per_view(norm: nn.Module, x: Tensor, views: int) -> Tensor:
-    """Apply `norm` to each of `views` equal parts of the leading dimension, as separate forward passes
-    would."""
+def per_view(function: Callable[[Tensor], Tensor], x: Tensor, views: int) -> Tensor:
+    """Apply `function` to each of `views` equal parts of the leading dimension."""
     if views == 1:
-        return norm(x)
-    return torch.cat([norm(part) for part in x.chunk(views)])
+        return function(x)
+    return torch.cat([function(part) for part in x.chunk(views)])
 
 
 class EveryFrame(nn.Conv2d):

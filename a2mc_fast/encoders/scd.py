@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from a2mc_fast.encoders.common import Encoder, norm_per_view
+from a2mc_fast.encoders.common import Encoder
 from a2mc_fast.encoders.graph import directed_partitions
 from a2mc_fast.errors import require
 from a2mc_fast.skeleton import Skeleton
@@ -45,16 +45,14 @@ class SCDNet(Encoder):
         self.temporal = TokenTransformer(persons * skeleton.num_joints * _CHANNELS[-1], width)
         self.spatial = TokenTransformer(frames * _CHANNELS[-1], width)
 
-    def forward(self, x: Tensor, views: int = 1) -> Tensor:
-        """x [N, T, C, V, M], or several views one after another, each normalised by its own statistics."""
+    def encode(self, x: Tensor) -> Tensor:
         require(
             tuple(x.shape[1:]) == self.clip_shape,
             f"this SCD-Net reads clips [N, T, C, V, M] = [N, {', '.join(map(str, self.clip_shape))}], "
             f"got {list(x.shape)}; build it for the clip's frames, joints and persons",
         )
-        # nothing but the graph convolutions uses batch statistics
-        frames = norm_per_view(self.temporal_graph, x, views).permute(0, 3, 1, 4, 2).flatten(2)
-        joints = norm_per_view(self.spatial_graph, x, views).permute(0, 1, 4, 3, 2).flatten(3).flatten(1, 2)
+        frames = self.temporal_graph(x).permute(0, 3, 1, 4, 2).flatten(2)
+        joints = self.spatial_graph(x).permute(0, 1, 4, 3, 2).flatten(3).flatten(1, 2)
         # frames [N, T, M V C], joints [N, M V, T C]
         return torch.cat((self.temporal(frames), self.spatial(joints)), 1)
 

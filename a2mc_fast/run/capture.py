@@ -36,19 +36,24 @@ class Part:
     """
 
     def __init__(
-        self, name: str, function: Callable[..., Any], compile: bool, strict: bool, say: Say
+        self,
+        name: str,
+        function: Callable[..., Any],
+        compile: bool,
+        strict: bool,
+        say: Say,
+        module: nn.Module | None = None,
     ) -> None:
-        """`function` may be a module; `strict` turns a refusal into an `InputError`."""
+        """`strict` turns a refusal into an `InputError`; `module` has the weights that `function` learns."""
         self.name, self.function, self.strict, self.say = name, function, strict, say
         self.resting = False
         """Whether calls run as written for now, as odd batch sizes do that are not worth compiling for."""
         self.reason = ""
         """Why it runs as written although it should not."""
-        self._module = function if isinstance(function, nn.Module) else nn.Module()
+        self._module = module or nn.Module()
         self._compiled: Callable[..., Any] | None = None
         if compile:
-            plain = function.forward if isinstance(function, nn.Module) else function
-            self._compiled = torch.compile(plain, dynamic=False)
+            self._compiled = torch.compile(function, dynamic=False)
         self._tried: set[tuple[object, ...]] = set()
 
     @property

@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import a2mc_fast.kernels as kernels
 from a2mc_fast import rng
 from a2mc_fast.augment import Views
 from a2mc_fast.encoders.bigru import BiGRU
+from a2mc_fast.encoders.common import Encoder
 from a2mc_fast.encoders.recurrence import Recurrence, choose_recurrence, no_triton, require_kernels
 from a2mc_fast.errors import require
 from a2mc_fast.model import A2MC
@@ -48,8 +49,10 @@ class Parts:
         self.losses = self._part("losses", model.losses)
         self._all = [self.view, self.losses]
         for name, branch in (("query encoder", model.query), ("key encoder", model.key)):
-            branch.compiled = self._part(name, branch.encoder, not branch.encoder.recurrent)
-            self._all.append(branch.compiled)
+            # one that defines its own forward pass over all views is left alone
+            if type(branch.encoder).forward is Encoder.forward:
+                branch.compiled = self._part(name, branch.encoder.encode, branch.encoder)
+                self._all.append(branch.compiled)
         self._stream = torch.cuda.Stream(device) if cuda and run.graph != "off" else None
         self._captured: Captured | None = None
 
@@ -64,9 +67,9 @@ class Parts:
             self.recurrence = encoder.recurrence = self.model.key.encoder.recurrence = chosen
         self.notes += [note] if note else []
 
-    def _part(self, name: str, function: Callable[..., Any], compile: bool = True) -> Part:
+    def _part(self, name: str, function: Callable[..., Any], module: nn.Module | None = None) -> Part:
         strict = self.config.run.compile == "on"
-        return Part(name, function, compile and self._compiles, strict, lambda line: self.say(line))
+        return Part(name, function, self._compiles, strict, lambda line: self.say(line), module)
 
     def captured(self, body: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:
         """What runs `body`: itself, or on a GPU, after some calls in a row, the capture of it."""
