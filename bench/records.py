@@ -127,8 +127,15 @@ def recorded_files() -> tuple[Path, ...]:
     return tuple(path for path in sorted(RESULTS.glob("*.json")) if "records" in read_json(path))
 
 
+def _identity(record: Record) -> tuple[object, ...]:
+    return record.what, record.case, record.form, record.sizes
+
+
 class Recorder:
-    """Takes records as they are found, and keeps a file of them; without a path it only takes them."""
+    """Takes records as they are found, and keeps a file of them; without a path it only takes them.
+
+    One that tells more of what was recorded before takes its place.
+    """
 
     def __init__(self, path: Path | None, commit: str = "") -> None:
         self.path, self.commit = path, commit
@@ -139,5 +146,7 @@ class Recorder:
             return
         if self.results is None:
             self.results = here(self.commit)
-        self.results = dataclasses.replace(self.results, records=(*self.results.records, *records))
+        new = [_identity(record) for record in records]
+        kept = [record for record in self.results.records if _identity(record) not in new]
+        self.results = dataclasses.replace(self.results, records=(*kept, *records))
         write(self.path, self.results)

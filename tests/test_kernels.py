@@ -56,6 +56,9 @@ EXACT, EXACT_CLIMB = PAPER._replace(precision="ieee"), CLIMB._replace(precision=
 Loss = Callable[[Features, Tensor, Contrast], Contrasted]
 
 
+zeros = partial(torch.zeros, device=DEVICE)
+
+
 def unit(*shape: int) -> Tensor:
     return F.normalize(torch.randn(*shape, device=DEVICE), dim=1)
 
@@ -476,27 +479,31 @@ def test_the_launcher_claims_no_name_of_a_parameter() -> None:
 @pytest.mark.parametrize(
     "change, error, words",
     [
-        ({"weak": torch.zeros(3, 8)}, ValueError, "weak is [3, 8], key is [4, 8]"),
+        ({"weak": zeros(3, 8)}, ValueError, "weak is [3, 8], key is [4, 8]"),
         (
-            {"bank": torch.zeros(6, 7)},
+            {"bank": zeros(6, 7)},
             ValueError,
             "expected key [N, D] and bank [K, D], got [4, 8] and [6, 7]",
         ),
-        ({"bank": torch.zeros(0, 8)}, ValueError, "expected key [N, D] and bank [K, D]"),
+        ({"bank": zeros(0, 8)}, ValueError, "expected key [N, D] and bank [K, D]"),
         ({"temperature": 0.0}, ValueError, "temperature must be > 0, got 0.0"),
         ({"mix": (0.5, 1.0)}, ValueError, "mix must lie in (0, 1), got (0.5, 1.0)"),
         ({"precision": "fp8"}, ValueError, "precision must be tf32 or ieee, got 'fp8'"),
-        ({"bank": torch.zeros(6, 8).double()}, TypeError, "bank must be float32, got torch.float64"),
-        ({"basic": torch.zeros(4, 8).half()}, TypeError, "basic is torch.float16, key is torch.float32"),
-        ({"key": torch.zeros(4, 8).int()}, TypeError, "key must be float32, bfloat16 or float16"),
-        ({"bank": torch.zeros(6, 8, requires_grad=True)}, ValueError, "bank requires grad"),
-        ({"bank": torch.zeros(6, 8, device="meta")}, ValueError, "key is on cpu, bank on meta"),
+        ({"bank": zeros(6, 8).double()}, TypeError, "bank must be float32, got torch.float64"),
+        ({"basic": zeros(4, 8).half()}, TypeError, "basic is torch.float16, key is torch.float32"),
+        ({"key": zeros(4, 8).int()}, TypeError, "key must be float32, bfloat16 or float16"),
+        ({"bank": zeros(6, 8, requires_grad=True)}, ValueError, "bank requires grad"),
+        (
+            {"bank": torch.zeros(6, 8, device="meta")},
+            ValueError,
+            f"key is on {zeros(1).device}, bank on meta",
+        ),
     ],
     ids=str,
 )
 def test_wrong_arguments_of_the_contrast(change: dict[str, Any], error: type[Exception], words: str) -> None:
-    features = {name: torch.zeros(4, 8) for name in ("key", "basic", "weak", "strong")}
-    given = {**features, "bank": torch.zeros(6, 8), **change}
+    features = {name: zeros(4, 8) for name in ("key", "basic", "weak", "strong")}
+    given = {**features, "bank": zeros(6, 8), **change}
     bank = given.pop("bank")
     settings = Contrast(**{name: given.pop(name) for name in tuple(given) if name in Contrast._fields})
     with pytest.raises(error) as raised:
@@ -506,21 +513,21 @@ def test_wrong_arguments_of_the_contrast(change: dict[str, Any], error: type[Exc
 
 def test_too_wide_rows_are_refused() -> None:
     with pytest.raises(ValueError, match="D must be <= 256, got 257"):
-        mixing_contrast(Features(*[torch.zeros(2, 257)] * 4), torch.zeros(3, 257), PAPER)
+        mixing_contrast(Features(*[zeros(2, 257)] * 4), zeros(3, 257), PAPER)
 
 
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"velocity": torch.zeros(5, 8)}, "velocity must be like the rows [6, 8], got [5, 8]"),
-        ({"rows": torch.zeros(8, 6).T}, "must be contiguous"),
+        ({"velocity": zeros(5, 8)}, "velocity must be like the rows [6, 8], got [5, 8]"),
+        ({"rows": zeros(8, 6).T}, "must be contiguous"),
     ],
     ids=str,
 )
 def test_wrong_arguments_of_the_ascent(change: dict[str, Any], words: str) -> None:
-    state = {"rows": torch.zeros(6, 8), "velocity": torch.zeros(6, 8), **change}
+    state = {"rows": zeros(6, 8), "velocity": zeros(6, 8), **change}
     with pytest.raises(ValueError) as raised:
-        bank_ascent(**state, features=Features(*[torch.zeros(4, 8)] * 4), settings=CLIMB, step=Step())
+        bank_ascent(**state, features=Features(*[zeros(4, 8)] * 4), settings=CLIMB, step=Step())
     assert words in str(raised.value)
 
 
