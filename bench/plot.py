@@ -220,7 +220,7 @@ def _note(step: Record) -> str:
 
 def draw_ratios(ax: Axes, found: list[Ratio]) -> None:
     """A bar per comparison, on a logarithmic scale."""
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     from a2mc_fast.plots.style import SKY
 
@@ -232,6 +232,7 @@ def draw_ratios(ax: Axes, found: list[Ratio]) -> None:
     ax.set_xscale("log")
     ax.set_xlim(min(1.0, *(0.8 * r.times for r in found)), 2.2 * max(r.times for r in found))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_ylim(len(found) - 0.5, -0.5)
     ax.axvline(1, color="black", lw=0.8)
     ax.set_xlabel("times as long (peak memory: times as much) as ours")
