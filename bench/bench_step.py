@@ -154,7 +154,7 @@ def test_step_by_phase(record: Recorder, data: Clips, case: str) -> None:
     found = replace(found, phases=phases(trainer, first, sized(3, 2, 1)))
     record(found)
     print(f"\n{case}: {found.ms:.2f} ms per step, {found.per_second:,.0f} clips/s, {found.sizes}")
-    print(f"  {trainer.parts.ran}")
+    print(f"  {trainer.parts.ran}", *trainer.parts.notes, sep="\n  ")
     for name, value in found.numbers.items():
         print(f"  {name:<34} {value:10.3f}")
     spent = sum(found.phases.values())
