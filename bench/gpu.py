@@ -66,7 +66,7 @@ def gpu_tests(rehearse: bool) -> list[Part]:
     runs, ranks = "tests/test_gpu.py", "tests/test_distributed.py"
     command = ["-m", "pytest", "-v", "--tb=short", "-W", "ignore"]
     if importlib.util.find_spec("pytest_timeout"):
-        command += ["--timeout", "100"]
+        command += ["--timeout", "150"]
 
     def part(name: str, seconds: float, workers: int, files: Iterable[str], instead: list[str]) -> Part:
         many = ["-n", str(workers)] if importlib.util.find_spec("xdist") else []
@@ -101,6 +101,7 @@ def all_parts(rehearse: bool = False, data: bool = False) -> list[Part]:
         bench("step, own", "step.py::test_step_by_phase[own]", 30),
         bench("public-style trainer", "step.py::test_against_a_public_style_trainer", 45),
         bench("views", "views.py::test_views_of_a_step", 30),
+        bench("launch sizes", "sizes.py", 45),
         # their compilation is the longest
         *(
             bench(f"step, {case}", f"step.py::test_step_by_phase[{case}]", 60)

@@ -2,7 +2,7 @@
 
 torch must believe in a GPU, and Triton must not be in interpreter mode, so the cases run in subprocesses of
 `tests.offline_cases`. From an empty cache and on one core, views and losses take some 4 minutes together,
-and each encoder some 5. (2026-11-27)
+and each encoder 3 to 7. (2026-11-28)
 """
 
 from __future__ import annotations
