@@ -20,7 +20,7 @@ from torch import Tensor
 import a2mc_fast.kernels as kernels
 from a2mc_fast.errors import require
 from a2mc_fast.kernels import reference
-from a2mc_fast.kernels.problem import Contrast, Features
+from a2mc_fast.kernels.problem import Contrast, Features, check_arguments
 
 PAPER_MIX = (0.4, 0.3, 0.2, 0.1)
 
@@ -57,38 +57,19 @@ def mixing_contrast(
     """The loss and its parts, batch means. Features [N, D] and bank [K, D], unit rows.
 
     Differentiable in basic, weak and strong, with backend torch in bank too; key is a constant. Without
-    `weak` or `strong` their terms are off. Raises `ValueError` for shapes and values.
+    `weak` or `strong` their terms are off. Raises `ValueError` for shapes and ranges.
     """
     features, settings = Features(key, basic, weak, strong), Contrast(tuple(mix), temperature)
-    _check(features, bank, settings)
+    check_arguments("mixing_contrast", features, bank, settings)
+    for name, feature in features._asdict().items():
+        if feature is not None and not feature.is_floating_point():
+            raise TypeError(f"mixing_contrast: {name} must be floating point, got {feature.dtype}")
     require(backend in ("auto", "triton", "torch"), f"mixing_contrast: unknown backend {backend!r}")
     if backend == "auto":
         fused = bank.is_cuda and not bank.requires_grad and bank.shape[1] <= 256
         backend = "triton" if fused else "torch"
     form = kernels.mixing_contrast if backend == "triton" else reference
     return Losses.of(form.mixing_contrast(features, bank, settings).losses)
-
-
-def _check(features: Features, bank: Tensor, settings: Contrast) -> None:
-    """Shapes, dtypes and ranges only: no tensor value is read."""
-    basic = features.basic
-    shape = basic.shape
-    require(
-        basic.ndim == 2 and bank.ndim == 2 and shape[1] == bank.shape[1] and len(bank) > 0 and len(basic) > 0,
-        f"mixing_contrast: expected features [N, D] and bank [K, D], got "
-        f"{list(shape)} and {list(bank.shape)}",
-    )
-    for name, feature in features._asdict().items():
-        if feature is not None:
-            require(
-                feature.shape == shape,
-                f"mixing_contrast: {name} is {list(feature.shape)}, basic is {list(shape)}",
-            )
-            if not torch.is_floating_point(feature):
-                raise TypeError(f"mixing_contrast: {name} must be floating point, got {feature.dtype}")
-    tau, mix = settings.temperature, tuple(settings.mix)
-    require(tau > 0, f"mixing_contrast: temperature must be > 0, got {tau}")
-    require(all(0 < share < 1 for share in mix), f"mixing_contrast: mix must lie in (0, 1), got {mix}")
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .problem import Contrast, Features
+from .problem import Contrast, Features, check_arguments, require
 
 INTERPRET: bool = triton.knobs.runtime.interpret
 """Whether kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1 before the first import."""
@@ -66,22 +66,10 @@ def width(dim: int) -> int:
     return max(16, triton.next_power_of_2(dim))
 
 
-def require(condition: bool, message: str, error: type[Exception] = ValueError) -> None:
-    """Raise `error(message)` unless `condition` holds."""
-    if not condition:
-        raise error(message)
-
-
 def check_problem(name: str, features: Features, bank: Tensor, settings: Contrast) -> None:
-    """Shapes, types and ranges of an operation on features [N, D] and bank rows [K, D]."""
+    """`check_arguments`, and what the kernels know of types, devices and sizes."""
+    check_arguments(name, features, bank, settings)
     like = features.key
-    require(
-        like.ndim == 2
-        and bank.ndim == 2
-        and like.shape[1] == bank.shape[1]
-        and min(*like.shape, len(bank)) > 0,
-        f"{name}: expected key [N, D] and bank [K, D], got {list(like.shape)} and {list(bank.shape)}",
-    )
     require(
         INTERPRET or bank.device.type != "cpu",
         f"{name}: the kernels need tensors on a GPU, or TRITON_INTERPRET=1: use the backend torch",
@@ -97,10 +85,6 @@ def check_problem(name: str, features: Features, bank: Tensor, settings: Contras
         if feature is None:
             continue
         require(
-            feature.shape == like.shape,
-            f"{name}: {other} is {list(feature.shape)}, key is {list(like.shape)}",
-        )
-        require(
             feature.dtype == like.dtype,
             f"{name}: {other} is {feature.dtype}, key is {like.dtype}",
             TypeError,
@@ -109,9 +93,6 @@ def check_problem(name: str, features: Features, bank: Tensor, settings: Contras
             feature.device == bank.device,
             f"{name}: {other} is on {feature.device}, bank on {bank.device}",
         )
-    require(settings.temperature > 0, f"{name}: temperature must be > 0, got {settings.temperature}")
-    in_range = all(0 < share < 1 for share in settings.mix)
-    require(in_range, f"{name}: mix must lie in (0, 1), got {tuple(settings.mix)}")
     shares = len(settings.mix)
     require(shares <= MOST_SHARES, f"{name}: mix may have {MOST_SHARES} shares, got {shares}")
     known = settings.precision in ("tf32", "ieee")

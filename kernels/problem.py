@@ -1,4 +1,4 @@
-"""What the operations are given and give back; `reference` needs no more than this and torch."""
+"""What the operations are given, checked, and give back; `reference` needs no more than this and torch."""
 
 from __future__ import annotations
 
@@ -69,3 +69,24 @@ class Ascent(NamedTuple):
     row_norm: Tensor  # mean norm of the rows before the step
     movement: Tensor  # mean distance that a unit row moved
     negatives: Tensor  # softmax share of the negatives, mean over the clips of basic
+
+
+def require(condition: bool, message: str, error: type[Exception] = ValueError) -> None:
+    """Raise `error(message)` unless `condition` holds."""
+    if not condition:
+        raise error(message)
+
+
+def check_arguments(name: str, features: Features, bank: Tensor, settings: Contrast) -> None:
+    """Shapes and ranges of an operation on features [N, D] and bank rows [K, D]; no tensor value is read."""
+    like = features.key.shape
+    require(
+        len(like) == bank.ndim == 2 and like[1] == bank.shape[1] and min(*like, len(bank)) > 0,
+        f"{name}: expected key [N, D] and bank [K, D], got {list(like)} and {list(bank.shape)}",
+    )
+    for other, feature in features._asdict().items():
+        if feature is not None:
+            require(feature.shape == like, f"{name}: {other} is {list(feature.shape)}, key is {list(like)}")
+    require(settings.temperature > 0, f"{name}: temperature must be > 0, got {settings.temperature}")
+    in_range = all(0 < share < 1 for share in settings.mix)
+    require(in_range, f"{name}: mix must lie in (0, 1), got {tuple(settings.mix)}")

@@ -162,9 +162,9 @@ def test_nothing_of_the_size_of_all_logits_is_stored() -> None:
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"weak": torch.zeros(3, 8)}, "weak is [3, 8], basic is [4, 8]"),
-        ({"bank": torch.zeros(6, 7)}, "expected features [N, D] and bank [K, D], got [4, 8] and [6, 7]"),
-        ({"bank": torch.zeros(0, 8)}, "expected features [N, D] and bank [K, D]"),
+        ({"weak": torch.zeros(3, 8)}, "weak is [3, 8], key is [4, 8]"),
+        ({"bank": torch.zeros(6, 7)}, "expected key [N, D] and bank [K, D], got [4, 8] and [6, 7]"),
+        ({"bank": torch.zeros(0, 8)}, "expected key [N, D] and bank [K, D]"),
         ({"temperature": 0.0}, "temperature must be > 0, got 0.0"),
         ({"mix": (0.5, 1.0)}, "mix must lie in (0, 1)"),
         ({"backend": "cuda"}, "unknown backend 'cuda'"),
