@@ -61,19 +61,15 @@ class Branch(nn.Module):
             return motion_stream(x)
         return bone_stream(x, self.parents) if self.config.stream == "bone" else x
 
-    def project(self, feature: Tensor, level: str, *, wide: bool = False) -> Tensor:
-        """The contrasted feature of a level. feature [N, feature_dim] -> float32 unit rows [N, D]"""
-        with autocast(self.config, feature.device, wide):
-            projected = self.heads[level](feature[:, self.encoder.levels[level]])
-        return F.normalize(projected.float(), dim=1)
-
     def forward(self, x: Tensor, views: int = 1) -> dict[str, Tensor]:
         """The contrasted features by level. x [views N, T, C, V, M] -> float32 unit rows [views N, D] each"""
         return self.projected(self.feature(x, views))
 
     def projected(self, feature: Tensor) -> dict[str, Tensor]:
-        """The contrasted features by level. feature [N, feature_dim]"""
-        return {level: self.project(feature, level) for level in self.heads}
+        """The contrasted features by level. feature [N, feature_dim] -> float32 unit rows [N, D] each"""
+        with autocast(self.config, feature.device, wide=False):
+            rows = {level: head(feature[:, self.encoder.levels[level]]) for level, head in self.heads.items()}
+        return {level: F.normalize(row.float(), dim=1) for level, row in rows.items()}
 
 
 def autocast(config: Config, device: torch.device, wide: bool) -> AbstractContextManager[None]:

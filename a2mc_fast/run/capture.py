@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from a2mc_fast.errors import InputError, first_line
 # which float32 products may be rounded is the run's choice
 warnings.filterwarnings("ignore", "TensorFloat32 tensor cores for float32 matrix multiplication available")
 
-Mode = Literal["auto", "on", "off"]
 Say = Callable[[str], None]
 
 _EAGER_RUNS = (
