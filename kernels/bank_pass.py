@@ -58,7 +58,9 @@ class Tile(NamedTuple):
 
 # with tf32, two programs of the pass fit on a multiprocessor at any width
 _TILES = {
-    ("tf32", 16): Tile(64, 64, 16, 4, 3),
+    # nothing is copied ahead at width 16, where an H100 gave NaN: Triton 3.6 leaves the fence between a loop's
+    # copies and Hopper's tensor cores outside of the loop
+    ("tf32", 16): Tile(64, 64, 16, 4, 1),
     ("tf32", 32): Tile(64, 64, 32, 4, 3, 255),
     ("tf32", 64): Tile(64, 32, 64, 4, 3),
     ("tf32", 128): Tile(64, 32, 128, 4, 2),
