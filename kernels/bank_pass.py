@@ -58,8 +58,8 @@ class Tile(NamedTuple):
 
 # with tf32, two programs of the pass fit on a multiprocessor at any width
 _TILES = {
-    # nothing is copied ahead at width 16, where an H100 gave NaN: Triton 3.6 leaves the fence between a loop's
-    # copies and Hopper's tensor cores outside of the loop
+    # nothing is copied ahead at width 16, where an H100 gave NaN: Triton 3.6 puts the fence between a loop's
+    # copies and Hopper's tensor cores before the loop
     ("tf32", 16): Tile(64, 64, 16, 4, 1),
     ("tf32", 32): Tile(64, 64, 32, 4, 3, 255),
     ("tf32", 64): Tile(64, 32, 64, 4, 3),
