@@ -180,6 +180,8 @@ def plan(
     normalise, softmax = plan_softmax(shared, features.key, stats, total)
     (n, d), k = features.key.shape, len(rows)
     tile = _TILES[settings.precision, width(d)]
+    if settings.precision == "tf32" and not shared["EVEN"]:  # each exponential by itself takes more registers
+        tile = tile._replace(rows=32, bank=32, warps=4 if width(d) <= 128 else tile.warps)
     blocks = triton.cdiv(k, tile.bank)
     partial, summary = rows.new_empty(2, blocks), rows.new_empty(3)
     ascend = shared | {

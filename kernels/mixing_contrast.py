@@ -148,8 +148,9 @@ def plan(features: Features, bank: Tensor, settings: Contrast) -> tuple[list[Cal
         "BLOCK_D": width(d),
         "CHUNK": _CHUNK,
     }
-    # one warp, which adds a row's columns without meeting others
-    calls = [bank_pass.call, Call(combine_kernel, (len(terms), n), combine, num_warps=1)]
+    # one warp, if it can hold a row, adds its columns without meeting others
+    warps = 1 if width(d) <= 128 else 4
+    calls = [bank_pass.call, Call(combine_kernel, (len(terms), n), combine, num_warps=warps)]
     return calls, losses, gradients, bank_pass.stats
 
 

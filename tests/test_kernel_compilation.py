@@ -1,5 +1,5 @@
-"""Every kernel, in the launch configurations used, compiled for real chips without one: few spills, and shared
-memory within the chip's limit.
+"""Every kernel, in the launch configurations used, compiled for real chips without one: registers and shared
+memory within the chip's limits.
 
 The compiler must not be in interpreter mode, so all is compiled in one subprocess, which runs this file and
 prints what the machine code uses as JSON.
@@ -21,7 +21,7 @@ import pytest
 
 # bytes of shared memory that one program may use
 LIMITS = {80: 163 * 1024, 90: 227 * 1024}
-# bytes that may spill: launch sizes are chosen for Hopper, and an older chip may put ten registers into its cache
+# bytes that may spill: launch sizes are Hopper's, and an older chip may put ten registers into its cache
 STACK = {80: 40, 90: 0}
 ROOT = Path(__file__).parent.parent
 PAPER_MIX = (0.4, 0.3, 0.2, 0.1)
