@@ -93,7 +93,7 @@ def test_damaged_files_do_no_harm(reader: str) -> None:
     summary = fuzz.fuzz(reader, count, seed=1)
     assert not summary.breaches
     assert summary.count == summary.accepted + summary.skipped + summary.refused == count
-    assert summary.accepted >= 3 and summary.skipped + summary.refused >= 0.3 * count
+    assert summary.accepted >= 3 and summary.skipped + summary.refused >= 0.25 * count
 
 
 def _hang(path: Path) -> None:
