@@ -75,7 +75,7 @@ def gpu_tests(rehearse: bool) -> list[Part]:
 
     return [
         part("GPU tests of operations", 180, 4, marked - {runs, ranks}, ["tests/test_rng.py"]),
-        part("GPU tests of runs", 180, 6, [runs], ["--collect-only", runs]),
+        part("GPU tests of runs", 180, 6, [runs], ["tests/test_rng.py"]),
         part("GPU tests of ranks", 120, 0, [ranks], ["--collect-only", ranks]),
     ]
 
