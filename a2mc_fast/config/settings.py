@@ -65,8 +65,8 @@ class EncoderConfig:
     """BiGRU: BatchNorm over the input coordinates (CMD, PCM3 yes; ISC no)."""
     recurrence: Literal["auto", "cudnn", "fused", "resident"] = "auto"
     """BiGRU: recurrent layers by cuDNN or by fused Triton kernels; auto = on a GPU whichever is fastest,
-    once the kernels have agreed with float64. On a CPU, torch's own. resident = fused, with each pass in one
-    launch where the GPU can hold the weights."""
+    once the kernels have agreed with float64. On a CPU, torch's own. resident = fused, with each forward pass
+    in one launch where the GPU can hold the weights."""
     channels: Count = 16
     """ST-GCN: channels of its first blocks."""
     size: Literal["full", "small"] = "full"
