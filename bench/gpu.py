@@ -166,6 +166,10 @@ def measure(options: Options) -> int:
         importlib.util.find_spec("a2mc_fast.kernels") is not None,
         "the package is not installed: pip install --no-deps --no-build-isolation -e .",
     )
+    known = all_parts(options.rehearse, bool(options.data) or options.rehearse)
+    parts = [part for part in known if any(word in part.name for word in options.parts.split(","))]
+    names = ", ".join(part.name for part in known)
+    require(bool(parts), f"--parts {options.parts} names none of: {names}")
     import torch
 
     require(
@@ -184,8 +188,6 @@ def measure(options: Options) -> int:
         )  # fmt: skip
         # as Ctrl-C, so that no part outlives its runner
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        parts = all_parts(options.rehearse, bool(options.data) or options.rehearse)
-        parts = [part for part in parts if any(word in part.name for word in options.parts.split(","))]
         runner.run(parts, began + SIDE_BY_SIDE * seconds)
     text = table(runner.results)
     (options.out / "table.txt").write_text(text, encoding="utf-8")

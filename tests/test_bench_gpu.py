@@ -218,6 +218,8 @@ def test_records_survive_their_file_and_bad_ones_are_one_sentence(tmp_path: Path
     record(Record(what="one", sizes={"N": 2}, ms=1.0, p20=0.9, p80=1.1, MiB=3.0))
     record(Record(what="two", case="a", form="eager", phases={"views": 0.5}, numbers={"points": 1.0}))
     assert record.results == read(path) and len(read(path).records) == 2
+    record(Record(what="one", sizes={"N": 2}, ms=1.0, phases={"views": 0.5}))  # the same, with more to tell
+    assert [one.phases for one in read(path).records] == [{"views": 0.5}] * 2
     assert read(path).machine["commit"] == "abc"
     for content, words in (
         ("[]", "is not a file of records"),
@@ -250,6 +252,7 @@ def test_without_a_gpu_it_is_one_sentence(tmp_path: Path, capsys: pytest.Capture
         ([], "torch sees no GPU"),
         (["--minutes", "0"], "--minutes must be > 0"),
         (["--data", "none.safetensors"], "--data none.safetensors not found"),
+        (["--parts", "nothing,nobody"], "--parts nothing,nobody names none of: compile: main job, GPU tests"),
     ):
         with pytest.raises(SystemExit) as stopped:
             gpu.main([str(tmp_path / "out"), *flags])

@@ -75,12 +75,13 @@ def test_its_steps_are_those_of_the_other_kernel(
         torch.testing.assert_close(a, b, rtol=error, atol=error)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-def test_all_steps_in_one_launch(reverse: bool) -> None:
-    """Sixteen units are one program's, which waits for itself alone."""
-    given = inputs(1, 3, 3, 16)
+@pytest.mark.parametrize("groups, reverse", [(1, False), (1, True), (2, True)])
+def test_all_steps_in_one_launch(groups: int, reverse: bool) -> None:
+    """Sixteen units are one program's, which waits for itself alone; of two groups each has a launch."""
+    given = inputs(groups, 3, 3, 16)
     how: dict[str, Any] = {"reverse": reverse, "followed": 1, "slots": 3}
-    for a, b in zip(forward(given, resident=True, **how), forward(given, **how), strict=True):
+    one = forward(given, resident=True, apart=groups > 1, **how)
+    for a, b in zip(one, forward(given, **how), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     assert not gru_resident.timed_out(given[0].device)
 
