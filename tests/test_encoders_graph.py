@@ -8,13 +8,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from a2mc_fast.config import EncoderConfig, preset
 from a2mc_fast.encoders import build_encoder
+from a2mc_fast.encoders.branch import Branch
 from a2mc_fast.encoders.common import Encoder, frozen, projection_head
 from a2mc_fast.encoders.dsta import DSTANet
 from a2mc_fast.encoders.graph import directed_partitions, spatial_partitions
@@ -433,3 +436,13 @@ def test_stgcn_of_any_width_trains_on_a_cpu() -> None:
     checked = {**os.environ, "MALLOC_CHECK_": "3", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", NARROW], capture_output=True, text=True, env=checked)
     assert done.stdout.split()[-1] == "all", f"ended at {done.stdout.split()[-1]} channels: {done.stderr}"
+
+
+def test_what_is_compiled_sees_one_view_at_a_time() -> None:
+    config = preset("demo")
+    config = replace(config, encoder=EncoderConfig(name="stgcn", channels=4, projection=8))
+    branch = Branch(config, NTU25, persons=1)
+    x = torch.randn(6, 8, 3, 25, 1) * torch.tensor([1.0, 1.0, 5.0, 5.0, 9.0, 9.0]).view(6, 1, 1, 1, 1)
+    written = branch.feature(x, views=3)
+    branch.compiled = branch.encoder.encode
+    assert torch.equal(branch.feature(x, views=3), written)
