@@ -19,7 +19,7 @@ from torch import Tensor
 from a2mc_fast import rng
 from a2mc_fast.config import ViewConfig
 from a2mc_fast.data.clips import Clips, interpolate
-from a2mc_fast.run.ranks import ALONE, World
+from a2mc_fast.ranks import ALONE, World
 
 Kind = Literal["weak", "strong", "none"]
 _FILTER_REACH = 7  # frames on either side: the Gaussian filter has 15 taps

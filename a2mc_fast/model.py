@@ -30,11 +30,11 @@ from a2mc_fast.config import Config
 from a2mc_fast.encoders.bigru import BiGRU
 from a2mc_fast.encoders.branch import Branch
 from a2mc_fast.encoders.common import frozen
-from a2mc_fast.encoders.joint_norm import join_batch_norms
 from a2mc_fast.kernels import reference
 from a2mc_fast.kernels.problem import Contrast, Features, Step
 from a2mc_fast.losses import Losses
-from a2mc_fast.run.ranks import ALONE, World
+from a2mc_fast.ranks import ALONE, World
+from a2mc_fast.ranks.batch_norm import join_batch_norms
 from a2mc_fast.skeleton import Skeleton
 
 Sums = dict[str, Tensor | None]

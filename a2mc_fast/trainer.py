@@ -27,9 +27,9 @@ from a2mc_fast.encoders.recurrence import Recurrence
 from a2mc_fast.errors import require
 from a2mc_fast.losses import Losses, spread
 from a2mc_fast.model import A2MC
+from a2mc_fast.ranks import ALONE, World, checksum
 from a2mc_fast.run import checkpoint
 from a2mc_fast.run.parts import Parts
-from a2mc_fast.run.ranks import ALONE, World, checksum
 from a2mc_fast.run.schedule import Schedule
 
 

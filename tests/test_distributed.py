@@ -27,11 +27,12 @@ from a2mc_fast import evaluate, train
 from a2mc_fast.config import Config, RunConfig, preset
 from a2mc_fast.data import Clips
 from a2mc_fast.encoders import build_encoder
-from a2mc_fast.encoders.joint_norm import join_batch_norms
 from a2mc_fast.errors import InputError
-from a2mc_fast.run import ranks as distributed
+from a2mc_fast.ranks import ALONE, World
+from a2mc_fast.ranks import joining as distributed
+from a2mc_fast.ranks.batch_norm import join_batch_norms
+from a2mc_fast.ranks.joining import join
 from a2mc_fast.run.checkpoint import FILE
-from a2mc_fast.run.ranks import ALONE, World, join
 from a2mc_fast.run.start import knn_top1
 from a2mc_fast.trainer import Trainer
 from tests import processes

@@ -48,7 +48,7 @@ from a2mc_fast.errors import InputError, one_line
 from a2mc_fast.evaluation.tables import read_results
 from a2mc_fast.files import read_json, typed
 from a2mc_fast.prepare import main
-from a2mc_fast.run.ranks import join
+from a2mc_fast.ranks.joining import join
 from tests import fuzz, slow_readers
 from tests.conftest import SMALL
 from tests.test_normalize import full_clip

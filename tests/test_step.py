@@ -22,7 +22,7 @@ from a2mc_fast.encoders import build
 from a2mc_fast.encoders.bigru import BiGRU
 from a2mc_fast.losses import mixing_contrast
 from a2mc_fast.model import A2MC
-from a2mc_fast.run.ranks import ALONE, World
+from a2mc_fast.ranks import ALONE, World
 from a2mc_fast.run.schedule import Schedule
 from a2mc_fast.trainer import Trainer
 from tests.conftest import SMALL

@@ -35,10 +35,10 @@ from a2mc_fast.evaluation.scores import About, Outcome, Scores, accuracy, detail
 from a2mc_fast.evaluation.settings import AnyEvaluation, Ensemble, Finetune, Knn, Linear, Semi
 from a2mc_fast.evaluation.tables import FORMAT, accuracies, mean_and_std, table
 from a2mc_fast.files import atomic_path, sha256, write_json
+from a2mc_fast.ranks.joining import join
 from a2mc_fast.run import checkpoint
 from a2mc_fast.run.machine import machine, pick_device
 from a2mc_fast.run.opened import Opened, read_run, with_clips
-from a2mc_fast.run.ranks import join
 
 _STREAM_WEIGHTS = {"joint": 0.6, "motion": 0.4, "bone": 0.6}  # AimCLR, HiCLR
 

@@ -16,10 +16,10 @@ from a2mc_fast.data.identity import differing
 from a2mc_fast.data.synthetic import synthetic_clips
 from a2mc_fast.encoders.branch import Branch
 from a2mc_fast.errors import require, tell
+from a2mc_fast.ranks import World
 from a2mc_fast.run import weights
 from a2mc_fast.run.checkpoint import Checkpoint
 from a2mc_fast.run.machine import most_threads, pick_device
-from a2mc_fast.run.ranks import World
 from a2mc_fast.skeleton import Skeleton
 
 

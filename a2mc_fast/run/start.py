@@ -18,13 +18,14 @@ from a2mc_fast.data import Clips
 from a2mc_fast.errors import require, tell
 from a2mc_fast.evaluation.protocols import knn_accuracy
 from a2mc_fast.files import write_json
+from a2mc_fast.ranks import World
+from a2mc_fast.ranks.joining import join
 from a2mc_fast.run import checkpoint, weights
 from a2mc_fast.run.checkpoint import Checkpoint
 from a2mc_fast.run.folder import open_folder
 from a2mc_fast.run.log import QuietLog, RunLog, command, heading, outcome, summary
 from a2mc_fast.run.machine import keep_threads, pick_device
 from a2mc_fast.run.opened import load_clips
-from a2mc_fast.run.ranks import World, join
 from a2mc_fast.run.saver import Saver
 from a2mc_fast.run.signals import leave, stop_on_signal
 from a2mc_fast.trainer import Trainer

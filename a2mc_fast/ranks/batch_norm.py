@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from a2mc_fast.run.ranks import World, stacked
+from a2mc_fast.ranks import World, stacked
 
 
 class JointBatchNorm(_BatchNorm):
