@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from a2mc_fast.config.settings import (
@@ -23,6 +25,7 @@ from a2mc_fast.config.settings import (
     ViewConfig,
 )
 from a2mc_fast.errors import InputError, Seed, check_ranges, require
+from a2mc_fast.files import read_json, typed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,23 +189,33 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def flat(config: Config | Mapping[str, Any]) -> dict[str, Any]:
+    """Every setting by its name on the command line, such as "optim.lr", of a run or its JSON form."""
+    groups = config if isinstance(config, Mapping) else to_dict(config)
+    return {
+        f"{group}.{name}".rstrip("."): value
+        for group, held in groups.items()
+        for name, value in (held if isinstance(held, Mapping) else {"": held}).items()
+    }
+
+
 def differences(old: Config, new: Config) -> list[str]:
     """Fields in which two runs differ, as "name: old -> new".
 
     The preset's name, `run`, and where the data lies do not count: what they are, `Clips.identity` tells.
     """
+    after = flat(new)
+    return [
+        f"{name}: {value} -> {after[name]}"
+        for name, value in flat(old).items()
+        if value != after[name] and name not in ("preset", "data") and not name.startswith("run.")
+    ]
 
-    def flat(config: Config) -> dict[str, Any]:
-        content = to_dict(config)
-        result: dict[str, Any] = {}
-        for name, value in content.items():
-            if name in ("run", "preset", "data"):
-                continue
-            if isinstance(value, dict):
-                result |= {f"{name}.{inner}": v for inner, v in value.items()}
-            else:
-                result[name] = value
-        return result
 
-    before, after = flat(old), flat(new)
-    return [f"{name}: {before[name]} -> {after[name]}" for name in before if before[name] != after[name]]
+def read_settings(path: Path) -> Config:
+    """What a run's config.json holds. `InputError` if it is none."""
+    content = read_json(path)
+    if isinstance(content, dict):
+        content.pop("machine", None)
+    config: Config = typed(content, Config, str(path))
+    return config

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
+import csv
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import compress
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
 
 from a2mc_fast.errors import Range, one_line, require
-from a2mc_fast.files import read_json, typed
+from a2mc_fast.files import atomic_path, read_json, typed
 
 FORMAT = "a2mc-evaluation/1"
 Percent = Annotated[float, Range("[0, 100]")]
-_COLUMNS = (
-    "run",
-    "protocol",
-    "data",
-    "split",
-    "stream",
-    "encoder",
-    "best %",
-    "last %",
-    "macro %",
-    "untrained %",
+HEAD = (
+    *("run", "protocol", "data", "split", "stream", "encoder", "preset"),
+    *("seed", "steps", "best %", "last %", "macro %", "untrained %"),
 )
-_TEXT = 6  # columns that hold no number
+_TEXT = 7  # columns that hold no number
 
 
 class Accuracies(TypedDict):
@@ -146,39 +140,69 @@ def percent(numbers: Mapping[str, Any], *names: str) -> str:
     return ""
 
 
-def table(results: Sequence[Mapping[str, Any]]) -> str:
+class Row(NamedTuple):
+    """A result, or that on one share of the labels."""
+
+    result: Mapping[str, Any]
+    part: Mapping[str, Any]
+    before: Mapping[str, Any]
+    """What the untrained encoder reached."""
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """What `HEAD` names."""
+        result, part = self.result, self.part
+        share = f" {100 * part['fraction']:g} %" if "fraction" in part else ""
+        seed = result.get("config", {}).get("seed")
+        return (
+            result["run"],
+            result["protocol"] + share,
+            Path(result["data"]).stem,
+            *(result[name] for name in ("split", "stream", "encoder")),
+            result.get("preset", ""),
+            str(seed) if isinstance(seed, int) else "",
+            str(result.get("steps", "")),
+            percent(part, "top1_best"),
+            percent(part, "top1_last", "top1"),
+            percent(part, "top1_macro"),
+            percent(self.before, "top1_best", "top1"),
+        )
+
+
+def rows_of(results: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
     """One row per result and share of labels."""
-    rows = [_COLUMNS, *(row for result in results for row in _rows(result))]
-    if not any(row[-1] for row in rows[1:]):
-        rows = [row[:-1] for row in rows]  # no untrained encoder was evaluated
-    return align(rows, _TEXT)
+    for result in results:
+        untrained = result.get("untrained", {})
+        for number, part in enumerate(result.get("fractions", [result])):
+            yield Row(
+                result, part, untrained["fractions"][number] if untrained.get("fractions") else untrained
+            )
+
+
+def table(results: Iterable[Mapping[str, Any]]) -> str:
+    """One line per result and share of labels, whatever was trained; "untrained %" where one has it."""
+    lines = [row.cells for row in rows_of(results)]
+    hidden = ("preset", "seed", "steps") + ("untrained %",) * (not any(line[-1] for line in lines))
+    return layout(lines, hidden)
+
+
+def layout(lines: Iterable[Sequence[str]], hidden: Collection[str]) -> str:
+    """Cells of rows as lines of text under those of `HEAD`, without these columns."""
+    kept = [name not in hidden for name in HEAD]
+    return align([tuple(compress(line, kept)) for line in (HEAD, *lines)], sum(kept[:_TEXT]))
 
 
 def align(rows: Sequence[tuple[str, ...]], text: int) -> str:
     """Rows as lines: the first `text` columns to the left, the others to the right."""
     rows = [tuple(one_line(cell, 80) for cell in row) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
+    sides = ["<" if column < text else ">" for column in range(len(widths))]
     return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i < text else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))
-        ).rstrip()
-        for row in rows
+        "  ".join(f"{cell:{side}{w}}" for cell, side, w in zip(row, sides, widths)).rstrip() for row in rows
     )
 
 
-def _rows(result: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    untrained = result.get("untrained", {})
-    for number, part in enumerate(result.get("fractions", [result])):
-        before = untrained["fractions"][number] if untrained.get("fractions") else untrained
-        yield (
-            result["run"],
-            result["protocol"] + (f" {100 * part['fraction']:g} %" if "fraction" in part else ""),
-            Path(result["data"]).stem,
-            result["split"],
-            result["stream"],
-            result["encoder"],
-            percent(part, "top1_best"),
-            percent(part, "top1_last", "top1"),
-            percent(part, "top1_macro"),
-            percent(before, "top1_best", "top1"),
-        )
+def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
+    """A table as a .csv file, whole or not at all."""
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)

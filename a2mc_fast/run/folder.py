@@ -13,9 +13,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from a2mc_fast.config import Config, differences
+from a2mc_fast.config import Config, differences, read_settings
 from a2mc_fast.errors import InputError, require, tell
-from a2mc_fast.files import read_json, typed
 from a2mc_fast.run.checkpoint import FILE, Checkpoint, load_last_good
 
 RUNS = Path("runs")
@@ -99,7 +98,7 @@ def unfinished(preset: str) -> Path:
 def _preset(path: Path) -> str:
     """That of a config.json, empty if it cannot be read."""
     with suppress(InputError, OSError):
-        return _settings(path).preset
+        return read_settings(path).preset
     return ""
 
 
@@ -110,22 +109,15 @@ def holds_run(folder: Path) -> bool:
 def stored(folder: Path) -> Config:
     """The settings with which a run last began."""
     require(holds_run(folder), f"{folder} holds no run to resume: start it without --resume")
+    path = folder / "config.json"
     try:
-        return _settings(folder / "config.json")
+        require(path.is_file(), f"{path} not found, and no checkpoint beside it: nothing to resume")
+        return read_settings(path)
     except (InputError, OSError):
         checkpoint, _ = load_last_good(folder)
         if checkpoint is None:
             raise
         return checkpoint.config
-
-
-def _settings(path: Path) -> Config:
-    require(path.is_file(), f"{path} not found, and no checkpoint beside it: nothing to resume")
-    content = read_json(path)
-    if isinstance(content, dict):
-        content.pop("machine", None)
-    config: Config = typed(content, Config, str(path))
-    return config
 
 
 def _newest(folder: Path, config: Config) -> Checkpoint | None:
