@@ -18,7 +18,7 @@ from a2mc_fast.data.identity import differing
 from a2mc_fast.errors import InputError, require, tell
 from a2mc_fast.evaluation.results import evaluate
 from a2mc_fast.evaluation.rows import row_configs, study_table, tables
-from a2mc_fast.evaluation.settings import AnyEvaluation, Knn, Linear, LinearConfig
+from a2mc_fast.evaluation.settings import Evaluation, Knn, Linear, LinearConfig
 from a2mc_fast.evaluation.tables import mean_and_std, read_ended, read_result
 from a2mc_fast.files import sha256, write_json
 from a2mc_fast.run import checkpoint
@@ -152,7 +152,7 @@ def _accuracies(knn: Mapping[str, Any], linear: Mapping[str, Any]) -> dict[str, 
     return found | {f"top1_linear{name[4:]}": linear[name] for name in names if name in linear}
 
 
-def evaluated(options: AnyEvaluation, config: Config) -> Mapping[str, Any]:
+def evaluated(options: Evaluation, config: Config) -> Mapping[str, Any]:
     """The run's saved result if it was made from this checkpoint with these options, or a new one."""
     path = options.run / f"{options.protocol}.json"
     if path.exists():

@@ -19,8 +19,8 @@ from a2mc_fast.augment import Draws, Views
 from a2mc_fast.encoders.branch import Branch
 from a2mc_fast.errors import require
 from a2mc_fast.evaluation.protocols import check_classes, encode, labelled_split, training_crops
-from a2mc_fast.evaluation.scores import Outcome, Validation
-from a2mc_fast.evaluation.settings import FinetuneConfig, SemiConfig
+from a2mc_fast.evaluation.scores import Outcome, Progress
+from a2mc_fast.evaluation.settings import Finetune, Semi
 
 
 def finetune(
@@ -28,14 +28,11 @@ def finetune(
     views: Views,
     train: Tensor,
     test: Tensor,
-    config: FinetuneConfig,
+    config: Finetune,
     *,
-    progress: Callable[[int, float], None] = lambda epoch, accuracy: None,
+    progress: Progress = lambda epoch, accuracy: None,
 ) -> Outcome:
-    """Train `branch`, in place, and a new classifier on clips train [n]; test them on clips test [m].
-
-    `progress` hears of each test: (epoch, accuracy).
-    """
+    """Train `branch`, in place, and a new classifier on clips train [n]; test them on clips test [m]."""
     torch.manual_seed(config.seed)  # of dropout; batch order and crops draw from `rng`
     labels, device = views.clips.labels, views.clips.device
     crops = training_crops(views, config.seed)
@@ -58,7 +55,7 @@ def finetune(
             # torch would leave it unwritten if fp16 skips the first step
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     scaler = torch.amp.GradScaler("cuda", enabled=cuda and branch.config.precision == "fp16")
-    validation = Validation(labels[test], progress)
+    outcome = Outcome(labels[test], progress)
     branch.train()
     for epoch in range(config.epochs):
         optimizer.param_groups[0]["lr"] = learning_rate(config, epoch)
@@ -71,23 +68,23 @@ def finetune(
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
-        if (epoch + 1) % config.validate_every == 0 or epoch + 1 == config.epochs:
+        if config.tests_after(epoch):
             with torch.no_grad():
-                validation.add(epoch + 1, classifier(encode(branch, crops, test)))
-    return validation.outcome(classifier.weight.detach(), classifier.bias.detach())
+                outcome.test(epoch + 1, classifier(encode(branch, crops, test)))
+    outcome.weight, outcome.bias = classifier.weight.detach(), classifier.bias.detach()
+    return outcome
 
 
 def semi_supervised(
     branch: Branch,
     views: Views,
     split: str,
-    config: SemiConfig,
+    config: Semi,
     *,
-    begins: Callable[[float, int, int], Callable[[int, float], None]] = lambda *_: lambda *_: None,
+    begins: Callable[[str, int], Progress] = lambda what, seed: lambda epoch, accuracy: None,
 ) -> Iterator[tuple[float, int, list[Outcome]]]:
-    """Fine-tune copies of `branch` on shares of the training clips.
-
-    `begins` hears of each training, (share, training clips, seed), and gives what hears of its tests.
+    """Fine-tune copies of `branch` on shares of the training clips. `begins` hears of each training, and with
+    which seed, and gives what hears of its tests.
 
     Yields (share, training clips, one outcome per seed). All subsets are drawn and checked before the first
     training.
@@ -105,21 +102,16 @@ def semi_supervised(
             check_classes(views, chosen, test, where, config.allow_missing)
             subsets[share, seed] = chosen
     for share in config.fractions:
-        outcomes = [
-            finetune(
-                _copied(branch),
-                views,
-                subsets[share, seed],
-                test,
-                replace(config, seed=seed),
-                progress=begins(share, len(subsets[share, seed]), seed),
-            )
-            for seed in seeds
-        ]
-        yield share, len(subsets[share, seeds[0]]), outcomes
+        outcomes = []
+        for seed in seeds:
+            chosen = subsets[share, seed]
+            progress = begins(f"{100 * share:g} % of the labels, {len(chosen)} training clips", seed)
+            seeded = replace(config, seed=seed)
+            outcomes.append(finetune(_copied(branch), views, chosen, test, seeded, progress=progress))
+        yield share, len(chosen), outcomes
 
 
-def learning_rate(config: FinetuneConfig, epoch: int) -> float:
+def learning_rate(config: Finetune, epoch: int) -> float:
     """Of one epoch, counted from 0: a linear rise over the warm-up epochs, a tenth after each milestone."""
     rise = min(1.0, (epoch + 1) / config.warmup_epochs) if config.warmup_epochs else 1.0
     return config.lr * rise * 0.1 ** config.drops(epoch)
@@ -134,14 +126,8 @@ def subset(labels: Tensor, share: float, seed: int, *, stratified: bool = True) 
     order = rng.permutation(seed, 0, rng.STREAM_SUBSET, len(labels), labels.device)
     if not stratified:
         return order[: int(len(labels) * share)].sort().values
-    shuffled = labels[order]
-    by_class = torch.argsort(shuffled, stable=True)
-    counts = torch.bincount(labels)
-    first = torch.cumsum(counts, 0) - counts
-    # the how-manieth clip of its class each one is, in the order of the shuffle
-    rank = torch.arange(len(labels), device=labels.device) - first[shuffled[by_class]]
-    keep = rank < (share * counts.double()).round()[shuffled[by_class]]
-    return order[by_class[keep]].sort().values
+    classes = [order[labels[order] == label] for label in labels.unique()]
+    return torch.cat([clips[: round(share * len(clips))] for clips in classes]).sort().values
 
 
 def _copied(branch: Branch) -> Branch:

@@ -24,6 +24,7 @@ from a2mc_fast.data.normalize import usable
 from a2mc_fast.encoders.branch import Branch
 from a2mc_fast.errors import InputError, require
 from a2mc_fast.evaluation.protocols import encode
+from a2mc_fast.evaluation.scores import beside
 from a2mc_fast.run import checkpoint, weights
 from a2mc_fast.run.checkpoint import Checkpoint
 
@@ -81,13 +82,7 @@ def load_classifier(
     device: torch.device | str = "cpu",
 ) -> ClipClassifier:
     """The classifier that a protocol trained on a run, or that of a file, and its encoder, in eval mode."""
-    path = Path(run)
-    if path.is_dir():
-        path = path / f"{protocol}.classifier.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} not found; make it with: python -m a2mc_fast.evaluate {protocol} {path.parent}"
-        )
+    path = beside(Path(run), protocol, "classifier")
     loaded = checkpoint.load(path)
     weight, bias = (loaded.tensors.get(f"downstream.{name}") for name in ("weight", "bias"))
     encoder = ClipEncoder(loaded.branch(device), loaded)

@@ -6,8 +6,6 @@ Legend: n clips · F feature width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,7 +16,7 @@ from a2mc_fast.config import ViewConfig
 from a2mc_fast.data import Clips
 from a2mc_fast.encoders.branch import Branch
 from a2mc_fast.errors import require
-from a2mc_fast.evaluation.scores import Outcome, Validation, accuracy
+from a2mc_fast.evaluation.scores import Outcome, Progress, accuracy
 from a2mc_fast.evaluation.settings import LinearConfig
 
 _CHUNK = 256  # clips encoded at a time
@@ -62,14 +60,12 @@ def check_classes(views: Views, train: Tensor, test: Tensor, where: str, allow_m
     """`InputError` if a class that is tested has no training clip. train [n], test [m] clip numbers."""
     labels = views.clips.labels
     missing = sorted(set(labels[test].tolist()) - set(labels[train].tolist()))
-    if missing and not allow_missing:
-        names = class_names(views.clips)
-        shown = ", ".join(names[c] for c in missing[:3]) + (", ..." if len(missing) > 3 else "")
-        require(
-            False,
-            f"{where}: {len(missing)} of the tested classes have no training clip ({shown}); "
-            "--allow-missing goes on without them",
-        )
+    shown = ", ".join(class_names(views.clips)[c] for c in missing[:3]) + ", ..." * (len(missing) > 3)
+    require(
+        allow_missing or not missing,
+        f"{where}: {len(missing)} of the tested classes have no training clip ({shown}); "
+        "--allow-missing goes on without them",
+    )
 
 
 def class_names(clips: Clips) -> list[str]:
@@ -155,9 +151,9 @@ def linear_evaluation(
     split: str,
     config: LinearConfig,
     *,
-    progress: Callable[[int, float], None] = lambda epoch, accuracy: None,
+    progress: Progress = lambda epoch, accuracy: None,
 ) -> Outcome:
-    """Train a linear classifier on the frozen encoder. `progress` hears of each test: (epoch, accuracy)."""
+    """Train a linear classifier on the frozen encoder."""
     train, test = labelled_split(views, split)
     check_classes(views, train, test, f"protocol {split!r}", config.allow_missing)
     labels, device = views.clips.labels, views.clips.device
@@ -167,7 +163,7 @@ def linear_evaluation(
         return LinearClassifier.extend(encode(branch, crops, index, draws))
 
     test_features = features(test)
-    cached = features(train) if config.crop == "center" and config.cache else None
+    centered = features(train) if config.crop == "center" else None
     classifier = LinearClassifier(
         test_features.shape[1] - 1,
         views.clips.num_classes,
@@ -176,18 +172,17 @@ def linear_evaluation(
         device=device,
     )
     lr = config.learning_rate(branch.config.encoder.name)
-    validation = Validation(labels[test], progress)
+    outcome = Outcome(labels[test], progress)
     for epoch in range(config.epochs):
         order = rng.permutation(config.seed, epoch, rng.STREAM_EVALUATE, len(train), device)
-        if cached is not None:
-            batches = cached[order]
-        elif config.crop == "center":
-            batches = features(train)[order]
-        else:
+        if centered is None:
             batches = features(train[order], crops.draw(epoch, len(train), views=1)[0])
+        else:
+            batches = centered[order]
         classifier.train_epoch(
             batches, labels[train[order]], batch_size=config.batch_size, lr=lr * 0.1 ** config.drops(epoch)
         )
-        if (epoch + 1) % config.validate_every == 0 or epoch + 1 == config.epochs:
-            validation.add(epoch + 1, classifier.scores(test_features))
-    return validation.outcome(classifier.weight[:, :-1], classifier.weight[:, -1])
+        if config.tests_after(epoch):
+            outcome.test(epoch + 1, classifier.scores(test_features))
+    outcome.weight, outcome.bias = classifier.weight[:, :-1], classifier.weight[:, -1]
+    return outcome

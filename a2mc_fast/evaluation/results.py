@@ -6,12 +6,12 @@ A result is a JSON file beside the run; protocols with one classifier also save 
 
 from __future__ import annotations
 
-import csv
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,10 +31,19 @@ from a2mc_fast.evaluation.protocols import (
     nearest,
     vote,
 )
-from a2mc_fast.evaluation.scores import About, Outcome, Scores, accuracy, details, weighted_sum
-from a2mc_fast.evaluation.settings import AnyEvaluation, Ensemble, Finetune, Knn, Linear, Semi
-from a2mc_fast.evaluation.tables import FORMAT, accuracies, mean_and_std, table
-from a2mc_fast.files import atomic_path, sha256, write_json
+from a2mc_fast.evaluation.scores import (
+    About,
+    Outcome,
+    Progress,
+    Scores,
+    accuracy,
+    beside,
+    details,
+    weighted_sum,
+)
+from a2mc_fast.evaluation.settings import Ensemble, Evaluation, Finetune, Knn, Linear, Semi
+from a2mc_fast.evaluation.tables import FORMAT, accuracies, mean_and_std, table, write_csv
+from a2mc_fast.files import sha256, write_json
 from a2mc_fast.ranks.joining import join
 from a2mc_fast.run import checkpoint
 from a2mc_fast.run.machine import machine, pick_device
@@ -43,7 +52,7 @@ from a2mc_fast.run.opened import Opened, read_run, with_clips
 _STREAM_WEIGHTS = {"joint": 0.6, "motion": 0.4, "bone": 0.6}  # AimCLR, HiCLR
 
 
-def evaluate(options: AnyEvaluation) -> dict[str, Any]:
+def evaluate(options: Evaluation) -> dict[str, Any]:
     """Evaluate a run's query encoder and write the result. Returns what was written.
 
     The ranks that torchrun started share the encoding of clips; rank 0 prints and writes.
@@ -52,13 +61,13 @@ def evaluate(options: AnyEvaluation) -> dict[str, Any]:
         saved, config = read_run(options.run, options.data, options.split, options.device)
     with join(config, lambda: pick_device(config)) as world, one_speaks():
         require(
-            world.alone or options.encodes,
+            world.alone or isinstance(options, Knn | Linear),
             f"{options.protocol} trains the encoder on one process: start it without torchrun",
         )
         return _evaluate(options, with_clips(saved, config, world, named=bool(options.data)))
 
 
-def _evaluate(options: AnyEvaluation, run: Opened) -> dict[str, Any]:
+def _evaluate(options: Evaluation, run: Opened) -> dict[str, Any]:
     saved, config = run.saved, run.config
     about: About = {
         "protocol": options.protocol,
@@ -85,7 +94,7 @@ def _evaluate(options: AnyEvaluation, run: Opened) -> dict[str, Any]:
     if options.untrained:
         # the list of neighbours is the trained encoder's
         plain = replace(options, neighbours="") if isinstance(options, Knn) else options
-        result["untrained"] = accuracies(measure(plain, run.untrained(), run, "untrained encoder").entries)
+        result["untrained"] = accuracies(measure(plain, run.untrained(), run, ", untrained encoder")[0])
     result |= {
         "checkpoint_sha256": sha256(saved.path),
         "config": to_dict(saved.config),
@@ -97,65 +106,57 @@ def _evaluate(options: AnyEvaluation, run: Opened) -> dict[str, Any]:
     if outcome is not None:
         test = run.labelled("test")
         names = tuple(run.clips.names[number] for number in test.tolist())
+        scores, classifier = (path.with_suffix(f".{what}.safetensors") for what in ("scores", "classifier"))
         Scores(
             scores=outcome.scores, labels=run.clips.labels[test], clips=test, names=names, about=about
-        ).save(path.with_suffix(".scores.safetensors"))
+        ).save(scores)
         # with its encoder, which fine-tuning has changed, so that the file is all that predict needs
         checkpoint.write(
-            path.with_suffix(".classifier.safetensors"),
+            classifier,
             checkpoint.with_classifier(
                 saved, branch.encoder, outcome.weight, outcome.bias, about["class_names"]
             ),
         )
-        for name in ("scores", "classifier"):
-            result[name] = path.with_suffix(f".{name}.safetensors").name
+        result |= {"scores": scores.name, "classifier": classifier.name}
     write_json(path, result)
-    tell(f"{table([result])}\n{_on_fresh(result)}wrote {path}")
+    fresh = result.get("top1_fresh", result.get("top1_last_fresh"))
+    if fresh is not None:
+        fresh = f"{fresh:.2f} % on the {result['fresh_test_clips']} test clips that equal no training clip\n"
+    tell(f"{table([result])}\n{fresh or ''}wrote {path}")
     return result
-
-
-def _on_fresh(result: dict[str, Any]) -> str:
-    """A line on the test clips that are no copies of training clips, where there are such copies."""
-    value = result.get("top1_fresh", result.get("top1_last_fresh"))
-    if value is None:
-        return ""
-    return f"{value:.2f} % on the {result['fresh_test_clips']} test clips that equal no training clip\n"
 
 
 # what a protocol measures
 
 
-class Measured(NamedTuple):
-    """What a protocol found: the result's own entries, and its classifier's outcome if it has just one."""
+def measure(
+    options: Evaluation, branch: Branch, run: Opened, which: str = ""
+) -> tuple[dict[str, Any], Outcome | None]:
+    """A result's own entries, and the outcome of its classifier if it has just one.
 
-    entries: dict[str, Any]
-    outcome: Outcome | None = None
-
-
-def measure(options: AnyEvaluation, branch: Branch, run: Opened, which: str = "") -> Measured:
-    """Accuracies in percent and what belongs to them. May train `branch`, which is not used again; `which`
-    encoder it is, the user is told."""
+    May train `branch`, which is not used again; `which` encoder it is, the user is told.
+    """
     if isinstance(options, Knn):
-        return _knn(options, branch, run)
-    name = f"{options.protocol}{which and ', ' + which}"
+        return _knn(options, branch, run), None
+    assert isinstance(options, Linear | Finetune)
+    name, split = f"{options.protocol}{which}", run.config.split
     if isinstance(options, Semi):
-        return _semi(options, branch, run, name)
-    split = run.config.split
+        return _semi(options, branch, run, name), None
     train, test = labelled_split(run.views, split)
     check_classes(run.views, train, test, f"protocol {split!r}", options.allow_missing)
-    report = _begins(options, name, f"{len(train)} training and {len(test)} test clips", options.seed)
+    what = f"{len(train)} training and {len(test)} test clips"
+    progress = _begins(options, name, what, options.seed)
     if isinstance(options, Linear):
-        outcome = linear_evaluation(branch, run.views, split, options, progress=report)
+        outcome = linear_evaluation(branch, run.views, split, options, progress=progress)
     else:
-        outcome = finetune(branch, run.views, train, test, options, progress=report)
-    return _classified(outcome, run)
+        outcome = finetune(branch, run.views, train, test, options, progress=progress)
+    entries = {"top1_best": outcome.best, "top1_last": outcome.last}
+    return entries | _fresh("top1_last", outcome.predicted, run) | _details([outcome.predicted], run), outcome
 
 
-def _begins(
-    options: Linear | Finetune | Semi, name: str, what: str, seed: int
-) -> Callable[[int, float], None]:
-    """Tells on standard error that a training begins. Returns what tells how it goes, (epoch, accuracy); of
-    many trainings, only how each one ended."""
+def _begins(options: Linear | Finetune, name: str, what: str, seed: int) -> Progress:
+    """Tells on standard error that a training begins. Returns what tells how it goes; of many trainings, only
+    how each one ended."""
     tell(f"{name}: {what}, {options.epochs} epochs, seed {seed}", error=True)
     start = time.perf_counter()
 
@@ -169,7 +170,7 @@ def _begins(
     return report
 
 
-def _knn(options: Knn, branch: Branch, run: Opened) -> Measured:
+def _knn(options: Knn, branch: Branch, run: Opened) -> dict[str, Any]:
     clips, views = run.clips, run.views
     split = run.config.split
     train, test = clips.split(split) if options.neighbours else labelled_split(views, split)
@@ -181,40 +182,30 @@ def _knn(options: Knn, branch: Branch, run: Opened) -> Measured:
     # clips without a label are listed, but neither vote nor count
     known, asked = clips.labels[train] >= 0, clips.labels[test] >= 0
     if not (known.any() and asked.any()):
-        return Measured({})
-    train, test = train[known], test[asked]
+        return {}
     _, rows = nearest(gallery[known], queries[asked], options.k)
-    predicted, truth = vote(clips.labels[train][rows]), clips.labels[test]
-    shown = details(predicted, truth, clips.num_classes)
-    return Measured({"top1": accuracy(predicted, truth), **_fresh("top1", predicted, run), **shown})
+    predicted = vote(clips.labels[train[known]][rows])
+    top1 = accuracy(predicted, clips.labels[test[asked]])
+    return {"top1": top1, **_fresh("top1", predicted, run), **_details([predicted], run)}
 
 
-def _semi(options: Semi, branch: Branch, run: Opened, name: str) -> Measured:
-    def begins(share: float, clips: int, seed: int) -> Callable[[int, float], None]:
-        return _begins(options, name, f"{100 * share:g} % of the labels, {clips} training clips", seed)
-
+def _semi(options: Semi, branch: Branch, run: Opened, name: str) -> dict[str, Any]:
     entries = []
-    shares = semi_supervised(branch, run.views, run.config.split, options, begins=begins)
-    for share, clips, outcomes in shares:
+    begins = partial(_begins, options, name)
+    for share, clips, outcomes in semi_supervised(
+        branch, run.views, run.config.split, options, begins=begins
+    ):
         runs = [{"top1_best": o.best, "top1_last": o.last} for o in outcomes]
-        seeds = range(options.seed, options.seed + options.seeds)
         entries.append(
             {
                 "fraction": share,
                 "training_clips": clips,
                 **mean_and_std(runs),
-                "runs": [{"seed": seed, **one} for seed, one in zip(seeds, runs)],
-                **_details(outcomes, run),
+                "runs": [{"seed": seed, **one} for seed, one in enumerate(runs, options.seed)],
+                **_details([o.predicted for o in outcomes], run),
             }
         )
-    return Measured({"fractions": entries})
-
-
-def _classified(outcome: Outcome, run: Opened) -> Measured:
-    """The result of one trained classifier; confusion and classes are those of the last epoch."""
-    entries = {"top1_best": outcome.best, "top1_last": outcome.last}
-    fresh = _fresh("top1_last", outcome.predicted, run)
-    return Measured({**entries, **fresh, **_details([outcome], run)}, outcome)
+    return {"fractions": entries}
 
 
 def _fresh(name: str, predicted: Tensor, run: Opened) -> dict[str, Any]:
@@ -227,38 +218,33 @@ def _fresh(name: str, predicted: Tensor, run: Opened) -> dict[str, Any]:
     return {f"{name}_fresh": accuracy(predicted[fresh], truth[fresh]), "fresh_test_clips": int(fresh.sum())}
 
 
-def _details(outcomes: Sequence[Outcome], run: Opened) -> dict[str, Any]:
-    truth = run.clips.labels[run.labelled("test")].repeat(len(outcomes))
-    return details(torch.cat([o.predicted for o in outcomes]), truth, run.clips.num_classes)
+def _details(predicted: Sequence[Tensor], run: Opened) -> dict[str, Any]:
+    """`details` of one or several predictions of the labelled test clips."""
+    truth = run.clips.labels[run.labelled("test")].repeat(len(predicted))
+    return details(torch.cat(list(predicted)), truth, run.clips.num_classes)
 
 
 def _write_neighbours(path: Path, clips: Clips, queries: Tensor, found: Tensor, similarity: Tensor) -> None:
     """Every test clip with its nearest training clips. queries [Q] and found [Q, k] clip numbers."""
-    names, labels = clips.names, [*class_names(clips), ""]  # of label -1
-    truth = clips.labels.tolist()
-
-    def describe(clip: int) -> dict[str, Any]:
-        return {"name": names[clip], "label": truth[clip], "class": labels[truth[clip]]}
-
-    rows = [
-        {
-            **describe(query),
-            "neighbours": [
-                {**describe(clip), "similarity": round(value, 6)} for clip, value in zip(clips_, values)
-            ],
-        }
-        for query, clips_, values in zip(queries.tolist(), found.tolist(), similarity.tolist())
+    labels, classes = clips.labels.tolist(), [*class_names(clips), ""]  # of label -1
+    clip = [
+        {"name": name, "label": label, "class": classes[label]} for name, label in zip(clips.names, labels)
     ]
+    near = [
+        [{**clip[number], "similarity": round(value, 6)} for number, value in zip(*row)]
+        for row in zip(found.tolist(), similarity.tolist())
+    ]
+    asked = [clip[number] for number in queries.tolist()]
     if path.suffix == ".json":
-        write_json(path, rows)
+        write_json(path, [{**query, "neighbours": others} for query, others in zip(asked, near)])
         return
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        head = ("name", "label", "class")
-        table.writerow((*head, "rank", *(f"neighbour_{h}" for h in head), "similarity"))
-        for row in rows:
-            for rank, other in enumerate(row["neighbours"], 1):
-                table.writerow((*(row[h] for h in head), rank, *other.values()))
+    head = ("name", "label", "class")
+    lines = [
+        (*query.values(), rank, *other.values())
+        for query, others in zip(asked, near)
+        for rank, other in enumerate(others, 1)
+    ]
+    write_csv(path, [(*head, "rank", *(f"neighbour_{h}" for h in head), "similarity"), *lines])
 
 
 # several results together
@@ -268,7 +254,7 @@ def ensemble(options: Ensemble) -> dict[str, Any]:
     """Add up saved scores and write the result. Returns what was written."""
     require(len(options.runs) >= 2, f"ensemble needs at least two runs, got {len(options.runs)}")
     require(not (options.weights and options.equal), "give --weights or --equal, not both")
-    streams = [_load_scores(run, options.protocol) for run in options.runs]
+    streams = [Scores.load(beside(run, options.protocol, "scores")) for run in options.runs]
     names = [s.about["stream"] for s in streams]
     weights = options.weights or tuple(1.0 if options.equal else _STREAM_WEIGHTS[name] for name in names)
     scores = weighted_sum(streams, weights, options.of)
@@ -297,12 +283,3 @@ def ensemble(options: Ensemble) -> dict[str, Any]:
     write_json(path, result)
     tell(f"{table([*result['members'], result])}\nwrote {path}")
     return result
-
-
-def _load_scores(run: Path, protocol: str) -> Scores:
-    """The scores of a run folder, or those in a file."""
-    path = run / f"{protocol}.scores.safetensors" if run.is_dir() else run
-    if not path.is_file():
-        made = f"; make it with: python -m a2mc_fast.evaluate {protocol} {run}" if run.is_dir() else ""
-        raise FileNotFoundError(f"{path} not found{made}")
-    return Scores.load(path)

@@ -24,13 +24,16 @@ FORMAT = "a2mc-scores/2"
 _MATRIX = 1000  # classes up to which a result holds the counts of every pair
 
 
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """How a classifier did on the test clips; accuracies in percent."""
+Progress = Callable[[int, float], None]
+"""What hears of each test in a training: (epoch, accuracy)."""
 
-    best: float
-    """Highest over the tests during training, as CMD and ISC report it."""
-    last: float
+
+class Outcome:
+    """How a classifier did on the test clips [n], of these labels; only a test waits for the device."""
+
+    best: float = 0.0
+    """Highest accuracy over the tests during training, as CMD and ISC report it."""
+    last: float = 0.0
     """After the last epoch."""
     scores: Tensor
     """Logits of the test clips after the last epoch, [n, classes] float32."""
@@ -39,33 +42,22 @@ class Outcome:
     bias: Tensor
     """[classes]"""
 
+    def __init__(self, labels: Tensor, progress: Progress) -> None:
+        self.labels, self.progress = labels, progress
+
+    def test(self, epoch: int, scores: Tensor) -> None:
+        """A test after `epoch` epochs. scores [n, classes]; `InputError` if they are not finite."""
+        finite = bool(torch.isfinite(scores).all())
+        require(finite, f"the classifier's scores are not finite after epoch {epoch}: lower --lr")
+        self.scores = scores
+        self.last = accuracy(self.predicted, self.labels)
+        self.best = max(self.best, self.last)
+        self.progress(epoch, self.last)
+
     @property
     def predicted(self) -> Tensor:
         """Labels after the last epoch, [n]."""
         return self.scores.argmax(1)
-
-
-class Validation:
-    """Gathers the tests of one training into an `Outcome`; only they wait for the device."""
-
-    def __init__(self, labels: Tensor, progress: Callable[[int, float], None]) -> None:
-        self.labels, self.progress = labels, progress
-        self.best = self.last = 0.0
-        self.scores = labels.new_zeros(0)
-
-    def add(self, epoch: int, scores: Tensor) -> None:
-        """A test after `epoch` epochs. scores [n, classes]"""
-        require(
-            bool(torch.isfinite(scores).all()),
-            f"the classifier's scores are not finite after epoch {epoch}: lower --lr",
-        )
-        self.scores = scores
-        self.last = accuracy(scores.argmax(1), self.labels)
-        self.best = max(self.best, self.last)
-        self.progress(epoch, self.last)
-
-    def outcome(self, weight: Tensor, bias: Tensor) -> Outcome:
-        return Outcome(best=self.best, last=self.last, scores=self.scores, weight=weight, bias=bias)
 
 
 def accuracy(predicted: Tensor, labels: Tensor) -> float:
@@ -154,6 +146,18 @@ class Scores:
             f"{path}: a label is not of its {scores.shape[1]} classes",
         )
         return cls(scores=scores, labels=labels, clips=clips, names=names, about=about)
+
+
+def beside(run: Path, protocol: str, what: Literal["scores", "classifier"]) -> Path:
+    """The file that a protocol left in a run's folder, or the one that is named itself.
+
+    `FileNotFoundError`, with what makes it, where it is missing.
+    """
+    path = run / f"{protocol}.{what}.safetensors" if run.is_dir() else run
+    if not path.is_file():
+        made = f"python -m a2mc_fast.evaluate {protocol} {run if run.is_dir() else run.parent}"
+        raise FileNotFoundError(f"{path} not found; make it with: {made}")
+    return path
 
 
 def weighted_sum(

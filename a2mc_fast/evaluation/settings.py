@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -24,16 +24,67 @@ from a2mc_fast.errors import (
     require,
 )
 
-_LINEAR_LR = {
-    "bigru": 0.1,
-    "scd": 0.1,
-    "stgcn": 3.0,
-    "dsta": 3.0,
-}  # CMD, SCD-Net with its head, AimCLR, HiCLR
+_LINEAR_LR = {"stgcn": 3.0, "dsta": 3.0}  # AimCLR, HiCLR; 0.1 by CMD, and by SCD-Net with its head
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Training:
+class OfRun:
+    """What every command asks for that opens a run."""
+
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
+    """Folder of the run, or a checkpoint."""
+    data: str = ""
+    """Packed clips; empty = the data of the run."""
+    split: str = ""
+    """Protocol; empty = that of the run."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto = the GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(OfRun):
+    """What every protocol asks for."""
+
+    untrained: bool = False
+    """Also evaluate the encoder as it was before training."""
+    out: str = ""
+    """JSON file to write; empty = RUN/PROTOCOL.json."""
+
+    @property
+    def protocol(self) -> str:
+        """Its name on the command line."""
+        return type(self).__name__.lower()
+
+    def resolved(self, encoder: str) -> dict[str, Any]:
+        """The protocol's own options, as they are used with this encoder."""
+        shared = Evaluation.__dataclass_fields__
+        return {name: value for name, value in asdict(self).items() if name not in shared}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knn(Evaluation):
+    """k nearest neighbours by cosine similarity, which is retrieval (the paper's Table III)."""
+
+    k: Count = 1
+    """Neighbours that vote."""
+    neighbours: str = ""
+    """List the nearest training clips of every test clip, labelled or not, in this .json or .csv file."""
+    top: Count = 5
+    """How many to list."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            not self.neighbours or Path(self.neighbours).suffix in (".json", ".csv"),
+            f"neighbours must be a .json or .csv file, got {self.neighbours}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
     """What every protocol that trains a classifier asks for."""
 
     epochs: Count = 80
@@ -58,17 +109,19 @@ class _Training:
         """Milestones passed before this epoch, counted from 0."""
         return sum(epoch >= milestone for milestone in self.milestones)
 
+    def tests_after(self, epoch: int) -> bool:
+        """Whether this epoch, counted from 0, ends with a test."""
+        return (epoch + 1) % self.validate_every == 0 or epoch + 1 == self.epochs
+
 
 @dataclass(frozen=True, kw_only=True)
-class LinearConfig(_Training):
+class LinearConfig(Training):
     """Linear evaluation (the paper's sec. IV-B; CMD, ISC): SGD without weight decay."""
 
     lr: Annotated[float, Range("[0, 1000]")] = 0.0
     """Learning rate; 0 = the encoder's: 3 for stgcn and dsta, 0.1 for all others."""
     crop: Literal["random", "center"] = "random"
     """Training clips: `random` crops of 50 to 100 %, encoded anew every epoch, or the `center` crop, once."""
-    cache: bool = True
-    """Center crop: encode once. Without, every epoch encodes again, to the same bits."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,8 +133,16 @@ class LinearConfig(_Training):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(_Training):
-    """Encoder and classifier trained together (the paper's sec. IV-B on transfer; CMD)."""
+class Linear(LinearConfig, Evaluation):
+    """A linear classifier on the frozen encoder (the paper's Table I)."""
+
+    def resolved(self, encoder: str) -> dict[str, Any]:
+        return {**super().resolved(encoder), "lr": self.learning_rate(encoder)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune(Training, Evaluation):
+    """Encoder and a new classifier trained on all labels (the paper's Table VII; CMD)."""
 
     lr: Rate = 0.01
     """Learning rate of encoder and classifier."""
@@ -98,8 +159,17 @@ class FinetuneConfig(_Training):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SemiConfig(FinetuneConfig):
-    """Fine-tuning on a share of the labels, several times (CMD; stratified as AimCLR)."""
+class Transfer(Finetune):
+    """Fine-tuning on another data set, given by --data (the paper's Table IV)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(bool(self.data), "transfer needs --data: the packed clips to tune and test on")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Semi(Finetune):
+    """Fine-tuning on a share of the labels, mean of several subsets (the paper's Tables VIII and IX; CMD)."""
 
     fractions: tuple[Annotated[float, Range("(0, 1]")], ...] = (0.01, 0.05, 0.1, 0.2)
     """Shares of the training clips."""
@@ -111,91 +181,6 @@ class SemiConfig(FinetuneConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(len(self.fractions) > 0, "fractions must name at least one share")
-
-
-# the command line's, each with the run it is asked of
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """What every protocol asks for."""
-
-    encodes: ClassVar[bool] = False
-    """Whether most of the work is to encode clips, which ranks can share."""
-    run: Annotated[Positional[Path], arg(metavar="RUN")]
-    """Folder of the run, or a checkpoint."""
-    data: str = ""
-    """Packed clips; empty = the data of the run."""
-    split: str = ""
-    """Protocol; empty = that of the run."""
-    untrained: bool = False
-    """Also evaluate the encoder as it was before training."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto = the GPU if there is one."""
-    out: str = ""
-    """JSON file to write; empty = RUN/PROTOCOL.json."""
-
-    @property
-    def protocol(self) -> str:
-        """Its name on the command line."""
-        return type(self).__name__.lower()
-
-    def resolved(self, encoder: str) -> dict[str, Any]:
-        """The protocol's own options, as they are used with this encoder."""
-        shared = Evaluation.__dataclass_fields__
-        return {name: value for name, value in asdict(self).items() if name not in shared}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Knn(Evaluation):
-    """k nearest neighbours by cosine similarity, which is retrieval (the paper's Table III)."""
-
-    encodes: ClassVar[bool] = True
-    k: Count = 1
-    """Neighbours that vote."""
-    neighbours: str = ""
-    """List the nearest training clips of every test clip, labelled or not, in this .json or .csv file."""
-    top: Count = 5
-    """How many to list."""
-
-    def __post_init__(self) -> None:
-        require(
-            not self.neighbours or Path(self.neighbours).suffix in (".json", ".csv"),
-            f"neighbours must be a .json or .csv file, got {self.neighbours}",
-        )
-        check_ranges(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Linear(LinearConfig, Evaluation):
-    """A linear classifier on the frozen encoder (the paper's Table I)."""
-
-    encodes: ClassVar[bool] = True
-
-    def resolved(self, encoder: str) -> dict[str, Any]:
-        return {**super().resolved(encoder), "lr": self.learning_rate(encoder)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finetune(FinetuneConfig, Evaluation):
-    """Encoder and a new classifier trained on all labels (the paper's Table VII)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Transfer(Finetune):
-    """Fine-tuning on another data set, given by --data (the paper's Table IV)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(bool(self.data), "transfer needs --data: the packed clips to tune and test on")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Semi(SemiConfig, Evaluation):
-    """Fine-tuning on a share of the labels, mean of several subsets (the paper's Tables VIII and IX)."""
-
-
-AnyEvaluation = Knn | Linear | Finetune | Semi
 
 
 @dataclass(frozen=True, kw_only=True)
