@@ -500,7 +500,7 @@ def _check_skeleton(path: Path) -> None:
 def _check_pku(folder: Path, name: str) -> None:
     """What is read of a video are the actions that its files say, or it is said why not."""
     source = open_pku(folder, "pku2")
-    found = list(source.read(next(job for job in source.jobs if job.skeleton.stem == name)))
+    found = list(source.results(next(job for job in source.jobs if job.name == name)))
     if [one.name for one in found] == [name]:
         return
     labels = (folder / f"label/{name}.txt").read_bytes()

@@ -11,33 +11,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from a2mc_fast.data.names import named
 from a2mc_fast.data.npy import map_npy
 from a2mc_fast.data.skeletons import SKELETONS
-from a2mc_fast.data.source import Recording, Source, existing_file, existing_folder
+from a2mc_fast.data.source import Recording, Source, existing, until_null
 from a2mc_fast.data.unpickle import as_numbers, as_texts, load_pickle
 from a2mc_fast.errors import InputError, require
 
 _DATA = ("data_joint", "position", "data")  # the last as the camera gave it
 _SKELETONS = {25: "ntu25", 18: "openpose18"}
-
-
-class _Row(NamedTuple):
-    """One job: a clip of an array."""
-
-    path: Path
-    row: int
-    name: str
-    label: int
-    frames: int
-    """-1 if the clip ends with its last frame that is not null."""
-    train_in: tuple[str, ...]
 
 
 def open_agcn(folder: str | Path, protocol: str = "") -> Source:
@@ -49,7 +37,7 @@ def open_agcn(folder: str | Path, protocol: str = "") -> Source:
     only one. Without _num_frame.npy a clip ends with its last frame that is not null. Clips come in the
     order of their names.
     """
-    folder = existing_folder(Path(folder), "a folder of AGCN arrays")
+    folder = existing(folder, "a folder of AGCN arrays", folder=True)
     folders = [p for p in (folder, *sorted(folder.iterdir())) if _label_file(p, "train").is_file()]
     require(
         bool(folders),
@@ -75,7 +63,7 @@ def open_agcn(folder: str | Path, protocol: str = "") -> Source:
         if (other := names - every)
     ]
     kind = next((kind for kind in _DATA if (folders[0] / f"train_{kind}.npy").exists()), _DATA[0])
-    rows: list[_Row] = []
+    jobs: list[Recording] = []
     size: list[int] = []
     for part, (names, classes) in labels.items():
         data = folders[0] / f"{part}_{kind}.npy"
@@ -83,18 +71,17 @@ def open_agcn(folder: str | Path, protocol: str = "") -> Source:
         frames = _frames(folders[0] / f"{part}_num_frame.npy", len(names), longest)
         for row, (name, label) in enumerate(zip(names, classes)):
             train_in = tuple(p for p, members in training.items() if name in members)
-            rows.append(_Row(data, row, name, label, int(frames[row]), train_in))
+            jobs.append(named(name, label=label, joints=(data, row, int(frames[row])), train_in=train_in))
     joints, persons = size
     return Source(
         name="agcn",
-        jobs=sorted(rows, key=lambda row: row.name),
-        total=len(rows),
+        jobs=sorted(jobs, key=lambda job: job.name),
+        total=len(jobs),
         read=_read,
         protocols=tuple(training),
         persons=persons,
         skeleton=SKELETONS[_SKELETONS[joints]],
         normalized=joints == 25 and kind != "data",
-        unit="clips",
         notes=tuple(notes),
     )
 
@@ -128,7 +115,7 @@ def _labels(folder: Path, part: str) -> tuple[list[str], list[int]]:
         whole = plain.dtype.kind in "iu" and plain.shape in ((plain.size,), (plain.size, 1))
         require(whole, f"{path} is {plain.dtype} {list(plain.shape)}, expected integers [N]")
         return [f"{part}_{row:05d}" for row in range(plain.size)], plain.ravel().tolist()
-    content = load_pickle(existing_file(path, "the names and labels of an AGCN array"))
+    content = load_pickle(existing(path, "the names and labels of an AGCN array"))
     try:
         names, labels = content
         names, labels = as_texts(names), as_numbers(labels)
@@ -154,18 +141,14 @@ def _frames(path: Path, count: int, longest: int) -> np.ndarray:
     return np.clip(frames.astype(np.int64), 0, longest)
 
 
-def _read(job: _Row) -> Iterable[Recording]:
-    joints = _mapped(job.path)[job.row]  # [C, T, V, M]
-    if job.frames < 0:
-        used = np.flatnonzero((joints != 0).any((0, 2, 3)))
-        joints = joints[:, : used[-1] + 1 if len(used) else 0]
-    else:
-        joints = joints[:, : job.frames]
-    joints = joints.transpose(1, 3, 2, 0)  # [T, M, V, C]
+def _read(job: Recording) -> Iterable[Recording]:
+    path, row, frames = job.joints
+    joints = _mapped(path)[row].transpose(1, 3, 2, 0)  # [T, M, V, C]
+    joints = joints[:frames] if frames >= 0 else until_null(joints)
     if joints.shape[2] == 18:
-        yield named(job.name, job.label, joints[..., :2], job.train_in, joints[..., 2])
+        yield replace(job, joints=joints[..., :2], confidence=joints[..., 2])
     else:
-        yield named(job.name, job.label, joints, job.train_in)
+        yield replace(job, joints=joints)
 
 
 _mapped = lru_cache(maxsize=2)(map_npy)  # one mapping per process and array, not one per clip

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from a2mc_fast.data.npy import Archive
-from a2mc_fast.data.source import Recording, Source, as_it_is
+from a2mc_fast.data.source import Recording, Source, until_null
 from a2mc_fast.errors import require
 
 _NUMBERS = 2 * 25 * 3  # per frame
@@ -47,9 +47,7 @@ def open_ctrgcn(file: str | Path, protocol: str = "") -> Source:
         name="ctrgcn",
         jobs=_clips(archive, labels, protocol),
         total=sum(map(len, labels.values())),
-        read=as_it_is,
         protocols=(protocol,),
-        unit="clips",
     )
 
 
@@ -57,9 +55,7 @@ def _clips(archive: Archive, labels: Mapping[str, np.ndarray], protocol: str) ->
     for part, classes in labels.items():
         with archive.rows(f"x_{part}") as rows:
             for row, label in enumerate(classes.tolist()):
-                joints = rows.take(1)[0]
-                used = np.flatnonzero((joints != 0).any(1))
-                joints = joints[: used[-1] + 1 if len(used) else 0].reshape(-1, 2, 25, 3)
+                joints = until_null(rows.take(1).reshape(-1, 2, 25, 3))
                 train_in = (protocol,) if part == "train" else ()
                 yield Recording(name=f"{part}_{row:05d}", label=label, joints=joints, train_in=train_in)
 

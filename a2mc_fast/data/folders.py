@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
-from a2mc_fast.data.rules import UnusableError
 from a2mc_fast.data.source import Recording, Skip, Source
 from a2mc_fast.skeleton import Skeleton
 
@@ -17,20 +13,12 @@ _PARTS = ("train", "val", "test")
 _SPLIT = "split"  # what their protocol is called
 
 
-@dataclass(frozen=True)
-class _Job:
-    path: Path
-    name: str
-    label: int
-    train_in: tuple[str, ...]
-
-
-Parse = Callable[[Path, Skeleton], tuple[np.ndarray, np.ndarray | None, dict[str, int]]]
-"""A recording's joints [T, M, V, C], their confidence [T, M, V] if known, and remarks."""
+Read = Callable[..., Iterable[Recording]]
+"""Takes a job, of which the joints are the recording's path, and `skeleton`."""
 
 
 def open_recordings(
-    name: str, folder: Path, paths: Sequence[Path], skeleton: Skeleton, parse: Parse, *, ranked: bool = False
+    name: str, folder: Path, paths: Sequence[Path], skeleton: Skeleton, read: Read, *, ranked: bool = False
 ) -> Source:
     """The recordings at `paths` below `folder` (or `folder` itself), in the order of their names.
 
@@ -50,8 +38,8 @@ def open_recordings(
     classes = sorted({label for _, label in known.values() if label})
     number = {label: place for place, label in enumerate(classes)} | {"": -1}
     jobs = [
-        _Job(
-            path=path,
+        Recording(
+            joints=path,
             # a recording that lies alone is called after itself
             name=path.stem if path == folder else path.relative_to(folder).with_suffix("").as_posix(),
             label=number[label],
@@ -63,27 +51,10 @@ def open_recordings(
         name=name,
         jobs=jobs,
         total=len(jobs),
-        read=partial(_read, skeleton=skeleton, parse=parse),
+        read=partial(read, skeleton=skeleton),
         protocols=(_SPLIT,) if any(part == "train" for part, _ in known.values()) else (),
         ranked=ranked,
         skeleton=skeleton,
-        unit="clips",
         class_names=tuple(classes),
         skipped=tuple(skipped),
-    )
-
-
-def _read(job: _Job, skeleton: Skeleton, parse: Parse) -> Iterable[Recording | Skip]:
-    try:
-        joints, confidence, remarks = parse(job.path, skeleton)
-    except UnusableError as error:
-        yield Skip(job.name, error.reason, error.detail)
-        return
-    yield Recording(
-        name=job.name,
-        label=job.label,
-        joints=joints,
-        confidence=confidence,
-        train_in=job.train_in,
-        remarks=remarks,
     )

@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
 
 from a2mc_fast.data import ntu, pku
 from a2mc_fast.data.source import Recording
 
 
-def named(
-    name: str, label: int, joints: np.ndarray, train_in: tuple[str, ...], confidence: np.ndarray | None = None
-) -> Recording:
-    """A recording with what its name tells."""
-    subject, camera, setup = _who(name)
-    return Recording(
-        name=name,
-        label=label,
-        joints=joints,
-        confidence=confidence,
-        subject=subject,
-        camera=camera,
-        setup=setup,
-        train_in=train_in,
-    )
-
-
-def _who(name: str) -> tuple[int, int, int]:
-    """Subject, camera and set-up in names such as S001C002P003R002A013 or A01N02-L_5, as far as given."""
+def named(name: str, **about: Any) -> Recording:
+    """A recording with subject, camera and set-up as far as names such as S001C002P003R002A013 or A01N02-L_5
+    tell them."""
     if ids := ntu.parse_name(name):
-        return ids.subject, ids.camera, ids.setup
-    if video := pku.parse_name(name.rpartition("_")[0], "pku2"):
-        return video.subject, video.camera, -1
-    return -1, -1, -1
+        about |= {"subject": ids.subject, "camera": ids.camera, "setup": ids.setup}
+    elif video := pku.parse_name(name.rpartition("_")[0], "pku2"):
+        about |= {"subject": video.subject, "camera": video.camera}
+    return Recording(name=name, **about)

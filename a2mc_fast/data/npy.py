@@ -16,7 +16,7 @@ from typing import IO
 
 import numpy as np
 
-from a2mc_fast.data.source import existing_file
+from a2mc_fast.data.source import existing
 from a2mc_fast.errors import InputError, require
 
 _KINDS = "fiubUS"  # numbers, booleans and strings; no objects, no structures
@@ -47,7 +47,7 @@ def damaged(path: Path, kind: str) -> Iterator[None]:
 
 def map_npy(path: Path) -> np.ndarray:
     """The array of a `.npy` file, read-only and mapped: only what is used is read."""
-    existing_file(path, "a .npy file")
+    existing(path, "a .npy file")
     with path.open("rb") as file, damaged(path, "a .npy file"):
         shape, fortran, dtype = _header(file, path.stat().st_size, str(path))
         if not math.prod(shape):
@@ -120,7 +120,7 @@ class Archive:
     """A `.npz` file."""
 
     def __init__(self, path: Path) -> None:
-        self.path = existing_file(path, _NPZ)
+        self.path = existing(path, _NPZ)
         with path.open("rb") as file, damaged(path, _NPZ):
             infos = zipfile.ZipFile(file).infolist()
         members = {info.filename: info.file_size for info in infos}

@@ -18,7 +18,7 @@ import numpy as np
 from a2mc_fast.data.npy import Archive
 from a2mc_fast.data.rules import MAX_LABEL
 from a2mc_fast.data.skeletons import SKELETONS, skeleton_of
-from a2mc_fast.data.source import Recording, Source, as_it_is
+from a2mc_fast.data.source import Recording, Source
 from a2mc_fast.errors import InputError, require
 from a2mc_fast.skeleton import Skeleton
 
@@ -82,11 +82,9 @@ def open_npz(file: str | Path, skeleton_name: str = "") -> Source:
         name="npz",
         jobs=_clips(archive, about),
         total=count,
-        read=as_it_is,
         protocols=tuple(about.masks),
         persons=shape[1],
         skeleton=skeleton,
-        unit="clips",
         class_names=class_names,
         notes=("no clip has label 0: do the labels count from 1?",) if from_one else (),
     )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -21,15 +21,7 @@ import numpy as np
 
 from a2mc_fast.data.normalize import choose_bodies
 from a2mc_fast.data.rules import UnusableError
-from a2mc_fast.data.source import (
-    Recording,
-    Skip,
-    Source,
-    existing_file,
-    existing_folder,
-    not_a_number,
-    read_bytes,
-)
+from a2mc_fast.data.source import Recording, Skip, Source, existing, not_a_number, read_bytes
 from a2mc_fast.errors import require
 
 Dataset = Literal["ntu60", "ntu120"]
@@ -93,11 +85,6 @@ def parse_name(name: str) -> Ids | None:
     """The numbers in "S001C002P003R002A013" or "S001C002P003R002A013.skeleton"; None for other names."""
     match = _NAME.fullmatch(name.strip().removesuffix(".skeleton"))
     return Ids(*map(int, match.groups())) if match else None
-
-
-def train_protocols(ids: Ids, dataset: Dataset) -> tuple[str, ...]:
-    """The protocols that train on this recording."""
-    return tuple(name for name, trains_on in PROTOCOLS[dataset].items() if trains_on(ids))
 
 
 def parse_skeleton(text: bytes) -> np.ndarray:
@@ -226,11 +213,11 @@ def open_ntu(folder: str | Path, dataset: Dataset, exclude: str | Path | None = 
     Of a folder that also holds NTU-120, "ntu60" takes its own part only. `exclude` is the published list of
     samples with missing skeletons: one name per line, with or without extension.
     """
-    folder = existing_folder(Path(folder), "a folder of .skeleton files")
+    folder = existing(folder, "a folder of .skeleton files", folder=True)
     paths = sorted(folder.rglob("*.skeleton"), key=lambda path: (path.stem, path))
     require(bool(paths), f"{folder} holds no .skeleton files (such as S001C001P001R001A001.skeleton)")
     excluded = _read_list(Path(exclude)) if exclude is not None else frozenset()
-    jobs: list[Path] = []
+    jobs: list[Recording] = []
     skipped: list[Skip] = []
     others = 0
     for path in paths:
@@ -242,13 +229,24 @@ def open_ntu(folder: str | Path, dataset: Dataset, exclude: str | Path | None = 
         elif path.stem in excluded:
             skipped.append(Skip(path.stem, "excluded by the list"))
         else:
-            jobs.append(path)
+            jobs.append(
+                Recording(
+                    name=path.stem,
+                    label=ids.action - 1,
+                    joints=path,
+                    subject=ids.subject,
+                    camera=ids.camera,
+                    setup=ids.setup,
+                    train_in=tuple(name for name, trains in PROTOCOLS[dataset].items() if trains(ids)),
+                )
+            )
     return Source(
         name=dataset,
         jobs=jobs,
         total=len(jobs),
-        read=partial(_read, dataset=dataset),
+        read=_read,
         ranked=True,
+        unit="files",
         protocols=tuple(PROTOCOLS[dataset]),
         skipped=tuple(skipped),
         notes=(f"{others:,} files do not belong to {dataset} and were left out",) if others else (),
@@ -256,23 +254,8 @@ def open_ntu(folder: str | Path, dataset: Dataset, exclude: str | Path | None = 
     )
 
 
-def _read(path: Path, dataset: Dataset) -> Iterable[Recording | Skip]:
-    ids = parse_name(path.stem)
-    assert ids is not None  # open_ntu lists no other names
-    try:
-        joints = parse_skeleton(read_bytes(path, _MAX_BYTES))
-    except UnusableError as error:
-        yield Skip(path.stem, error.reason, error.detail)
-    else:
-        yield Recording(
-            name=path.stem,
-            label=ids.action - 1,
-            joints=joints.astype(np.float32),
-            subject=ids.subject,
-            camera=ids.camera,
-            setup=ids.setup,
-            train_in=train_protocols(ids, dataset),
-        )
+def _read(job: Recording) -> Iterable[Recording]:
+    yield replace(job, joints=parse_skeleton(read_bytes(job.joints, _MAX_BYTES)).astype(np.float32))
 
 
 def _belongs(ids: Ids, dataset: Dataset) -> bool:
@@ -283,11 +266,9 @@ def _belongs(ids: Ids, dataset: Dataset) -> bool:
 
 def _read_list(path: Path) -> frozenset[str]:
     """The recordings named in a list, without extension; other lines (titles) are passed over."""
-    lines = existing_file(path, "a list of recordings to exclude").read_text(
-        encoding="utf-8", errors="replace"
-    )
+    text = existing(path, "a list of recordings to exclude").read_text(encoding="utf-8", errors="replace")
     names = frozenset(
-        line.strip().removesuffix(".skeleton") for line in lines.splitlines() if parse_name(line)
+        line.strip().removesuffix(".skeleton") for line in text.splitlines() if parse_name(line)
     )
     require(bool(names), f"{path} names no recording; expected lines such as S001C002P005R002A008")
     return names

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from a2mc_fast.data.folders import open_recordings
 from a2mc_fast.data.rules import UnusableError
 from a2mc_fast.data.skeletons import skeleton_of
-from a2mc_fast.data.source import Source, existing_folder, read_bytes
+from a2mc_fast.data.source import Recording, Source, existing, read_bytes
 from a2mc_fast.errors import InputError, require
 from a2mc_fast.files import parse_json
 from a2mc_fast.skeleton import Skeleton
@@ -31,21 +32,21 @@ _MAX_BYTES = 4 << 20  # a frame of a hundred bodies with faces and hands
 
 def open_openpose(folder: str | Path, skeleton_name: str = "") -> Source:
     """A folder of frames, or folders of them; see `folders`. BODY_25 unless another skeleton is named."""
-    folder = existing_folder(Path(folder), "a folder of OpenPose's JSON files")
+    folder = existing(folder, "a folder of OpenPose's JSON files", folder=True)
     paths = sorted(
         Path(place) for place, _, files in os.walk(folder) if any(file.endswith(".json") for file in files)
     )
     require(bool(paths), f"neither {folder} nor a folder in it holds .json files of frames")
     skeleton = skeleton_of(skeleton_name or "openpose25")
-    return open_recordings("openpose", folder, paths, skeleton, _parse, ranked=True)
+    return open_recordings("openpose", folder, paths, skeleton, _read, ranked=True)
 
 
-def _parse(folder: Path, skeleton: Skeleton) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
-    files = sorted(folder.glob("*.json"), key=_frame_number)
+def _read(job: Recording, skeleton: Skeleton) -> Iterable[Recording]:
+    files = sorted(job.joints.glob("*.json"), key=_frame_number)
     if len(files) > _MAX_FRAMES:
         raise UnusableError("unreadable", f"more than {_MAX_FRAMES:,} frames")
     placed = track([_bodies(file, skeleton.num_joints) for file in files], skeleton.num_joints)
-    return placed[..., :2], placed[..., 2], {}
+    yield replace(job, joints=placed[..., :2], confidence=placed[..., 2])
 
 
 def _frame_number(file: Path) -> tuple[int, str]:

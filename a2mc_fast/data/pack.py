@@ -25,7 +25,7 @@ from tqdm import tqdm
 from a2mc_fast.data.clips import Clips
 from a2mc_fast.data.keypoints import LEAST, as_joints
 from a2mc_fast.data.normalize import usable
-from a2mc_fast.data.rules import MAX_LABEL, UnusableError, check_clip, most_classes
+from a2mc_fast.data.rules import UnusableError, check_clip, most_classes
 from a2mc_fast.data.source import Recording, Skip, Source
 from a2mc_fast.errors import InputError
 
@@ -90,9 +90,7 @@ def collect(
     taken: set[str] = set()
     remarks: dict[str, Remark] = {}
     flat = True
-    # a job of another unit may hold many clips, and numbers its classes itself
-    most = source.total if source.unit == "clips" else MAX_LABEL
-    classes = most_classes(most, len(source.class_names))
+    classes = most_classes(source.total, len(source.class_names))
     source = replace(source, persons=handling.persons or source.persons)
     # what workers need of it
     work = _Work(replace(source, jobs=(), skipped=(), notes=(), class_names=()), handling, classes)
@@ -179,7 +177,7 @@ class _Work:
     def __call__(self, jobs: list[Any]) -> list[tuple[Recording | Skip, int]]:
         """Each result with the number of frames it was recorded with."""
         with np.errstate(all="ignore"):  # what overflows or is not a number is skipped by name instead
-            return [self._finish(result) for job in jobs for result in self.source.read(job)]
+            return [self._finish(result) for job in jobs for result in self.source.results(job)]
 
     def _finish(self, result: Recording | Skip) -> tuple[Recording | Skip, int]:
         if isinstance(result, Skip):

@@ -12,22 +12,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from a2mc_fast.data.rules import UnusableError
-from a2mc_fast.data.source import (
-    Recording,
-    Skip,
-    Source,
-    existing_file,
-    existing_folder,
-    not_a_number,
-    read_bytes,
-)
+from a2mc_fast.data.source import Recording, Skip, Source, existing, not_a_number, read_bytes
 from a2mc_fast.errors import InputError, require
 
 Part = Literal["pku1", "pku2"]
@@ -71,16 +63,6 @@ def parse_name(name: str, part: Part) -> Ids | None:
     return Ids(_CAMERAS[match["view"]], int(match.groupdict().get("subject", -1)))
 
 
-@dataclass(frozen=True)
-class _Video:
-    """One job: a video and its labels."""
-
-    skeleton: Path
-    label: Path
-    ids: Ids
-    train_in: tuple[str, ...]
-
-
 def open_pku(
     folder: str | Path,
     part: Part,
@@ -96,20 +78,17 @@ def open_pku(
     under their official names; without any, part II is split by performer and view, which gives the same
     sets.
     """
-    folder = existing_folder(Path(folder), "the folder of PKU-MMD")
+    folder = existing(folder, "the folder of PKU-MMD", folder=True)
     skeleton_folder = Path(skeletons) if skeletons else _subfolder(folder, "skel", "--skeletons")
     label_folder = Path(labels) if labels else _subfolder(folder, "label", "--labels")
-    videos = {
-        p.stem: p
-        for p in sorted(existing_folder(skeleton_folder, "a folder of skeleton files").glob("*.txt"))
-    }
-    marked = {
-        p.stem: p for p in sorted(existing_folder(label_folder, "a folder of label files").glob("*.txt"))
-    }
+    videos, marked = (
+        {file.stem: file for file in existing(place, f"a folder of {what} files", folder=True).glob("*.txt")}
+        for place, what in ((skeleton_folder, "skeleton"), (label_folder, "label"))
+    )
     require(bool(videos), f"{skeleton_folder} holds no .txt files with skeletons")
     require(bool(marked), f"{label_folder} holds no .txt files with labels")
     training, notes = _training_videos(folder, part, splits or {}, frozenset(videos))
-    jobs: list[_Video] = []
+    jobs: list[Recording] = []
     skipped: list[Skip] = []
     for name in sorted(videos | marked):
         ids = parse_name(name, part)
@@ -121,7 +100,8 @@ def open_pku(
             skipped.append(Skip(name, "no skeleton data", f"no {skeleton_folder / name}.txt"))
         else:
             train_in = tuple(protocol for protocol, names in training.items() if name in names)
-            jobs.append(_Video(videos[name], marked[name], ids, train_in))
+            files = videos[name], marked[name]
+            jobs.append(Recording(name=name, joints=files, train_in=train_in, **ids._asdict()))
     return Source(
         name=part,
         jobs=jobs,
@@ -135,23 +115,19 @@ def open_pku(
     )
 
 
-def read_video(video: _Video) -> Iterable[Recording | Skip]:
+def read_video(video: Recording) -> Iterable[Recording | Skip]:
     """The actions of one video, named by video and label row (from 0)."""
-    name = video.skeleton.stem
-    try:
-        frames = parse_frames(read_bytes(video.skeleton, _MAX_BYTES))
-        # as latin1, no other script's digits are numbers
-        labels = read_bytes(video.label, _MAX_BYTES).decode("latin1").rstrip().split("\n")
-        if len(labels) > len(frames):
-            raise UnusableError("unreadable", f"{len(labels):,} labels for {len(frames):,} frames")
-    except UnusableError as error:
-        yield Skip(name, error.reason, error.detail)
-        return
+    skeleton_file, label_file = video.joints
+    frames = parse_frames(read_bytes(skeleton_file, _MAX_BYTES))
+    # as latin1, no other script's digits are numbers
+    labels = read_bytes(label_file, _MAX_BYTES).decode("latin1").rstrip().split("\n")
+    if len(labels) > len(frames):
+        raise UnusableError("unreadable", f"{len(labels):,} labels for {len(frames):,} frames")
     room = _MAX_OVERLAP * len(frames)
     for row, line in enumerate(labels):
         if not line.strip():
             continue
-        clip = f"{name}_{row}"
+        clip = f"{video.name}_{row}"
         try:
             # some write 8.0,1.0,120.0,2.0
             numbers = [float(value) for value in (line.split(",") if "," in line else line.split())]
@@ -173,13 +149,11 @@ def read_video(video: _Video) -> Iterable[Recording | Skip]:
             detail = f"the actions before have {_MAX_OVERLAP} times the {len(frames):,} frames of the video"
             yield Skip(clip, "unreadable", detail)
         else:
-            yield Recording(
+            yield replace(
+                video,
                 name=clip,
                 label=action - 1,
                 joints=frames[start : max(start, end)],
-                subject=video.ids.subject,
-                camera=video.ids.camera,
-                train_in=video.train_in,
                 remarks={BEYOND: end - len(frames)} if end > len(frames) else {},
             )
 
@@ -217,7 +191,7 @@ def _check_lines(lines: list[str]) -> None:
 
 def read_split(path: Path) -> tuple[frozenset[str], frozenset[str]]:
     """(training, validation) video names of an official split file: title, names, title, names."""
-    text = existing_file(path, "a split file of PKU-MMD").read_text(encoding="utf-8", errors="replace")
+    text = existing(path, "a split file of PKU-MMD").read_text(encoding="utf-8", errors="replace")
     lines = [line for line in text.splitlines() if line.strip()]
     require(
         len(lines) == 4,

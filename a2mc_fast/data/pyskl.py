@@ -12,16 +12,17 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from a2mc_fast.data.names import named
-from a2mc_fast.data.rules import MAX_PROTOCOLS
+from a2mc_fast.data.rules import MAX_PROTOCOLS, UnusableError
 from a2mc_fast.data.skeletons import skeleton_of
-from a2mc_fast.data.source import Recording, Skip, Source, existing_file
+from a2mc_fast.data.source import Recording, Skip, Source, existing
 from a2mc_fast.data.unpickle import as_array, as_texts, load_pickle
 from a2mc_fast.errors import InputError, require
 
@@ -32,23 +33,11 @@ _SKELETONS = {(25, 3): "ntu25", (17, 2): "coco17", (18, 2): "openpose18", (26, 2
 _MAX_SHARED = 16  # clips may share arrays, but not take more than this many times the file
 
 
-class _Clip(NamedTuple):
-    """One job: a clip, its keypoints [M, T, V, C] and their scores [M, T, V]."""
-
-    name: str
-    label: int
-    keypoints: np.ndarray
-    scores: np.ndarray | None
-    frames: int | None
-    """T, if the annotation says so."""
-    train_in: tuple[str, ...]
-
-
 def open_pyskl(file: str | Path, skeleton_name: str = "") -> Source:
     """The annotations of a pickle, in the order of their names. One that no training list names is a test
     clip. The skeleton is told by the most frequent number of joints and coordinates, unless it is named."""
     path = Path(file)
-    content = load_pickle(existing_file(path, "a PYSKL pickle"))
+    content = load_pickle(existing(path, "a PYSKL pickle"))
     if isinstance(content, list):
         content = {"annotations": content}
     good = isinstance(content, dict) and isinstance(content.get("annotations"), list)
@@ -67,7 +56,8 @@ def open_pyskl(file: str | Path, skeleton_name: str = "") -> Source:
         f"{path} has no split called ..._train or train, only: {', '.join(sorted(listed))}",
     )
     jobs, skipped = _annotated(path, content["annotations"], training)
-    kinds = Counter(job.keypoints.shape[2:] for job in jobs if job.keypoints.ndim == 4)
+    arrays = [job.joints[0] for job in jobs]
+    kinds = Counter(keypoints.shape[2:] for keypoints in arrays if keypoints.ndim == 4)
     joints, axes = kinds.most_common(1)[0][0] if kinds else (25, 3)
     name = skeleton_name or _SKELETONS.get((joints, axes), "")
     require(bool(name), f"{path}: which {joints} joints ({axes}-D) are these? Tell it with --skeleton")
@@ -83,7 +73,6 @@ def open_pyskl(file: str | Path, skeleton_name: str = "") -> Source:
         ranked=True,
         protocols=tuple(training),
         skeleton=skeleton_of(name),
-        unit="clips",
         skipped=tuple(skipped),
         notes=tuple(notes),
     )
@@ -109,9 +98,9 @@ def _splits(path: Path, content: Mapping[Any, Any]) -> dict[str, frozenset[str]]
 
 def _annotated(
     path: Path, annotations: Iterable[Any], training: Mapping[str, Collection[str]]
-) -> tuple[list[_Clip], list[Skip]]:
-    """The clips, and what is none."""
-    jobs: list[_Clip] = []
+) -> tuple[list[Recording], list[Skip]]:
+    """The clips, to be read from keypoints, scores and total_frames, and what is none."""
+    jobs: list[Recording] = []
     skipped: list[Skip] = []
     taken, room = 0, _MAX_SHARED * path.stat().st_size
     for number, annotation in enumerate(annotations):
@@ -129,33 +118,29 @@ def _annotated(
         except ValueError as error:
             skipped.append(Skip(name, "no skeleton data", f"keypoint: {error}"))
             continue
-        frames = annotation.get("total_frames")
-        frames = int(frames) if isinstance(frames, int | np.integer) else None
         train_in = tuple(protocol for protocol, names in training.items() if name in names)
-        jobs.append(_Clip(name, int(label), keypoints, scores, frames, train_in))
+        joints = keypoints, scores, annotation.get("total_frames")
+        jobs.append(named(name, label=int(label), joints=joints, train_in=train_in))
         taken += keypoints.nbytes + (0 if scores is None else scores.nbytes)
         require(taken <= room, f"{path}: its clips share arrays and would take over {room:,} bytes; refused")
     return jobs, skipped
 
 
-def _read(job: _Clip, axes: int) -> Iterable[Recording | Skip]:
-    keypoints, scores = job.keypoints, job.scores if axes == 2 else None
+def _read(job: Recording, axes: int) -> Iterable[Recording]:
+    keypoints, scores, total = job.joints
     kind = f"keypoint is {keypoints.dtype} {list(keypoints.shape)}"
     # an empty array may have axes of any length, and bodies would be added to them
     if keypoints.dtype.kind != "f" or keypoints.ndim != 4 or keypoints.shape[3] != axes or not keypoints.size:
-        yield Skip(job.name, "no skeleton data", f"{kind}, expected floats [M, T, V, {axes}]")
-        return
+        raise UnusableError("no skeleton data", f"{kind}, expected floats [M, T, V, {axes}]")
+    scores = scores if axes == 2 else None
     if scores is not None and (scores.dtype.kind != "f" or scores.shape != keypoints.shape[:3]):
         detail = f"keypoint_score is {scores.dtype} {list(scores.shape)}, {kind}"
-        yield Skip(job.name, "no skeleton data", detail)
-        return
+        raise UnusableError("no skeleton data", detail)
     persons, frames = keypoints.shape[:2]
-    if job.frames is not None and frames != job.frames:
-        yield Skip(job.name, "no skeleton data", f"{kind}, expected [M, total_frames, V, {axes}]")
-        return
-    if job.frames is None and persons > max(frames, _CROWD):
-        yield Skip(job.name, "no skeleton data", f"{kind}, expected [M, T, V, {axes}]")
-        return
+    if isinstance(total, int | np.integer):
+        if frames != total:
+            raise UnusableError("no skeleton data", f"{kind}, expected [M, total_frames, V, {axes}]")
+    elif persons > max(frames, _CROWD):
+        raise UnusableError("no skeleton data", f"{kind}, expected [M, T, V, {axes}]")
     joints = keypoints.astype(np.float32).transpose(1, 0, 2, 3)  # [T, M, V, C]
-    confidence = None if scores is None else scores.transpose(1, 0, 2)
-    yield named(job.name, job.label, joints, job.train_in, confidence)
+    yield replace(job, joints=joints, confidence=None if scores is None else scores.transpose(1, 0, 2))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,14 @@ from a2mc_fast.skeleton import NTU25, Skeleton
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recording:
-    """One clip as a reader yields it."""
+    """One clip as a reader yields it, and as a job, before its joints are read."""
 
     name: str
-    label: int
+    label: int = -1
     """Class from 0, or -1 where unknown."""
-    joints: np.ndarray
-    """[T, M, V, 3] float32, metres; an absent person is all zeros. Or 2-D keypoints [T, M, V, 2]."""
+    joints: Any
+    """[T, M, V, 3] float32, metres; an absent person is all zeros. Or 2-D keypoints [T, M, V, 2]. Of a job,
+    whatever its source reads them from."""
     confidence: np.ndarray | None = None
     """[T, M, V], where it is known, as of 2-D keypoints."""
     subject: int = -1
@@ -52,16 +53,22 @@ class Skip:
         return f"{self.name}, {self.reason}" + (f" ({self.detail})" if self.detail else "")
 
 
+def as_it_is(job: Recording) -> Iterable[Recording]:
+    """The `read` of a source whose jobs are recordings already."""
+    yield job
+
+
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """What a reader found: jobs in their final order, and how to read one."""
 
     name: str
-    jobs: Iterable[Any]
-    """Whatever `read` takes; must pass between processes."""
+    jobs: Iterable[Recording]
+    """They must pass between processes."""
     total: int
     """Number of jobs."""
-    read: Callable[[Any], Iterable[Recording | Skip]]
+    read: Callable[[Recording], Iterable[Recording | Skip]] = as_it_is
+    """What a job holds. Raises `UnusableError` if it cannot be read."""
     protocols: tuple[str, ...]
     persons: int = 2
     """M of every clip; of a recording with more those that spread most are kept."""
@@ -70,7 +77,7 @@ class Source:
     skeleton: Skeleton = NTU25
     normalized: bool = False
     """Whether the joints have been through the pre-normalisation already."""
-    unit: str = "files"
+    unit: str = "clips"
     """What a job is."""
     class_names: tuple[str, ...] = ()
     skipped: tuple[Skip, ...] = ()
@@ -80,10 +87,17 @@ class Source:
     expected: Mapping[str, int] = field(default_factory=dict)
     """Published counts of the whole data set: `unit`, "clips", and "PROTOCOL train" and "PROTOCOL test"."""
 
+    def results(self, job: Recording) -> Iterator[Recording | Skip]:
+        """What a job holds; where it cannot be read, why."""
+        try:
+            yield from self.read(job)
+        except UnusableError as error:
+            yield Skip(job.name, error.reason, error.detail)
 
-def as_it_is(recording: Recording) -> Iterable[Recording]:
-    """The `read` of a source whose jobs are recordings already."""
-    yield recording
+
+def until_null(joints: np.ndarray) -> np.ndarray:
+    """The clip up to its last frame that is not null. joints [T, M, V, C]"""
+    return joints[: np.flatnonzero((joints != 0).any((1, 2, 3))).max(initial=-1) + 1]
 
 
 def not_a_number(text: str) -> str:
@@ -95,18 +109,13 @@ def not_a_number(text: str) -> str:
     return ""
 
 
-def existing_folder(folder: Path, kind: str) -> Path:
-    """`folder`, if it is one; `InputError` says what was expected there."""
-    require(folder.exists(), f"{folder} does not exist; expected {kind}")
-    require(folder.is_dir(), f"{folder} is not a folder; expected {kind}")
-    return folder
-
-
-def existing_file(file: Path, kind: str) -> Path:
-    """`file`, if it is one; `InputError` says what was expected there."""
-    require(file.exists(), f"{file} does not exist; expected {kind}")
-    require(file.is_file(), f"{file} is not a file; expected {kind}")
-    return file
+def existing(path: str | Path, kind: str, *, folder: bool = False) -> Path:
+    """`path`, if it is a file, or a folder; `InputError` says what `kind` of one was expected there."""
+    path = Path(path)
+    require(path.exists(), f"{path} does not exist; expected {kind}")
+    right, word = (path.is_dir(), "folder") if folder else (path.is_file(), "file")
+    require(right, f"{path} is not a {word}; expected {kind}")
+    return path
 
 
 def read_bytes(path: Path, limit: int) -> bytes:

@@ -9,8 +9,8 @@ a joint that was not detected.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy as np
 from a2mc_fast.data.folders import open_recordings
 from a2mc_fast.data.rules import UnusableError
 from a2mc_fast.data.skeletons import SKELETONS, skeleton_of
-from a2mc_fast.data.source import Source, not_a_number, read_bytes
+from a2mc_fast.data.source import Recording, Source, not_a_number, read_bytes
 from a2mc_fast.errors import InputError, require
 from a2mc_fast.skeleton import Skeleton
 
@@ -41,7 +41,7 @@ def open_table(path: str | Path, skeleton_name: str = "") -> Source:
     require(path.exists(), f"{path} does not exist; expected a .csv file or a folder of them")
     paths = sorted(path.rglob("*.csv")) if path.is_dir() else [path]
     require(bool(paths), f"{path} holds no .csv files")
-    return open_recordings("csv", path, paths, _skeleton(paths[0], skeleton_name), _parse)
+    return open_recordings("csv", path, paths, _skeleton(paths[0], skeleton_name), _read)
 
 
 def _skeleton(path: Path, name: str) -> Skeleton:
@@ -109,8 +109,8 @@ def _lines(path: Path) -> list[list[str]]:
     return [[value.strip(' "') for value in line.split(separator)] for line in lines]
 
 
-def _parse(path: Path, skeleton: Skeleton) -> tuple[np.ndarray, np.ndarray | None, dict[str, int]]:
-    header, *lines = _lines(path)
+def _read(job: Recording, skeleton: Skeleton) -> Iterable[Recording]:
+    header, *lines = _lines(job.joints)
     columns = _columns(header)
     if len(columns.joints) != skeleton.num_joints:
         detail = f"{len(columns.joints)} joints, expected {skeleton.num_joints}"
@@ -126,11 +126,11 @@ def _parse(path: Path, skeleton: Skeleton) -> tuple[np.ndarray, np.ndarray | Non
     joints = values[:, places[:, [0, 1, 2] if places[0, 2] >= 0 else [0, 1]]]
     out = np.zeros((frame.max() + 1, person.max() + 1, *joints.shape[1:]), np.float32)
     out[frame, person] = joints
-    if places[0, 3] < 0:
-        return out, None, remarks
-    confidence = np.zeros(out.shape[:3], np.float32)
-    confidence[frame, person] = values[:, places[:, 3]]
-    return out, confidence, remarks
+    confidence = None
+    if places[0, 3] >= 0:
+        confidence = np.zeros(out.shape[:3], np.float32)
+        confidence[frame, person] = values[:, places[:, 3]]
+    yield replace(job, joints=out, confidence=confidence, remarks=remarks)
 
 
 def _numbers(lines: list[list[str]], width: int, needed: Sequence[int]) -> np.ndarray:

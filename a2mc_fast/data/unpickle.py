@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from a2mc_fast.data.npy import damaged, texts
-from a2mc_fast.data.source import existing_file
 from a2mc_fast.errors import InputError, require
 
 _MAX_ARGUMENTS = 8
@@ -40,7 +39,6 @@ def load_pickle(path: Path) -> Any:
     Raises `InputError` naming the class, if the file asks for one that is not allowed; nothing of it is
     executed.
     """
-    existing_file(path, "a pickle")
     with path.open("rb") as file:
         require(path.stat().st_size > 0, f"{path} is empty")
         # a mapped file returns no more than there is, whatever length is asked for
