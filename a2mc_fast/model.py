@@ -27,9 +27,8 @@ import a2mc_fast.kernels as kernels
 from a2mc_fast.attack import semantic_attack
 from a2mc_fast.bank import MemoryBank, Queue
 from a2mc_fast.config import Config
-from a2mc_fast.encoders.bigru import BiGRU
-from a2mc_fast.encoders.branch import Branch
-from a2mc_fast.encoders.common import frozen
+from a2mc_fast.encoders.branch import frozen
+from a2mc_fast.encoders.build import build_branch
 from a2mc_fast.kernels import reference
 from a2mc_fast.kernels.problem import Contrast, Features, Step
 from a2mc_fast.losses import Losses
@@ -51,7 +50,7 @@ class A2MC(nn.Module):
         self.config, self.world = config, world
         # for the weights only; all that is random in training draws from `rng`
         torch.manual_seed(config.seed)
-        self.query = Branch(config, skeleton, persons)
+        self.query = build_branch(config, skeleton, persons)
         self.key = copy.deepcopy(self.query).requires_grad_(False)
         join_batch_norms(self, world)
         encoder, bank, dim = self.query.encoder, config.bank, config.encoder.projection
@@ -90,9 +89,8 @@ class A2MC(nn.Module):
     def key_rides(self) -> bool:
         """Whether the key encoder's recurrent layers can run in the launches of the attack's, which by
         themselves leave half of a GPU idle: the fused kernels can, in one type for both."""
-        encoders = (self.query.encoder, self.key.encoder)
-        fused = all(isinstance(e, BiGRU) and e.recurrence != "torch" for e in encoders)
-        return fused and self.config.precision != "fp16"
+        forms = (self.query.encoder.recurrence, self.key.encoder.recurrence)
+        return not {None, "torch"} & {*forms} and self.config.precision != "fp16"
 
     def attack_with_key(self, x: Tensor, x0: Tensor) -> tuple[Tensor, Tensor | None]:
         """`attack` of whole clips, and the key encoder's feature of their view x0, if it rides along."""

@@ -21,9 +21,7 @@ from a2mc_fast.augment import Draws, Views
 from a2mc_fast.config import Config
 from a2mc_fast.data import Clips
 from a2mc_fast.data.identity import differing
-from a2mc_fast.encoders.branch import set_arithmetic
-from a2mc_fast.encoders.common import weights_held
-from a2mc_fast.encoders.recurrence import Recurrence
+from a2mc_fast.encoders.branch import Recurrence, set_arithmetic, weights_held
 from a2mc_fast.errors import require
 from a2mc_fast.losses import Losses, spread
 from a2mc_fast.model import A2MC
@@ -214,8 +212,8 @@ class Trainer:
             progress=dict(progress),
             scaler=self.scaler.state_dict(),
         )
-        if self.parts.recurrence:
-            header["recurrence"] = self.parts.recurrence
+        if recurrence := self.model.query.encoder.recurrence:
+            header["recurrence"] = recurrence
         return checkpoint.state(header, self.model, self.optimizer)
 
 

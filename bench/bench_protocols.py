@@ -12,7 +12,7 @@ import torch
 from a2mc_fast.augment import Views
 from a2mc_fast.config import demo
 from a2mc_fast.data.synthetic import synthetic_clips
-from a2mc_fast.encoders.branch import Branch
+from a2mc_fast.encoders.build import build_branch
 from a2mc_fast.evaluation.protocols import linear_evaluation
 from a2mc_fast.evaluation.settings import LinearConfig
 from bench.harness import seconds
@@ -24,7 +24,7 @@ CLIPS = 600
 def test_linear_evaluation(record: Recorder, one_core: None) -> None:
     config, clips = demo(), synthetic_clips(clips=CLIPS)
     torch.manual_seed(0)
-    branch = Branch(config, clips.skeleton, clips.num_persons)
+    branch = build_branch(config, clips.skeleton, clips.num_persons)
     views = Views(clips, config.views, 0)
 
     def run(options: LinearConfig) -> float:

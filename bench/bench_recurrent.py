@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from a2mc_fast.config import preset
 from a2mc_fast.encoders.bigru import BiGRU
-from a2mc_fast.encoders.common import weights_held
+from a2mc_fast.encoders.branch import weights_held
 from a2mc_fast.encoders.recurrence import Recurrence, step_passes
 from a2mc_fast.skeleton import NTU25
 from bench.harness import CUDA, DEVICE, TOY, Form, compare, compiled_all, product_rate, sized

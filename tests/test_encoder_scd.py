@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from a2mc_fast.encoders import build_encoder, scd
-from a2mc_fast.encoders.common import frozen, projection_head
+from a2mc_fast.encoders.branch import frozen, projection_head
 from a2mc_fast.encoders.scd import GraphBlock, GraphStack, MultiScaleTime, SCDNet, TokenTransformer
 from a2mc_fast.errors import InputError
 from a2mc_fast.skeleton import NTU25, Skeleton

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from a2mc_fast.encoders import build_encoder
 from a2mc_fast.encoders.bigru import BiGRU, outputs, recurrent_dtype
-from a2mc_fast.encoders.common import frozen, projection_head
+from a2mc_fast.encoders.branch import frozen, projection_head
 from a2mc_fast.run.weights import load_reference
 from a2mc_fast.skeleton import NTU25
 from bench.count import parameters_and_macs

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from a2mc_fast.config import EncoderConfig, preset
 from a2mc_fast.encoders import build_encoder
-from a2mc_fast.encoders.branch import Branch
-from a2mc_fast.encoders.common import Encoder, frozen, projection_head
+from a2mc_fast.encoders.branch import Encoder, frozen, projection_head
+from a2mc_fast.encoders.build import build_branch
 from a2mc_fast.encoders.dsta import DSTANet
 from a2mc_fast.encoders.graph import directed_partitions, spatial_partitions
 from a2mc_fast.encoders.stgcn import STGCN
@@ -441,11 +441,12 @@ def test_stgcn_of_any_width_trains_on_a_cpu() -> None:
 def test_what_is_compiled_sees_one_view_at_a_time() -> None:
     config = preset("demo")
     config = replace(config, encoder=EncoderConfig(name="stgcn", channels=4, projection=8))
-    branch = Branch(config, NTU25, persons=1)
+    branch = build_branch(config, NTU25, persons=1)
     x = torch.randn(6, 8, 3, 25, 1) * torch.tensor([1.0, 1.0, 5.0, 5.0, 9.0, 9.0]).view(6, 1, 1, 1, 1)
+    encode, seen = branch.encoder.encode, []
     features = []
-    for compiled in (None, branch.encoder.encode):
-        branch.compiled = compiled
+    for one in (encode, lambda x: (seen.append(len(x)), encode(x))[1]):
+        branch.encoder.encode = one  # type: ignore[method-assign]
         torch.manual_seed(0)  # for its dropout
         features.append(branch.feature(x, views=3))
-    assert torch.equal(*features)
+    assert torch.equal(*features) and seen == [2, 2, 2]

@@ -20,6 +20,7 @@ from a2mc_fast.augment import Draws, Views
 from a2mc_fast.config import ViewConfig, demo
 from a2mc_fast.data import Clips
 from a2mc_fast.encoders.branch import Branch
+from a2mc_fast.encoders.build import build_branch
 from a2mc_fast.evaluation.finetune import finetune, learning_rate, semi_supervised, subset
 from a2mc_fast.evaluation.protocols import (
     LinearClassifier,
@@ -63,7 +64,7 @@ def small_branch(seed: int = 0) -> Branch:
     base = demo()
     config = replace(base, encoder=replace(base.encoder, hidden=8, projection=16), views=ViewConfig(frames=8))
     torch.manual_seed(seed)
-    return Branch(config, SMALL, 1)
+    return build_branch(config, SMALL, 1)
 
 
 @pytest.fixture

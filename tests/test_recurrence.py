@@ -19,7 +19,7 @@ from a2mc_fast.config import Config, EncoderConfig, preset
 from a2mc_fast.data import Clips
 from a2mc_fast.encoders import recurrence
 from a2mc_fast.encoders.bigru import BiGRU
-from a2mc_fast.encoders.common import frozen, weights_held
+from a2mc_fast.encoders.branch import frozen, weights_held
 from a2mc_fast.encoders.recurrence import choose_recurrence
 from a2mc_fast.model import A2MC
 from a2mc_fast.run import checkpoint

@@ -14,15 +14,15 @@ The layers are torch's, which are cuDNN's on a GPU, or fused kernels that run bo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-import a2mc_fast.kernels as kernels
-from a2mc_fast.encoders.common import Encoder, per_view
+from a2mc_fast.encoders.branch import Encoder, Recurrence, per_view
+from a2mc_fast.encoders.fused import fused
 from a2mc_fast.skeleton import Skeleton
 
 _CUDNN_WITH_BF16 = 91300  # the version from which torch hands it bf16
@@ -34,8 +34,7 @@ warnings.filterwarnings("ignore", "RNN module weights are not part of single con
 class BiGRU(Encoder):
     """x [N, T, C, V, M] -> [N, 2 hidden], for any number of frames."""
 
-    recurrence: Literal["torch", "fused", "resident"] = "torch"
-    """How the layers are computed; a trainer chooses once the model is on its device."""
+    recurrence: Recurrence = "torch"
 
     def __init__(
         self,
@@ -70,9 +69,8 @@ class BiGRU(Encoder):
         with self._arithmetic(sequence) as dtype:
             return self.recur(sequence, dtype)
 
-    def beside(self, x: Tensor, other: BiGRU, constant: Tensor) -> tuple[Tensor, Tensor]:
-        """This encoder's feature of x and, in the same launches of the fused kernels, another's of a constant
-        of the same shape, without a gradient."""
+    def beside(self, x: Tensor, other: Encoder, constant: Tensor) -> tuple[Tensor, Tensor]:
+        assert isinstance(other, BiGRU)
         with torch.no_grad():
             also = other._normed(constant, 1)
         sequence = self._normed(x, 1)
@@ -119,50 +117,6 @@ class BiGRU(Encoder):
     def _pairs(self) -> list[tuple[nn.GRU, nn.GRU]]:
         """The two directions of each layer."""
         return [(pair[0], pair[1]) for pair in self.directions]  # type: ignore[index]
-
-
-def fused(encoders: Sequence[BiGRU], sequences: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The layers of encoders of one shape by the fused kernels, in the same launches, each over its sequence
-    [N, T, W] -> [encoders, N, 2 hidden]. Gradients reach the first."""
-    first = encoders[0]
-    states = torch.stack([sequence.transpose(0, 1).to(dtype) for sequence in sequences])
-    for layer in range(len(first.directions)):
-        pairs = [encoder._pairs()[layer] for encoder in encoders]
-        parameters = [
-            weight
-            for pair in pairs
-            for both in zip(*(gru.parameters() for gru in pair), strict=True)
-            for weight in both
-        ]
-        states = kernels.gru.gru_pairs(
-            states,
-            parameters,
-            _operands(encoders, layer, parameters, dtype),
-            reverse=first.time_mode == "bidirectional",
-            final=layer + 1 == len(first.directions) and first.pool == "last",
-            precision="tf32" if torch.backends.cudnn.allow_tf32 else "ieee",
-            resident=first.recurrence == "resident",
-        )
-    return states.mean(1) if first.pool == "mean" else states
-
-
-def _operands(
-    encoders: Sequence[BiGRU], layer: int, parameters: list[Tensor], dtype: torch.dtype
-) -> kernels.gru.Operands | None:
-    """A layer's weights in `dtype`, made once within `weights_held`, and None outside of it."""
-    holds = [encoder.held for encoder in encoders]
-    if holds[0] is None:
-        return None
-    backward, place = torch.is_grad_enabled(), (layer, dtype, len(encoders))
-    made: kernels.gru.Operands | None = holds[0].get(place)
-    if made is None or (backward and made.back is None):
-        made = kernels.gru.make_operands(parameters, dtype, backward=backward)
-        # the passes of one encoder alone find theirs among those of all
-        for number, held in reversed([*enumerate(holds)]):
-            if held is not None:
-                held[layer, dtype, 1] = made.group(number)
-        holds[0][place] = made
-    return made
 
 
 def outputs(gru: nn.GRU, sequence: Tensor, dtype: torch.dtype) -> Tensor:

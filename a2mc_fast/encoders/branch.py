@@ -1,19 +1,63 @@
-"""A branch of A²MC: the stream it sees, its encoder, and a projection head for each level of the feature."""
+"""A branch of A²MC: the stream it sees, its encoder, and a projection head for each level of the feature.
+
+An `Encoder` takes clips [N, T, C, V, M]; several views may come one after another along N, and each is
+normalised by its own batch statistics.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import MappingProxyType
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from a2mc_fast.config import Config
-from a2mc_fast.encoders.bigru import BiGRU
-from a2mc_fast.encoders.build import build_encoder
-from a2mc_fast.encoders.common import per_view, projection_head
 from a2mc_fast.skeleton import Skeleton, bone_stream, motion_stream
+
+Recurrence = Literal["torch", "fused", "resident"]
+"""Recurrent layers by torch, which is cuDNN on a GPU, or by fused kernels: a launch per time step, or one."""
+
+
+class Encoder(nn.Module):
+    """A backbone: forward(x [views N, T, C, V, M], views=1) -> [views N, feature_dim].
+
+    It defines `encode` for one view, which torch.compile may take, or `forward` itself where one pass is to
+    serve all views, as recurrent layers do, which would break a compiler's graph.
+    """
+
+    feature_dim: int
+    levels: Mapping[str, slice] = MappingProxyType({"feature": slice(None)})
+    """Parts of the feature that are contrasted, each with a projection head and a bank of its own."""
+    pairs: tuple[tuple[str, str], ...] = (("feature", "feature"),)
+    """(query level, key level): the loss is summed over them, each against the key level's bank."""
+    head_hidden: int | None = None
+    """Hidden units of each level's head; None = as wide as the level."""
+    recurrence: Recurrence | None = None
+    """How its recurrent layers are computed, if it has any: chosen once it is on its device."""
+    held: dict[Any, Any] | None = None
+    """What was made of the weights for several passes, within `weights_held`."""
+
+    def weights_changed(self) -> None:
+        """Within `weights_held`: what was made of the weights is out of date."""
+        if self.held is not None:
+            self.held.clear()
+
+    def forward(self, x: Tensor, views: int = 1) -> Tensor:
+        """One pass per view, so every BatchNorm sees that view alone."""
+        return per_view(self.encode, x, views)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x [N, T, C, V, M] -> [N, feature_dim]"""
+        raise NotImplementedError
+
+    def beside(self, x: Tensor, other: Encoder, constant: Tensor) -> tuple[Tensor, Tensor]:
+        """This encoder's feature of x and, in the same launches, another's of a constant of the same shape,
+        without a gradient. Fused recurrent layers alone can."""
+        raise NotImplementedError
 
 
 class Branch(nn.Module):
@@ -21,21 +65,16 @@ class Branch(nn.Module):
 
     parents: Tensor  # [V]
 
-    def __init__(self, config: Config, skeleton: Skeleton, persons: int) -> None:
+    def __init__(self, config: Config, skeleton: Skeleton, encoder: Encoder) -> None:
         super().__init__()
         self.config = config
         self.register_buffer("parents", torch.tensor(skeleton.parents), persistent=False)
-        e = config.encoder
-        self.compiled: Callable[[Tensor], Tensor] | None = None
-        """What runs in the place of the encoder's `encode`: the same, compiled. The trainer sets it."""
-        self.encoder = build_encoder(
-            e.name, skeleton, persons=persons, frames=config.views.frames, **e.options
-        )
-        columns, hidden = range(self.encoder.feature_dim), self.encoder.head_hidden
+        self.encoder = encoder
+        columns, dim = range(encoder.feature_dim), config.encoder.projection
         self.heads = nn.ModuleDict(
             {
-                name: projection_head(len(columns[part]), e.projection, hidden)
-                for name, part in self.encoder.levels.items()
+                name: projection_head(len(columns[part]), dim, encoder.head_hidden)
+                for name, part in encoder.levels.items()
             }
         )
 
@@ -45,16 +84,12 @@ class Branch(nn.Module):
         `wide` computes it in float32 where fp16 is set, for gradients that it cannot hold.
         """
         with autocast(self.config, x.device, wide):
-            stream = self._stream(x)
-            # one view's pass is what is compiled: three in a graph would take a compiler three times as long
-            return per_view(self.compiled, stream, views) if self.compiled else self.encoder(stream, views)
+            return self.encoder(self._stream(x), views)
 
     def feature_beside(self, x: Tensor, other: Branch, constant: Tensor) -> tuple[Tensor, Tensor]:
         """`feature` of clips x, wide, and in the same launches another branch's of a constant."""
-        mine, others = self.encoder, other.encoder
-        assert isinstance(mine, BiGRU) and isinstance(others, BiGRU)
-        with autocast(self.config, x.device, True):
-            return mine.beside(self._stream(x), others, other._stream(constant))
+        with autocast(self.config, x.device, wide=True):
+            return self.encoder.beside(self._stream(x), other.encoder, other._stream(constant))
 
     def _stream(self, x: Tensor) -> Tensor:
         if self.config.stream == "motion":
@@ -70,6 +105,56 @@ class Branch(nn.Module):
         with autocast(self.config, feature.device, wide=False):
             rows = {level: head(feature[:, self.encoder.levels[level]]) for level, head in self.heads.items()}
         return {level: F.normalize(row.float(), dim=1) for level, row in rows.items()}
+
+
+def projection_head(feature_dim: int, dim: int, hidden: int | None = None) -> nn.Sequential:
+    """MoCo-v2's MLP head: [N, feature_dim] -> [N, dim], no normalisation; `hidden` as wide as the input."""
+    hidden = hidden or feature_dim
+    return nn.Sequential(nn.Linear(feature_dim, hidden), nn.ReLU(), nn.Linear(hidden, dim))
+
+
+def per_view(function: Callable[[Tensor], Tensor], x: Tensor, views: int) -> Tensor:
+    """Apply `function` to each of `views` equal parts of the leading dimension."""
+    if views == 1:
+        return function(x)
+    return torch.cat([function(part) for part in x.chunk(views)])
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """No parameter gets a gradient; all but recurrent layers are in inference mode.
+
+    cuDNN has no backward pass for recurrent layers in inference mode, so a GRU is in training mode while its
+    input is attacked; it has no dropout, so its result is the same.
+    """
+    weights = [p for p in module.parameters() if p.requires_grad]
+    modes = {m: m.training for m in module.modules()}
+    for p in weights:
+        p.requires_grad_(False)
+    for m in modes:
+        m.training = isinstance(m, nn.RNNBase)
+    try:
+        yield
+    finally:
+        for p in weights:
+            p.requires_grad_(True)
+        for m, training in modes.items():
+            m.training = training
+
+
+@contextmanager
+def weights_held(*encoders: Encoder) -> Iterator[None]:
+    """Within one step, what an encoder makes of its weights serves all passes until `weights_changed`.
+
+    A captured step makes it, too, and nothing outlives the step that a replay would not write anew.
+    """
+    for encoder in encoders:
+        encoder.held = {}
+    try:
+        yield
+    finally:
+        for encoder in encoders:
+            encoder.held = None
 
 
 def autocast(config: Config, device: torch.device, wide: bool) -> AbstractContextManager[None]:

@@ -1,4 +1,4 @@
-"""Encoders by name."""
+"""Encoders by name, and the branch of a run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from a2mc_fast.config import Config
 from a2mc_fast.encoders.bigru import BiGRU
-from a2mc_fast.encoders.common import Encoder
+from a2mc_fast.encoders.branch import Branch, Encoder
 from a2mc_fast.encoders.dsta import DSTANet
 from a2mc_fast.encoders.scd import SCDNet
 from a2mc_fast.encoders.stgcn import STGCN
@@ -18,6 +19,13 @@ from a2mc_fast.errors import InputError, require
 from a2mc_fast.skeleton import Skeleton
 
 _ENCODERS: dict[str, type[Encoder]] = {"bigru": BiGRU, "stgcn": STGCN, "dsta": DSTANet, "scd": SCDNet}
+
+
+def build_branch(config: Config, skeleton: Skeleton, persons: int) -> Branch:
+    """The encoder that a run asks for, with its stream and heads."""
+    e = config.encoder
+    encoder = build_encoder(e.name, skeleton, persons=persons, frames=config.views.frames, **e.options)
+    return Branch(config, skeleton, encoder)
 
 
 def build_encoder(name: str, skeleton: Skeleton, **options: Any) -> Encoder:

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from a2mc_fast.encoders.common import Encoder, EveryFrame, persons_apart
+from a2mc_fast.encoders.branch import Encoder
+from a2mc_fast.encoders.graph import EveryFrame, persons_apart
 from a2mc_fast.errors import InputError
 from a2mc_fast.skeleton import Skeleton
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def spatial_partitions(parents: Sequence[int]) -> Tensor:
@@ -44,3 +44,23 @@ def _inward(parents: Sequence[int]) -> Tensor:
     for joint, parent in enumerate(parents):
         entries[parent, joint] = joint != parent
     return entries
+
+
+def persons_apart(x: Tensor) -> Tensor:
+    """Each person as a clip of its own, channels last in memory. x [N, T, C, V, M] -> [N M, T, V, C]"""
+    return x.permute(0, 4, 1, 3, 2).flatten(0, 1).contiguous()
+
+
+class EveryFrame(nn.Conv2d):
+    """A 1×1 convolution of every stride-th frame. x [B, C, T, V] -> [B, out, ceil(T / stride), V]
+
+    The frames are picked before it, because oneDNN's backward pass of a strided 1×1 convolution writes past
+    its memory for some narrow widths.
+    """
+
+    def __init__(self, width: int, out: int, stride: int) -> None:
+        super().__init__(width, out, 1)
+        self.every = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[:, :, :: self.every])

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 import a2mc_fast.kernels as kernels
 from a2mc_fast.config import Config
-from a2mc_fast.encoders.bigru import BiGRU, fused, recurrent_dtype
-from a2mc_fast.encoders.common import Encoder, frozen, weights_held
+from a2mc_fast.encoders.bigru import BiGRU, recurrent_dtype
+from a2mc_fast.encoders.branch import Encoder, Recurrence, frozen, weights_held
+from a2mc_fast.encoders.fused import fused
 from a2mc_fast.errors import first_line, require
 
-Recurrence = Literal["torch", "fused", "resident"]
 _NAMES = {
     "torch": "cuDNN",
     "fused": "fused kernels",

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from a2mc_fast.encoders.common import Encoder
+from a2mc_fast.encoders.branch import Encoder
 from a2mc_fast.encoders.graph import directed_partitions
 from a2mc_fast.errors import require
 from a2mc_fast.skeleton import Skeleton

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from a2mc_fast.encoders.common import Encoder, EveryFrame, persons_apart
-from a2mc_fast.encoders.graph import spatial_partitions
+from a2mc_fast.encoders.branch import Encoder
+from a2mc_fast.encoders.graph import EveryFrame, persons_apart, spatial_partitions
 from a2mc_fast.skeleton import Skeleton
 
 _TEMPORAL_KERNEL = 9

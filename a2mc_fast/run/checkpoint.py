@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from a2mc_fast.config import Config
-from a2mc_fast.encoders.branch import Branch
-from a2mc_fast.encoders.recurrence import Recurrence
+from a2mc_fast.encoders.branch import Branch, Recurrence
+from a2mc_fast.encoders.build import build_branch
 from a2mc_fast.errors import Count, InputError, Range, os_reason, require
 from a2mc_fast.files import atomic_path, parse_json, read_tensors, typed
 from a2mc_fast.skeleton import Skeleton
@@ -182,7 +182,7 @@ class Checkpoint:
 
         def new() -> Branch:
             torch.manual_seed(self.config.seed)  # as A2MC does before it makes them
-            return Branch(self.config, self.skeleton, self.persons)
+            return build_branch(self.config, self.skeleton, self.persons)
 
         branch = self.fitting(new)
         if not untrained:

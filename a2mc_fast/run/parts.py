@@ -15,9 +15,8 @@ from torch import Tensor, nn
 import a2mc_fast.kernels as kernels
 from a2mc_fast import rng
 from a2mc_fast.augment import Views
-from a2mc_fast.encoders.bigru import BiGRU
-from a2mc_fast.encoders.common import Encoder
-from a2mc_fast.encoders.recurrence import Recurrence, choose_recurrence, no_triton, require_kernels
+from a2mc_fast.encoders.branch import Encoder, Recurrence
+from a2mc_fast.encoders.recurrence import choose_recurrence, no_triton, require_kernels
 from a2mc_fast.errors import require
 from a2mc_fast.model import A2MC
 from a2mc_fast.run.capture import Captured, Part, Say
@@ -51,8 +50,10 @@ class Parts:
         for name, branch in (("query encoder", model.query), ("key encoder", model.key)):
             # one that defines its own forward pass over all views is left alone
             if type(branch.encoder).forward is Encoder.forward:
-                branch.compiled = self._part(name, branch.encoder.encode, branch.encoder)
-                self._all.append(branch.compiled)
+                # one view's pass: three in a graph would take a compiler three times as long
+                part = self._part(name, branch.encoder.encode, branch.encoder)
+                branch.encoder.encode = part  # type: ignore[method-assign, assignment]
+                self._all.append(part)
         self._stream = torch.cuda.Stream(device) if cuda and run.graph != "off" else None
         self._captured: Captured | None = None
 
@@ -62,9 +63,8 @@ class Parts:
         chosen, note = choose_recurrence(self.config, encoder, device, share, before)
         if self.world.any(chosen == "torch") and chosen != "torch":
             chosen, note = "torch", "recurrent layers by cuDNN, as on another rank"
-        self.recurrence: Recurrence | None = None
-        if isinstance(encoder, BiGRU) and isinstance(self.model.key.encoder, BiGRU):
-            self.recurrence = encoder.recurrence = self.model.key.encoder.recurrence = chosen
+        if encoder.recurrence:
+            encoder.recurrence = self.model.key.encoder.recurrence = chosen
         self.notes += [note] if note else []
 
     def _part(self, name: str, function: Callable[..., Any], module: nn.Module | None = None) -> Part:
@@ -87,12 +87,13 @@ class Parts:
     @property
     def ran(self) -> dict[str, str]:
         """How each part of the step ran, by name: compiled, captured, by which kernels, or why not."""
+        recurrence = self.model.query.encoder.recurrence
         return {
             **{part.name: part.ran for part in self._all},
             "step": self._captured.ran if self._captured else "launched",
             "loss and bank": "Triton kernels" if self.model.backend == "triton" else "plain torch",
             "random numbers": "Triton kernel" if self._words_by_kernel else "plain torch",
-            **({"recurrent layers": self.recurrence} if self.recurrence else {}),
+            **({"recurrent layers": recurrence} if recurrence else {}),
         }
 
     @contextmanager
