@@ -191,7 +191,7 @@ class Trainer:
         saved.restore_optimizer(self.model, self.optimizer)
         self.scaler.load_state_dict(saved.scaler)
 
-    def state(self, step: int, progress: dict[str, float]) -> checkpoint.State:
+    def state(self, step: int, progress: dict[str, float]) -> checkpoint.Checkpoint:
         """What a checkpoint holds after `step` steps: the live tensors, not copies.
 
         `InputError` if the ranks do not hold the same.
@@ -202,7 +202,7 @@ class Trainer:
                 f"{{ranks}} no longer held what rank 0 held after step {step}, as may happen on unlike GPUs: "
                 "continue from the last checkpoint on equal ones, with --resume",
             )
-        header = checkpoint.Header(
+        return checkpoint.Checkpoint(
             step=step,
             config=self.config,
             skeleton=self.clips.skeleton,
@@ -211,10 +211,9 @@ class Trainer:
             data=self.clips.identity,
             progress=dict(progress),
             scaler=self.scaler.state_dict(),
+            recurrence=self.model.query.encoder.recurrence,
+            tensors=checkpoint.tensors_of(self.model, self.optimizer),
         )
-        if recurrence := self.model.query.encoder.recurrence:
-            header["recurrence"] = recurrence
-        return checkpoint.state(header, self.model, self.optimizer)
 
 
 def _to_log(losses: Losses) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from a2mc_fast.data.synthetic import synthetic_clips
 from a2mc_fast.run import checkpoint
 from a2mc_fast.run.log import RunLog
 from a2mc_fast.run.saver import Saver
+from a2mc_fast.skeleton import NTU25
 from a2mc_fast.trainer import Trainer
 from bench.harness import CUDA, seconds
 from bench.records import Record, Recorder
@@ -94,7 +95,10 @@ def test_a_large_state(record: Recorder, one_core: None, tmp_path: Path) -> None
     """The stall of saving 600 MB, against a save in the foreground and against copying alone."""
     device = "cuda" if CUDA else "cpu"
     tensors = {f"model.{i}": torch.randn(1024, 1464, device=device) for i in range(100)}
-    state = checkpoint.State({"step": 1}, tensors)  # type: ignore[typeddict-item]
+    state = checkpoint.Checkpoint(
+        step=1, config=demo(), skeleton=NTU25, persons=2, classes=1, data="", progress={}, scaler={},
+        tensors=tensors,
+    )  # fmt: skip
     saver = Saver(tmp_path)
     saver.save(state)
     saver.wait()

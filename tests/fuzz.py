@@ -65,7 +65,7 @@ from a2mc_fast.model import A2MC
 from a2mc_fast.plots.confusion import read_confusion
 from a2mc_fast.plots.study import read_study
 from a2mc_fast.run import checkpoint, weights
-from a2mc_fast.run.log import QuietLog
+from a2mc_fast.run.log import RunLog
 from a2mc_fast.run.metrics import read_metrics
 from a2mc_fast.trainer import Trainer
 from tests import slow_readers
@@ -463,7 +463,7 @@ def _train(path: Path, clips: Clips) -> None:
     """Two steps, of the warm-up and of the method, as `train` takes and logs them."""
     config = typed(json.loads(path.read_bytes()), Config, str(path))
     trainer = Trainer(config, clips)
-    log = QuietLog(path.parent, config, trainer.schedule.total_steps, None)
+    log = RunLog(path.parent, config, trainer.schedule.total_steps, None, main=False)
     for step in range(2):
         values = trainer.step(step)
         log.advance()
@@ -522,11 +522,11 @@ def _write_checkpoint(path: Path, clips: Clips) -> None:
     )
     model = A2MC(config, clips.skeleton, clips.num_persons, 2)
     optimizer = torch.optim.SGD(model.query.parameters(), 0.1, momentum=0.9)
-    header = checkpoint.Header(
+    saved = checkpoint.Checkpoint(
         step=3, config=config, skeleton=clips.skeleton, persons=clips.num_persons, classes=2,
         data=clips.identity, progress={"seconds": 1.5, "loss": 2.0}, scaler={},
+        tensors=checkpoint.tensors_of(model, optimizer),
     )  # fmt: skip
-    saved = checkpoint.state(header, model, optimizer)
     checkpoint.write(path, saved)
 
 

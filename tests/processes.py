@@ -105,13 +105,13 @@ def _die_in_a_metrics_line(number: int) -> None:
     _at_call(metrics.MetricsFile, "_append", number, half)
 
 
-def _half_written(path: Path, saved: checkpoint.State) -> None:
+def _half_written(path: Path, saved: checkpoint.Checkpoint) -> None:
     checkpoint.write_content(path, saved)
     os.truncate(path, path.stat().st_size // 2)
 
 
 def _die_in_a_save(number: int) -> None:
-    def half(path: Path, saved: checkpoint.State) -> None:
+    def half(path: Path, saved: checkpoint.Checkpoint) -> None:
         _half_written(path, saved)
         _die()
 
@@ -123,7 +123,7 @@ def _full_disk(number: int) -> None:
     calls = 0
     real = saver.write_content
 
-    def full(path: Path, saved: checkpoint.State) -> None:
+    def full(path: Path, saved: checkpoint.Checkpoint) -> None:
         nonlocal calls
         calls += 1
         if calls == -number or 0 < number <= calls:

@@ -95,14 +95,13 @@ def test_a_wait_that_is_too_long_ends_and_is_told(monkeypatch: pytest.MonkeyPatc
     assert gru_resident.timed_out(given[0].device) and not gru_resident.timed_out(given[0].device)
 
 
-def test_the_log_names_a_wait_that_was_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_log_names_a_wait_that_was_too_long() -> None:
     encoder = BiGRU(SMALL, persons=1, hidden=16, layers=1)
     model = SimpleNamespace(query=SimpleNamespace(encoder=encoder))
     device = torch.device("cpu")
     trainer = SimpleNamespace(model=model, device=device, fault=torch.tensor([3]))
     log = object.__new__(RunLog)
-    log.folder, log.step = "runs/x", 4  # type: ignore[assignment]
-    monkeypatch.setattr(RunLog, "_clips", lambda *_: "a clip")
+    log.folder, log.step, log.main = "runs/x", 4, False  # type: ignore[assignment]
     for form, late, words in (
         (
             "resident",

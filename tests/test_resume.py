@@ -520,7 +520,7 @@ def test_saving_takes_a_snapshot_and_does_not_wait(
     before = {name: tensor.clone() for name, tensor in trainer.state(1, {}).tensors.items()}
     disk, real = threading.Event(), saver.write_content
 
-    def slow(path: Path, saved: checkpoint.State) -> None:
+    def slow(path: Path, saved: checkpoint.Checkpoint) -> None:
         assert disk.wait(10)
         real(path, saved)
 
@@ -554,16 +554,17 @@ def test_the_file_is_plain_safetensors(data: Path, tmp_path: Path) -> None:
         "flags": torch.tensor([True, False, True]),
         "none": torch.zeros(0, 4),
     }
-    checkpoint.write(tmp_path / "x.safetensors", checkpoint.State({"step": 3}, tensors))
+    trainer = Trainer(tiny(data, tmp_path), Clips.load(data))
+    checkpoint.write(tmp_path / "x.safetensors", replace(trainer.state(3, {}), tensors=tensors))
     read = load_file(tmp_path / "x.safetensors")
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[n], t) and read[n].dtype == t.dtype for n, t in tensors.items())
 
 
-def test_files_are_as_readable_as_any_other(tmp_path: Path) -> None:
+def test_files_are_as_readable_as_any_other(data: Path, tmp_path: Path) -> None:
     """safetensors writes files that only their owner reads, under names of its own."""
     path = tmp_path / "x.safetensors"
-    checkpoint.write(path, checkpoint.State({"step": 3}, {"a": torch.zeros(3)}))
+    checkpoint.write(path, Trainer(tiny(data, tmp_path), Clips.load(data)).state(3, {}))
     (tmp_path / "other").touch()
     assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
 

@@ -111,12 +111,8 @@ def _evaluate(options: Evaluation, run: Opened) -> dict[str, Any]:
             scores=outcome.scores, labels=run.clips.labels[test], clips=test, names=names, about=about
         ).save(scores)
         # with its encoder, which fine-tuning has changed, so that the file is all that predict needs
-        checkpoint.write(
-            classifier,
-            checkpoint.with_classifier(
-                saved, branch.encoder, outcome.weight, outcome.bias, about["class_names"]
-            ),
-        )
+        tuned = saved.with_classifier(branch.encoder, outcome.weight, outcome.bias, about["class_names"])
+        checkpoint.write(classifier, tuned)
         result |= {"scores": scores.name, "classifier": classifier.name}
     write_json(path, result)
     fresh = result.get("top1_fresh", result.get("top1_last_fresh"))

@@ -14,9 +14,9 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NotRequired, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired, TypedDict, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -55,107 +55,12 @@ class Header(TypedDict):
     recurrence: NotRequired[Recurrence]
 
 
-class State(NamedTuple):
-    """What a checkpoint holds; its tensors may live on any device."""
-
-    header: Header
-    tensors: dict[str, Tensor]
-
-
-def state(header: Header, model: A2MC, optimizer: torch.optim.Optimizer) -> State:
-    """A run after so many steps. Its tensors are the live ones, not copies."""
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for name, parameter in model.query.named_parameters():
-        buffer = optimizer.state[parameter].get("momentum_buffer")
-        if buffer is not None:
-            tensors[f"optimizer.{name}"] = buffer
-    return State(header, tensors)
-
-
-def with_classifier(
-    saved: Checkpoint, encoder: nn.Module, weight: Tensor, bias: Tensor, class_names: Sequence[str]
-) -> State:
-    """An encoder and the classifier behind it, trained after `saved`. weight [classes, feature_dim]"""
-    header = Header(
-        step=saved.step,
-        config=saved.config,
-        skeleton=saved.skeleton,
-        persons=saved.persons,
-        classes=len(class_names),
-        data=saved.data,
-        progress={},
-        scaler={},
-        class_names=tuple(class_names),
-    )
-    tensors = {f"model.query.encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
-    return State(header, {**tensors, "downstream.weight": weight, "downstream.bias": bias})
-
-
-def numbered(folder: Path, step: int) -> Path:
-    """Name of an older checkpoint."""
-    return folder / f"checkpoint-{step:09d}.safetensors"
-
-
-def numbered_steps(folder: Path) -> list[int]:
-    """Steps of the older checkpoints in a folder."""
-    names = (path.stem.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*.safetensors"))
-    return [int(name) for name in names if name.isdecimal() and len(name) >= 9]
-
-
-# writing
-
-
-def write(path: Path, saved: State) -> None:
-    """Write a checkpoint, whole or not at all. `InputError` if a weight is not finite."""
-    with atomic_path(path) as temporary:
-        write_content(temporary, saved)
-
-
-def write_content(path: Path, saved: State) -> None:
-    """`write`, in place and with no promise about what an error leaves."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in saved.tensors.items()}
-    wrong = _not_finite(tensors)
-    require(not wrong, f"{wrong} is not finite after step {saved.header['step']}: the state is not saved")
-    header = {"format": FORMAT, **saved.header}
-    text = {n: json.dumps(v, default=dataclasses.asdict, allow_nan=False) for n, v in header.items()}
-    text["checksum"] = _checksum(text, tensors)
-    save_file(tensors, path, metadata=text)
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    """The content of a contiguous CPU tensor, not copied."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
-
-
-def _checksum(text: dict[str, str], tensors: dict[str, Tensor]) -> str:
-    """BLAKE2b of the header's values and of every tensor's name, type, shape and bytes."""
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps({k: v for k, v in text.items() if k != "checksum"}, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"\0{name} {tensor.dtype} {list(tensor.shape)}\0".encode())
-        digest.update(_bytes(tensor))
-    return digest.hexdigest()
-
-
-def _not_finite(tensors: dict[str, Tensor]) -> str:
-    """Name of the first tensor with a NaN or an infinity; empty if there is none."""
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.numel():
-            # in numpy, which stays in this thread and leaves torch's to the training; a NaN spreads to both
-            values = (tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()).numpy()
-            if not math.isfinite(values.min()) or not math.isfinite(values.max()):
-                return name
-    return ""
-
-
-# reading
-
-
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint in memory, on the CPU."""
+    """A checkpoint in memory. One that was read is on the CPU."""
 
-    path: Path
+    path: Path = Path()
+    """Where it was read."""
     step: int
     """Steps done."""
     config: Config
@@ -207,6 +112,16 @@ class Checkpoint:
         except (RuntimeError, MemoryError, OverflowError) as error:
             raise InputError(f"{self.path} does not hold the model that it describes: {error}") from None
 
+    def with_classifier(
+        self, encoder: nn.Module, weight: Tensor, bias: Tensor, class_names: Sequence[str]
+    ) -> Checkpoint:
+        """An encoder and the classifier behind it, trained after this. weight [classes, feature_dim]"""
+        tensors = {f"model.query.encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
+        tensors |= {"downstream.weight": weight, "downstream.bias": bias}
+        names = tuple(class_names)
+        plain = replace(self, progress={}, scaler={}, recurrence=None)
+        return replace(plain, classes=len(names), class_names=names, tensors=tensors)
+
     def restore(self, model: nn.Module) -> None:
         """Copy the model's tensors."""
         self._copy(model, "model.", {})
@@ -249,6 +164,77 @@ class _Allowance(TorchFunctionMode):
             if self.left < 0:
                 raise MemoryError("it asks for more numbers than it holds")
         return func(*args, **(kwargs or {}))
+
+
+def tensors_of(model: A2MC, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What a run's checkpoint holds: the live tensors, not copies."""
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for name, parameter in model.query.named_parameters():
+        buffer = optimizer.state[parameter].get("momentum_buffer")
+        if buffer is not None:
+            tensors[f"optimizer.{name}"] = buffer
+    return tensors
+
+
+def numbered(folder: Path, step: int) -> Path:
+    """Name of an older checkpoint."""
+    return folder / f"checkpoint-{step:09d}.safetensors"
+
+
+def numbered_steps(folder: Path) -> list[int]:
+    """Steps of the older checkpoints in a folder."""
+    names = (path.stem.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*.safetensors"))
+    return [int(name) for name in names if name.isdecimal() and len(name) >= 9]
+
+
+# writing
+
+
+def write(path: Path, saved: Checkpoint) -> None:
+    """Write a checkpoint, whole or not at all. `InputError` if a weight is not finite."""
+    with atomic_path(path) as temporary:
+        write_content(temporary, saved)
+
+
+def write_content(path: Path, saved: Checkpoint) -> None:
+    """`write`, in place and with no promise about what an error leaves."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in saved.tensors.items()}
+    wrong = _not_finite(tensors)
+    require(not wrong, f"{wrong} is not finite after step {saved.step}: the state is not saved")
+    held = {name: getattr(saved, name) for name in Header.__annotations__}
+    header = {"format": FORMAT, **{name: value for name, value in held.items() if value not in (None, ())}}
+    text = {n: json.dumps(v, default=dataclasses.asdict, allow_nan=False) for n, v in header.items()}
+    text["checksum"] = _checksum(text, tensors)
+    save_file(tensors, path, metadata=text)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The content of a contiguous CPU tensor, not copied."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _checksum(text: dict[str, str], tensors: dict[str, Tensor]) -> str:
+    """BLAKE2b of the header's values and of every tensor's name, type, shape and bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(json.dumps({k: v for k, v in text.items() if k != "checksum"}, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\0{name} {tensor.dtype} {list(tensor.shape)}\0".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _not_finite(tensors: dict[str, Tensor]) -> str:
+    """Name of the first tensor with a NaN or an infinity; empty if there is none."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel():
+            # in numpy, which stays in this thread and leaves torch's to the training; a NaN spreads to both
+            values = (tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()).numpy()
+            if not math.isfinite(values.min()) or not math.isfinite(values.max()):
+                return name
+    return ""
+
+
+# reading
 
 
 def load(path: Path) -> Checkpoint:

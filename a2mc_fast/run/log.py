@@ -6,9 +6,9 @@ import math
 import shlex
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -32,19 +32,45 @@ _NAMED = 8  # clips named in an error
 _NOT_FINITE = "start a new run with a lower --optim.lr or --precision fp32 (a resumed one would repeat this)"
 
 
-class QuietLog:
-    """How far a run is, and whether it goes well: all that a rank needs which neither prints nor writes.
+class RunLog(ExitStack):
+    """How far a run is, and whether it goes well. Rank 0's, the `main` one, writes the run's folder and tells
+    the user; the others' neither write nor print.
 
     Its clock stands still while `paused`.
     """
 
-    def __init__(self, folder: Path, config: Config, total_steps: int, resumed: Checkpoint | None) -> None:
-        self.folder, self.config, self.total_steps = folder, config, total_steps
+    def __init__(
+        self, folder: Path, config: Config, total_steps: int, resumed: Checkpoint | None, main: bool = True
+    ) -> None:
+        super().__init__()
+        self.folder, self.config, self.total_steps, self.main = folder, config, total_steps, main
         self.step = resumed.step if resumed else 0
         self._before = resumed.progress.get("seconds", 0.0) if resumed else 0.0
         self.watch: Callable[[dict[str, Any]], None] | None = None
         """Who else hears of every metrics line."""
-        self._started = time.perf_counter()
+        self._concerns: set[str] = set()  # each is said once
+        self._board: Any = None
+        if main:
+            if config.run.tensorboard:
+                self._board = self.enter_context(_tensorboard(folder, self.step + 1))
+            for name in (FILE, "config.json", "metrics.jsonl", "result.json", "fault.json"):
+                remove_leftovers(folder / name)
+            write_json(folder / "config.json", {**to_dict(config), "machine": machine()})
+            (folder / "result.json").unlink(missing_ok=True)  # of a run that is prolonged
+            known = resumed.progress.get("lines") if resumed else None
+            self._file = MetricsFile(folder, resumed.step if resumed else -1, known)
+            self.callback(self._file.close)
+            self._bar = tqdm(
+                total=total_steps,
+                initial=self.step,
+                unit="step",
+                dynamic_ncols=True,
+                bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
+                disable=None,  # off where there is no terminal
+            )
+            self.callback(self._bar.close)
+        self._last_step, self._last_seconds = self.step, self._before
+        self._started = self._last_console = time.perf_counter()
 
     @property
     def seconds(self) -> float:
@@ -54,7 +80,7 @@ class QuietLog:
     @property
     def lines(self) -> int:
         """Of the metrics file, from the run's beginning."""
-        return 0
+        return self._file.lines if self.main else 0
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -66,6 +92,8 @@ class QuietLog:
     def advance(self) -> bool:
         """One step is done. Returns whether to log it."""
         self.step += 1
+        if self.main:
+            self._bar.update()
         return self.step % self.config.run.log_every == 0 or self.step == self.total_steps
 
     def due(self, epochs: int, steps_per_epoch: int) -> bool:
@@ -74,96 +102,9 @@ class QuietLog:
 
     def metrics(self, trainer: Trainer, values: dict[str, Tensor]) -> dict[str, float]:
         """One metrics line of what the last step returned. Returns its numbers; fails as `check` does."""
-        return self.check(trainer, values)
-
-    def check(self, trainer: Trainer, values: dict[str, Tensor]) -> dict[str, float]:
-        """What a step returned, as numbers: the only wait for the device.
-
-        `InputError` if a loss or a gradient was not finite since the last check: the trainer's `fault`, int64
-        [1] on the device, is the first such step, or -1. It names the step, counted from one as in the log,
-        and its clips.
-        """
-        # float64 holds a step number exactly; one read for both
-        stacked = torch.stack([v.detach().float() for v in values.values()]).double()
-        fault: Tensor | None = getattr(trainer, "fault", None)
-        first = stacked.new_full((1,), -1) if fault is None else fault.double().view(1)
-        *read, faulty = torch.cat((stacked, first)).tolist()
-        numbers = dict(zip(values, read, strict=True))
-        if faulty >= 0:
-            require(
-                not waited_too_long(trainer.model.query.encoder, trainer.device),
-                f"in step {int(faulty) + 1} programs of a recurrent layer waited for one another too long: "
-                f"choose --encoder.recurrence fused; earlier checkpoints stay in {self.folder}",
-            )
-            raise InputError(
-                f"the loss or a gradient is not finite in step {int(faulty) + 1} (clips "
-                f"{self._clips(trainer, int(faulty))}): look at these clips, or {_NOT_FINITE}; earlier "
-                f"checkpoints stay in {self.folder}"
-            )
-        require(
-            math.isfinite(numbers["loss"]),
-            f"the loss is {numbers['loss']} at or just before step {self.step}: {_NOT_FINITE}; earlier "
-            f"checkpoints stay in {self.folder}",
-        )
-        return numbers
-
-    def _clips(self, trainer: Trainer, step: int) -> str:
-        """The names of a step's clips."""
-        return "as rank 0 names them"
-
-    def accuracy(self, knn_top1: float | None, which: str = "") -> dict[str, float]:
-        """A metrics line and a console line of an evaluation, after `step` steps; nothing without labels.
-
-        Returns {"knn_top1" + which: percent}, what the result will hold.
-        """
-        return {} if knn_top1 is None else {f"knn_top1{which}": knn_top1}
-
-    def say(self, line: str) -> None:
-        """Console lines, above the progress bar."""
-
-    def sync(self) -> None:
-        """Have every metrics line on the disk: a checkpoint must not be ahead of them. Or `OSError`."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None: ...
-
-
-class RunLog(QuietLog):
-    """Writes one run's folder and tells the user how it goes."""
-
-    def __init__(self, folder: Path, config: Config, total_steps: int, resumed: Checkpoint | None) -> None:
-        super().__init__(folder, config, total_steps, resumed)
-        self._board = _tensorboard(folder, self.step + 1) if config.run.tensorboard else None
-        for name in (FILE, "config.json", "metrics.jsonl", "result.json", "fault.json"):
-            remove_leftovers(folder / name)
-        write_json(folder / "config.json", {**to_dict(config), "machine": machine()})
-        (folder / "result.json").unlink(missing_ok=True)  # of a run that is prolonged
-        known = resumed.progress.get("lines") if resumed else None
-        self._file = MetricsFile(folder, resumed.step if resumed else -1, known)
-        self._concerns: set[str] = set()  # each is said once
-        self._bar = tqdm(
-            total=total_steps,
-            initial=self.step,
-            unit="step",
-            dynamic_ncols=True,
-            bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
-            disable=None,  # off where there is no terminal
-        )
-        self._last_step, self._last_seconds = self.step, self._before
-        self._started = self._last_console = time.perf_counter()
-
-    @property
-    def lines(self) -> int:
-        return self._file.lines
-
-    def advance(self) -> bool:
-        self._bar.update()
-        return super().advance()
-
-    def metrics(self, trainer: Trainer, values: dict[str, Tensor]) -> dict[str, float]:
         numbers = self.check(trainer, values)
+        if not self.main:
+            return numbers
         seconds, steps = self.seconds, self.step - self._last_step
         rate = steps / max(seconds - self._last_seconds, 1e-9)
         self._last_seconds, self._last_step = seconds, self.step
@@ -196,21 +137,48 @@ class RunLog(QuietLog):
             )
         return numbers
 
-    def _clips(self, trainer: Trainer, step: int) -> str:
-        """The first few, and where all are."""
-        names = [trainer.clips.names[index] for index in trainer.schedule.batch(step).tolist()]
-        more = ""
-        if len(names) > _NAMED:
-            with suppress(OSError):
-                write_json(self.folder / "fault.json", {"step": step + 1, "clips": names})
-                more = f" and {len(names) - _NAMED} more, listed in {self.folder}/fault.json"
-        return ", ".join(names[:_NAMED]) + more
+    def check(self, trainer: Trainer, values: dict[str, Tensor]) -> dict[str, float]:
+        """What a step returned, as numbers: the only wait for the device.
+
+        `InputError` if a loss or a gradient was not finite since the last check: the trainer's `fault`, int64
+        [1] on the device, is the first such step, or -1. It names the step, counted from one as in the log,
+        and its clips.
+        """
+        # float64 holds a step number exactly; one read for both
+        stacked = torch.stack([v.detach().float() for v in values.values()]).double()
+        fault: Tensor | None = getattr(trainer, "fault", None)
+        first = stacked.new_full((1,), -1) if fault is None else fault.double().view(1)
+        *read, faulty = torch.cat((stacked, first)).tolist()
+        numbers = dict(zip(values, read, strict=True))
+        if faulty >= 0:
+            require(
+                not waited_too_long(trainer.model.query.encoder, trainer.device),
+                f"in step {int(faulty) + 1} programs of a recurrent layer waited for one another too long: "
+                f"choose --encoder.recurrence fused; earlier checkpoints stay in {self.folder}",
+            )
+            clips = clips_of(trainer, int(faulty), self.folder) if self.main else "as rank 0 names them"
+            raise InputError(
+                f"the loss or a gradient is not finite in step {int(faulty) + 1} (clips {clips}): look at "
+                f"these clips, or {_NOT_FINITE}; earlier checkpoints stay in {self.folder}"
+            )
+        require(
+            math.isfinite(numbers["loss"]),
+            f"the loss is {numbers['loss']} at or just before step {self.step}: {_NOT_FINITE}; earlier "
+            f"checkpoints stay in {self.folder}",
+        )
+        return numbers
 
     def accuracy(self, knn_top1: float | None, which: str = "") -> dict[str, float]:
-        if knn_top1 is not None:
+        """A metrics line and a console line of an evaluation, after `step` steps; nothing without labels.
+
+        Returns {"knn_top1" + which: percent}, what the result will hold.
+        """
+        if knn_top1 is None:
+            return {}
+        if self.main:
             self._write({"step": self.step, "knn_top1": knn_top1})
             self.say(f"step {self.step}/{self.total_steps}  kNN top-1 {knn_top1:.1f} %")
-        return super().accuracy(knn_top1, which)
+        return {f"knn_top1{which}": knn_top1}
 
     def _write(self, record: dict[str, Any]) -> None:
         refused = self._file.add(record)
@@ -224,18 +192,25 @@ class RunLog(QuietLog):
                     self._board.add_scalar(name, value, self.step)
 
     def sync(self) -> None:
+        """Have every metrics line on the disk: a checkpoint must not be ahead of them. Or `OSError`."""
         self._file.sync()
 
     def say(self, line: str) -> None:
-        with self._bar.external_write_mode():
-            tell(line)
+        """Console lines, above the progress bar."""
+        if self.main:
+            with self._bar.external_write_mode():
+                tell(line)
 
-    def __exit__(self, *error: object) -> None:
-        """Release the files and the progress bar."""
-        self._bar.close()
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+
+def clips_of(trainer: Trainer, step: int, folder: Path) -> str:
+    """The names of a step's clips: the first few, and where all are."""
+    names = [trainer.clips.names[index] for index in trainer.schedule.batch(step).tolist()]
+    more = ""
+    if len(names) > _NAMED:
+        with suppress(OSError):
+            write_json(folder / "fault.json", {"step": step + 1, "clips": names})
+            more = f" and {len(names) - _NAMED} more, listed in {folder}/fault.json"
+    return ", ".join(names[:_NAMED]) + more
 
 
 def time_left(config: Config, step: int, total_steps: int, rate: float) -> str:
@@ -291,7 +266,7 @@ def heading(trainer: Trainer, folder: Path) -> str:
     )
 
 
-def outcome(config: Config, trainer: Trainer, log: QuietLog, progress: dict[str, float]) -> dict[str, Any]:
+def outcome(config: Config, trainer: Trainer, log: RunLog, progress: dict[str, float]) -> dict[str, Any]:
     """The content of result.json. It needs no step of this process: the last checkpoint holds the numbers."""
     return {
         "preset": config.preset,

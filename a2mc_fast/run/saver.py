@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from a2mc_fast.errors import InputError, os_reason
 from a2mc_fast.files import atomic_path
-from a2mc_fast.run.checkpoint import FILE, Checkpoint, State, numbered, numbered_steps, write_content
+from a2mc_fast.run.checkpoint import FILE, Checkpoint, numbered, numbered_steps, write_content
 
 
 class Saver:
@@ -46,7 +47,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
-    def save(self, saved: State, *, last: bool = False) -> None:
+    def save(self, saved: Checkpoint, *, last: bool = False) -> None:
         """Save in the background; the `last` state is on the disk on return, or it is an `InputError`."""
         self.wait()
         if last:
@@ -55,7 +56,7 @@ class Saver:
             except OSError as error:
                 raise InputError(f"{self._failure(saved, error)}; then continue with --resume") from None
             return
-        copy = State(saved.header, self._copy(saved.tensors))
+        copy = replace(saved, tensors=self._copy(saved.tensors))
         self._thread = threading.Thread(target=self._write_or_warn, args=(copy,), name="checkpoint")
         self._thread.start()
 
@@ -88,7 +89,7 @@ class Saver:
             torch.cuda.current_stream(device).synchronize()
         return {name: self._host[name] for name in tensors}
 
-    def _write_or_warn(self, saved: State) -> None:
+    def _write_or_warn(self, saved: Checkpoint) -> None:
         try:
             self._write(saved)
         except OSError as error:
@@ -96,20 +97,20 @@ class Saver:
         except Exception as error:
             self._error = error
 
-    def _failure(self, saved: State, error: OSError) -> str:
+    def _failure(self, saved: Checkpoint, error: OSError) -> str:
         good = "there is none yet" if self._good is None else f"the last good one is of step {self._good}"
         return (
-            f"the checkpoint of step {saved.header['step']} could not be saved ({os_reason(error)}), {good}: "
+            f"the checkpoint of step {saved.step} could not be saved ({os_reason(error)}), {good}: "
             f"make {self.folder} writable, with room for it"
         )
 
-    def _write(self, saved: State) -> None:
+    def _write(self, saved: Checkpoint) -> None:
         self._before()
         with atomic_path(self.folder / FILE) as temporary:
             write_content(temporary, saved)
             self._set_newest_aside()
-        self._good, self._keep_newest = saved.header["step"], True
-        self._prune(saved.header["step"])
+        self._good, self._keep_newest = saved.step, True
+        self._prune(saved.step)
 
     def _set_newest_aside(self) -> None:
         """Give the newest checkpoint the name under which it stays, beside the one it has."""

@@ -23,7 +23,7 @@ from a2mc_fast.ranks.joining import join
 from a2mc_fast.run import checkpoint, weights
 from a2mc_fast.run.checkpoint import Checkpoint
 from a2mc_fast.run.folder import open_folder
-from a2mc_fast.run.log import QuietLog, RunLog, command, heading, outcome, summary
+from a2mc_fast.run.log import RunLog, command, heading, outcome, summary
 from a2mc_fast.run.machine import keep_threads, pick_device
 from a2mc_fast.run.opened import load_clips
 from a2mc_fast.run.saver import Saver
@@ -68,7 +68,7 @@ def _pretrain(
         return
     with (
         stop_on_signal(say=world.main) as stop,
-        (RunLog if world.main else QuietLog)(folder, config, total, resumed) as log,
+        RunLog(folder, config, total, resumed, world.main) as log,
         Saver(folder, resumed, keep_last=run.keep_last, before=log.sync, warn=log.say) as saver,
     ):
         trainer.parts.say, log.watch = log.say, watch
