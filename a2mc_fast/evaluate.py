@@ -7,30 +7,20 @@ the run unless `--data` and `--split` say otherwise. torch is imported when a pr
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import tyro
-from tyro.conf import subcommand
 
 from a2mc_fast.errors import exit_on_error, one_speaks
 from a2mc_fast.evaluation.comparison import compare
 from a2mc_fast.evaluation.settings import Compare, Ensemble, Finetune, Knn, Linear, Semi, Transfer
 
+Asked = Knn | Linear | Finetune | Semi | Transfer | Ensemble | Compare
+
 
 def main(args: list[str] | None = None) -> None:
     """The command line: PROTOCOL RUN [--FLAG VALUE ...]."""
     with exit_on_error():
-        protocols = (
-            Annotated[Knn, subcommand("knn")]
-            | Annotated[Linear, subcommand("linear")]
-            | Annotated[Finetune, subcommand("finetune")]
-            | Annotated[Semi, subcommand("semi")]
-            | Annotated[Transfer, subcommand("transfer")]
-            | Annotated[Ensemble, subcommand("ensemble")]
-            | Annotated[Compare, subcommand("compare")]
-        )
         with one_speaks():
-            chosen = tyro.cli(protocols, args=args, prog="python -m a2mc_fast.evaluate")
+            chosen: Asked = tyro.cli(Asked, args=args, prog="python -m a2mc_fast.evaluate")
         if isinstance(chosen, Compare):
             compare(chosen.results, chosen.out)
             return

@@ -8,87 +8,78 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from a2mc_fast.errors import CountOrNone, Range, check_ranges, exit_on_error
+from a2mc_fast.evaluation.settings import OfRun
 from a2mc_fast.plots.output import write_picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_Seed = Annotated[int, Range("[0, 2147483647]")]
+
 
 @dataclass(frozen=True, kw_only=True)
-class Curves:
+class Written:
+    """What every picture asks for."""
+
+    out: str = ""
+    """Picture to write; the suffix is .png, .pdf or .svg; empty = PICTURE.png."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+    @property
+    def name(self) -> str:
+        """Its name on the command line, and that of the function that draws it and of its module."""
+        return type(self).__name__.lower()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curves(Written):
     """Loss, its parts and kNN accuracy over the steps of runs (the paper's Fig. 8, 9)."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of one to four runs, shown side by side."""
-    out: Path = Path("curves.png")
-    """Picture to write; the suffix is .png, .pdf or .svg."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Confusion:
+class Confusion(Written):
     """Confusion matrices of evaluation results (Fig. 10)."""
 
     results: tyro.conf.Positional[tuple[Path, ...]]
     """JSON files of a2mc_fast.evaluate, or folders of runs for all results in them; one to four in all."""
     classes: tuple[CountOrNone, ...] = ()
     """Show these classes only; none = all."""
-    out: Path = Path("confusion.png")
-    """Picture to write; the suffix is .png, .pdf or .svg."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)
-class OfRun:
-    """What every picture of a trained encoder asks for."""
-
-    run: tyro.conf.Positional[Path]
-    """Folder of the run, or a checkpoint."""
-    data: str = ""
-    """Packed clips; empty = the data of the run."""
-    split: str = ""
-    """Protocol; empty = that of the run."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto = the GPU if there is one."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tsne(OfRun):
+class Tsne(Written, OfRun):
     """t-SNE of the features of test clips (Fig. 4)."""
 
     classes: tuple[CountOrNone, ...] = ()
     """Classes to show; none = the first ten."""
     untrained: bool = False
     """Also show the encoder as it was before training."""
-    out: Path = Path("tsne.png")
-    """Picture to write; the suffix is .png, .pdf or .svg."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attack(OfRun):
+class Attack(Written, OfRun):
     """A clip before and after the attack, its views, and their class distributions (Fig. 3)."""
 
     clip: str = ""
     """Name or number of the clip; empty = the first test clip."""
     frames: Annotated[int, Range("[1, 12]")] = 6
     """Frames to show, evenly spread."""
-    seed: Annotated[int, Range("[0, 2147483647]")] = 0
+    seed: _Seed = 0
     """Seed of the two views."""
-    out: Path = Path("attack.png")
-    """Picture to write; the suffix is .png, .pdf or .svg."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Neighbours(OfRun):
+class Neighbours(Written, OfRun):
     """Query clips and their nearest neighbours as skeleton strips (Fig. 11)."""
 
     queries: Annotated[int, Range("[1, 12]")] = 5
@@ -97,30 +88,25 @@ class Neighbours(OfRun):
     """Neighbours to show, from the training clips."""
     frames: Annotated[int, Range("[1, 6]")] = 3
     """Frames of every clip, evenly spread."""
-    seed: Annotated[int, Range("[0, 2147483647]")] = 0
+    seed: _Seed = 0
     """Seed of the choice of queries."""
-    out: Path = Path("neighbours.png")
-    """Picture to write; the suffix is .png, .pdf or .svg."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study:
+class Study(Written):
     """Accuracies of every row on several sets."""
 
     results: tyro.conf.Positional[Path]
     """The study.json of a2mc_fast.ablate FILE FILE ..."""
-    out: Path = Path("study.png")
-    """Picture to write; the suffix is .png, .pdf or .svg."""
 
 
 Picture = Curves | Tsne | Confusion | Attack | Neighbours | Study
 
 
 def draw(picture: Picture) -> Figure:
-    """Drawn by the function of the picture's name, in the module of that name, which takes its options."""
-    name = type(picture).__name__.lower()
+    """Drawn by the function of the picture's name, which takes its options and the opened run."""
     # no other picture's module: torch and scikit-learn take seconds each
-    function = getattr(import_module(f"a2mc_fast.plots.{name}"), name)
+    function = getattr(import_module(f"a2mc_fast.plots.{picture.name}"), picture.name)
     asked: dict[str, Any] = {f.name: getattr(picture, f.name) for f in fields(picture) if f.name != "out"}
     if isinstance(picture, OfRun):
         from a2mc_fast.run.opened import open_run
@@ -132,16 +118,8 @@ def draw(picture: Picture) -> Figure:
 def main(args: list[str] | None = None) -> None:
     """The command line: PICTURE INPUT ... [--FLAG VALUE ...]."""
     with exit_on_error():
-        pictures = (
-            Annotated[Curves, tyro.conf.subcommand("curves")]
-            | Annotated[Tsne, tyro.conf.subcommand("tsne")]
-            | Annotated[Confusion, tyro.conf.subcommand("confusion")]
-            | Annotated[Attack, tyro.conf.subcommand("attack")]
-            | Annotated[Neighbours, tyro.conf.subcommand("neighbours")]
-            | Annotated[Study, tyro.conf.subcommand("study")]
-        )
-        picture: Picture = tyro.cli(pictures, args=args, prog="python -m a2mc_fast.plots")
-        write_picture(picture.out, lambda: draw(picture))
+        picture: Picture = tyro.cli(Picture, args=args, prog="python -m a2mc_fast.plots")
+        write_picture(Path(picture.out or f"{picture.name}.png"), lambda: draw(picture))
 
 
 if __name__ == "__main__":

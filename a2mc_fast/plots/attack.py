@@ -51,10 +51,8 @@ def attack(run: Opened, *, clip: str = "", frames: int = 6, seed: int = 0) -> Fi
     highest = max(float(stage.probability.max()) for stage in stages)
     for row, ((strip, bars), stage) in enumerate(zip(grid, stages)):
         drawn = stage.clip[0].cpu().numpy()
-        draw_strip(
-            strip, drawn, skeleton, moments, persons, behind=whole if row == 1 else None,
-            slot=room if row < 2 else None,
-        )  # fmt: skip
+        shadow, slot = whole if row == 1 else None, room if row < 2 else None
+        draw_strip(strip, drawn, skeleton, moments, persons, behind=shadow, slot=slot)
         strip.set_title(stage.name, loc="left")
         _bars(bars, stage.probability, highest)
     grid[-1][0].set_xlabel(f"frame of {whole.shape[0]}")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from numpy.typing import NDArray
 
-from a2mc_fast.errors import InputError, require
+from a2mc_fast.errors import require
 from a2mc_fast.evaluation.tables import read_result, result_files
 from a2mc_fast.plots.style import GREY, class_label, figure, shorten
 
@@ -21,8 +21,7 @@ _MOST_RESULTS = 4
 _NUMBERS_UP_TO, _NAMES_UP_TO = 20, 30  # classes
 
 
-@dataclass(frozen=True, kw_only=True)
-class Confusion:
+class Confusion(NamedTuple):
     """What an evaluation says of its predictions."""
 
     counts: NDArray[np.float64]
@@ -38,29 +37,21 @@ def confusion(results: Sequence[Path], classes: Sequence[int] = ()) -> Figure:
     `InputError` where a file holds no confusion matrix or lacks a class.
     """
     files = [file for path in results for file in _files(path)]
-    require(
-        1 <= len(files) <= _MOST_RESULTS,
-        f"confusion shows 1 to {_MOST_RESULTS} results, got {len(files)}",
-    )
+    number = len(files)
+    require(1 <= number <= _MOST_RESULTS, f"confusion shows 1 to {_MOST_RESULTS} results, got {number}")
     loaded = [read_confusion(path) for path in files]
     for path, one in zip(files, loaded):
-        wrong = [c for c in classes if not 0 <= c < len(one.counts)]
-        require(
-            not wrong,
-            f"--classes {wrong[0] if wrong else ''}: {path} has classes 0 to {len(one.counts) - 1}",
-        )
-    columns = min(len(loaded), 2)
-    rows = -(-len(loaded) // columns)
+        for label in classes:
+            last = len(one.counts) - 1
+            require(0 <= label <= last, f"--classes {label}: {path} has classes 0 to {last}")
+    columns = min(number, 2)
+    rows = -(-number // columns)
     side = 7.2 / columns if columns > 1 else 5.4
     picture = figure(rows * side * 0.98, width=side * columns)
-    panels = picture.subplots(rows, columns, squeeze=False).ravel()
-    for ax in panels[len(loaded) :]:
-        ax.remove()
+    panels = [picture.add_subplot(rows, columns, place) for place in range(1, number + 1)]
     for ax, one in zip(panels, loaded):
         image = _panel(ax, one, list(classes) or list(range(len(one.counts))), crowded=columns > 1)
-    picture.colorbar(
-        image, ax=panels[: len(loaded)], shrink=0.6, aspect=30, label="share of the true class's clips (%)"
-    )
+    picture.colorbar(image, ax=panels, shrink=0.6, aspect=30, label="share of the true class's clips (%)")
     return picture
 
 
@@ -87,19 +78,14 @@ def _panel(ax: Axes, one: Confusion, shown: list[int], *, crowded: bool) -> Axes
         size = min(7.0, (62 if crowded else 100) / len(shown))
         for (row, column), value in np.ndenumerate(percent):
             if value >= 0.5:  # blank where it would round to zero
-                dark = value > 55
                 ax.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=size,
-                        color="white" if dark else "black")  # fmt: skip
-    if len(shown) <= _NAMES_UP_TO and one.names:
-        size = min(7.5, (110 if crowded else 180) / len(shown))
-        labels = [class_label(c, one.names, 22) for c in shown]
-        ax.set_xticks(range(len(shown)), labels, rotation=90, fontsize=size)
-        ax.set_yticks(range(len(shown)), labels, fontsize=size)
-    else:
-        every = max(1, -(-len(shown) // (12 if crowded else 24)))
-        places = range(0, len(shown), every)
-        ax.set_xticks(places, [str(shown[p]) for p in places])
-        ax.set_yticks(places, [str(shown[p]) for p in places])
+                        color="white" if value > 55 else "black")  # fmt: skip
+    size, every = 7.5, max(1, -(-len(shown) // (12 if crowded else 24)))
+    if named := len(shown) <= _NAMES_UP_TO and bool(one.names):
+        size, every = min(size, (110 if crowded else 180) / len(shown)), 1
+    labels = [class_label(c, one.names, 22) if named else str(c) for c in shown]
+    ax.set_xticks(range(0, len(shown), every), labels[::every], rotation=90 * named, fontsize=size)
+    ax.set_yticks(range(0, len(shown), every), labels[::every], fontsize=size)
     ax.set(xlabel="predicted class", ylabel="true class")
     ax.set_title(one.title)
     ax.spines[["top", "right"]].set_visible(True)
@@ -114,9 +100,7 @@ def row_percent(counts: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def read_confusion(path: Path) -> Confusion:
     """The matrix of an evaluation's JSON file. `InputError` if it has none or it is no matrix of counts."""
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path} not found; make it with: python -m a2mc_fast.evaluate PROTOCOL RUN")
+    require(path.is_file(), f"{path} not found; make it with: python -m a2mc_fast.evaluate PROTOCOL RUN")
     result = read_result(path)
     rows, names = result.get("confusion", []), tuple(result.get("class_names", ()))
     require(
@@ -132,4 +116,4 @@ def read_confusion(path: Path) -> Confusion:
     top1 = 100 * counts.trace() / max(counts.sum(), 1e-9)
     title = f"{shorten(Path(result['run']).name, 30)}: {shorten(result['protocol'], 20)} "
     title += f"{shorten(result['split'], 20)}\ntop-1 {top1:.1f} % of {counts.sum():.0f} clips"
-    return Confusion(counts=counts, names=names, title=title)
+    return Confusion(counts, names, title)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypedDict
@@ -58,14 +59,16 @@ def curves(runs: Sequence[Path]) -> Figure:
     grid = picture.subplots(2, len(runs), sharex="col", sharey="row", squeeze=False, height_ratios=(1.5, 1))
     for (loss, knn), run, log in zip(grid.T, runs, logs):
         steps = [record for record in log if "loss" in record]
-        tested = [record for record in log if "knn_top1" in record]
+        warmup = max((r["step"] for r in steps if r.get("stage") == "warm-up"), default=0)
         _losses(loss, steps)
-        _accuracy(knn, tested)
+        _accuracy(knn, [record for record in log if "knn_top1" in record])
         for ax in (loss, knn):
-            _stages(ax, steps, name_them=ax is loss, factors=ax is loss and len(runs) <= 2)
+            if warmup:
+                ax.axvspan(0, warmup, color="#EFEFEF", lw=0, zorder=0, label="warm-up (MoCo)")
+            _drops(ax, steps, factors=ax is loss and len(runs) <= 2)
             ax.set_xlim(0, log[-1]["step"])
             _gaps(ax, log)
-        _epochs(loss, run, steps, _narrow(loss, steps, log[-1]["step"]))
+        _epochs(loss, run, warmup, _narrow(loss, warmup, log[-1]["step"]))
         loss.set_title(shorten(run.absolute().name, 40), pad=8)
         knn.set_xlabel("training step")
     grid[0][0].set_ylabel("loss")
@@ -127,24 +130,17 @@ def _accuracy(ax: Axes, tested: list[Record]) -> None:
     )  # fmt: skip
 
 
-def _stages(ax: Axes, steps: list[Record], *, name_them: bool, factors: bool) -> None:
-    """Shade the warm-up, and mark where the learning rate drops, where there is room with the factor."""
-    end = max((r["step"] for r in steps if r.get("stage") == "warm-up"), default=0)
-    if end:
-        ax.axvspan(0, end, color="#EFEFEF", lw=0, zorder=0, label="warm-up (MoCo)" if name_them else None)
+def _drops(ax: Axes, steps: list[Record], *, factors: bool) -> None:
+    """Mark where the learning rate drops, where there is room with the factor."""
     rates = [(record["step"], record["lr"]) for record in steps if "lr" in record]
     drops = [(step, old, new) for (step, old), (_, new) in pairwise(rates) if new < old]
     if len(drops) > _MOST_DROPS:
-        drops = []  # a cosine falls at every step
-    for number, (step, _, _) in enumerate(drops):
-        ax.axvline(
-            step, color=GREY, lw=0.9, linestyle=(0, (1, 1)), zorder=0.5,
-            label="learning rate drops" if name_them and not number else None,
-        )  # fmt: skip
-    if factors:
-        last = rates[-1][0] if rates else 0
-        for number, (step, old, new) in enumerate(drops):
-            side = -1 if step > 0.9 * last else 1
+        return  # a cosine falls at every step
+    for number, (step, old, new) in enumerate(drops):
+        label = None if number else "learning rate drops"
+        ax.axvline(step, color=GREY, lw=0.9, linestyle=(0, (1, 1)), zorder=0.5, label=label)
+        if factors:
+            side = -1 if step > 0.9 * rates[-1][0] else 1
             ax.annotate(
                 f"×{new / old:.2g}", (step, 1), (2 * side, -2 - 8 * number),
                 xycoords=("data", "axes fraction"), textcoords="offset points",
@@ -153,23 +149,18 @@ def _stages(ax: Axes, steps: list[Record], *, name_them: bool, factors: bool) ->
             )  # fmt: skip
 
 
-def _narrow(ax: Axes, steps: list[Record], last: int) -> Any:
+def _narrow(ax: Axes, warmup: int, last: int) -> Any:
     """Give the method's phase room beside a warm-up of most steps. Returns where the axis has a step."""
-    warmup = max((r["step"] for r in steps if r.get("stage") == "warm-up"), default=0)
     if not last / 2 < warmup < last:
         return lambda step: step
-    knots, places = (0, warmup, last), (0, _NARROW, 1)
-
-    def along(x: Any, source: Sequence[float], target: Sequence[float]) -> Any:
-        first, second = ((target[i + 1] - target[i]) / (source[i + 1] - source[i]) for i in (0, 1))
-        return target[1] + (x - source[1]) * np.where(x < source[1], first, second)
-
-    ax.set_xscale(
-        "function", functions=(lambda x: along(x, knots, places), lambda x: along(x, places, knots))
-    )
+    # ten times as long to both sides, since nothing is drawn beyond
+    steps = (-9 * warmup, warmup, 10 * last - 9 * warmup)
+    places = (-9 * _NARROW, _NARROW, 10 - 9 * _NARROW)
+    along, back = partial(np.interp, xp=steps, fp=places), partial(np.interp, xp=places, fp=steps)
+    ax.set_xscale("function", functions=(along, back))
     later = [tick for tick in MaxNLocator(4, integer=True).tick_values(warmup, last) if warmup < tick <= last]
     ax.set_xticks([0, warmup, *(tick for tick in later if tick - warmup > 0.1 * (last - warmup))])
-    return lambda x: along(x, knots, places)
+    return along
 
 
 def _gaps(ax: Axes, log: list[Record]) -> None:
@@ -181,7 +172,7 @@ def _gaps(ax: Axes, log: list[Record]) -> None:
         ax.axvspan(at[number], at[number + 1], fill=False, ec=GREY, lw=0, hatch="///", zorder=0, label=label)
 
 
-def _epochs(ax: Axes, run: Path, steps: list[Record], place: Any) -> None:
+def _epochs(ax: Axes, run: Path, warmup: int, place: Any) -> None:
     """A second axis in epochs after the warm-up, once the run has ended and so tells their length; `place`
     is where the first one has a step."""
     settings, result = Path(run) / "config.json", Path(run) / "result.json"
@@ -189,7 +180,6 @@ def _epochs(ax: Axes, run: Path, steps: list[Record], place: Any) -> None:
         return
     epochs: int = typed(read_json(settings), _Settings, str(settings))["optim"]["epochs"]
     total = read_ended(result)["steps"]
-    warmup = max((r["step"] for r in steps if r.get("stage") == "warm-up"), default=0)
     per_epoch = (total - warmup) / epochs
     if per_epoch > 0:
         there: Any = lambda step: (step - warmup) / per_epoch  # noqa: E731

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from matplotlib.artist import Artist
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from torch.nn.functional import one_hot
 
 from a2mc_fast import rng
 from a2mc_fast.errors import require
@@ -35,8 +33,7 @@ class Match(NamedTuple):
     similarity: list[float]  # cosine, highest first
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Row:
+class _Row(NamedTuple):
     """A query and its neighbours as they are drawn."""
 
     clips: list[Array]
@@ -44,6 +41,12 @@ class _Row:
     labels: list[int]
     moments: list[int]
     room: Room
+
+    @property
+    def height(self) -> float:
+        """Of a strip, by its width."""
+        left, right, low, high = self.room
+        return (high - low) / (len(self.moments) * (right - left + 0.1))
 
 
 def neighbours(run: Opened, *, queries: int = 5, k: int = 4, frames: int = 3, seed: int = 0) -> Figure:
@@ -55,16 +58,14 @@ def neighbours(run: Opened, *, queries: int = 5, k: int = 4, frames: int = 3, se
     found = nearest(run, queries, k, seed)
     rows = [_row(run, match, frames) for match in found]
     # every row is as high as its strips need at the width of a column
-    heights = [WIDTH / (k + 1) * _shape(row.room, row.moments) + _TITLE for row in rows]
+    heights = [WIDTH / (k + 1) * row.height + _TITLE for row in rows]
     picture = figure(sum(heights) + 0.35)
     grid = picture.subplots(len(rows), k + 1, squeeze=False, height_ratios=heights)
     for axes, match, row, height in zip(grid, found, rows, heights):
         weight = 0.75 if height > 0.9 else 0.55
         for place, (ax, clip, persons) in enumerate(zip(axes, row.clips, row.persons)):
-            draw_strip(
-                ax, clip, run.clips.skeleton, row.moments, persons, slot=row.room, weight=weight,
-                bar=place == 0,
-            )  # fmt: skip
+            look: dict[str, Any] = {"slot": row.room, "weight": weight, "bar": place == 0}
+            draw_strip(ax, clip, run.clips.skeleton, row.moments, persons, **look)
             ax.set_xticks([])
             name = class_label(row.labels[place], run.clips.class_names, 22)
             if place == 0:
@@ -73,7 +74,7 @@ def neighbours(run: Opened, *, queries: int = 5, k: int = 4, frames: int = 3, se
                 same = row.labels[place] == row.labels[0]
                 similarity = f"cosine {match.similarity[place - 1]:.3f}"
                 ax.set_title(f"{'✓' if same else '✗'} {name}\n{similarity}", fontsize=7)
-                _border(ax, same)
+                ax.spines[:].set(visible=True, **_BORDERS[same])
     legend: list[Artist] = list(
         legend_lines(1 + max(person for row in rows for seen in row.persons for person in seen))
     )
@@ -90,30 +91,14 @@ def _row(run: Opened, match: Match, frames: int) -> _Row:
     shown = torch.tensor([match.query, *match.neighbours], device=run.clips.device)
     clips = [clip.cpu().numpy() for clip in run.views.whole(shown)]
     persons = [persons_seen(clip) for clip in clips]
-    room, moments = _room(clips, persons, frames)
-    if frames > 2 and _shape(room, moments) < _FLAT:
-        # two persons far apart would be tiny
-        room, moments = _room(clips, persons, frames - 1)
-    return _Row(
-        clips=clips,
-        persons=persons,
-        labels=run.clips.labels[shown].tolist(),
-        moments=moments,
-        room=room,
-    )
-
-
-def _room(clips: list[Array], persons: list[list[int]], frames: int) -> tuple[Room, list[int]]:
-    """The room of one frame that fits them all, and the frames."""
-    moments = even_frames(clips[0].shape[0], frames)
-    left, right, low, high = zip(*(extent([c], moments, seen) for c, seen in zip(clips, persons)))
-    return (min(left), max(right), min(low), max(high)), moments
-
-
-def _shape(room: Room, moments: list[int]) -> float:
-    """Height of a strip by its width."""
-    left, right, low, high = room
-    return (high - low) / (len(moments) * (right - left + 0.1))
+    for count in (frames, frames - 1):
+        moments = even_frames(clips[0].shape[0], count)
+        left, right, low, high = zip(*(extent([clip], moments, seen) for clip, seen in zip(clips, persons)))
+        room = min(left), max(right), min(low), max(high)
+        row = _Row(clips, persons, run.clips.labels[shown].tolist(), moments, room)
+        if count <= 2 or row.height >= _FLAT:
+            break  # two persons far apart would be tiny
+    return row
 
 
 def nearest(run: Opened, queries: int, k: int, seed: int) -> list[Match]:
@@ -129,19 +114,7 @@ def nearest(run: Opened, queries: int, k: int, seed: int) -> list[Match]:
 
 def spread_over_classes(index: torch.Tensor, labels: torch.Tensor, count: int, seed: int) -> torch.Tensor:
     """`count` clips in random order, no class twice before every class has come once. [n] -> [count]"""
-    order = rng.permutation(seed, 0, rng.STREAM_EVALUATE, len(index), index.device).tolist()
-    turns: dict[int, int] = {}
-    rank = []
-    for place in order:
-        label = int(labels[place])
-        turns[label] = turns.get(label, -1) + 1
-        rank.append(turns[label])
-    first = np.argsort(rank, kind="stable")[:count]
-    return index[torch.tensor([order[i] for i in first], device=index.device)]
-
-
-def _border(ax: Axes, same: bool) -> None:
-    """The frame that says whether a neighbour has the query's class."""
-    for spine in ax.spines.values():
-        look = _BORDERS[same]
-        spine.set(visible=True, color=look["edgecolor"], lw=look["lw"], linestyle=look["linestyle"])
+    order = rng.permutation(seed, 0, rng.STREAM_EVALUATE, len(index), index.device)
+    shuffled = labels[order].unsqueeze(1)
+    turn = one_hot(shuffled.squeeze(1)).cumsum(0).gather(1, shuffled).squeeze(1)
+    return index[order[turn.argsort(stable=True)[:count]]]

@@ -40,12 +40,9 @@ def sides(skeleton: Skeleton) -> list[int]:
     result = []
     for joint, other in enumerate(skeleton.mirror):
         name = skeleton.joint_names[joint].lower() if skeleton.joint_names else ""
-        if joint == other:
-            result.append(MIDDLE)
-        elif "left" in name or "right" in name:
-            result.append(LEFT if "left" in name else RIGHT)
-        else:
-            result.append(LEFT if (joint < other) == lower_is_left else RIGHT)
+        named = "left" in name or "right" in name
+        left = "left" in name if named else (joint < other) == lower_is_left
+        result.append(MIDDLE if joint == other else LEFT if left else RIGHT)
     return result
 
 
@@ -136,8 +133,7 @@ def draw_strip(
     ax.set_xticks([place * step + (right - left) / 2 for place in range(len(frames))])
     ax.set_xticklabels([str(frame + 1) for frame in frames])
     ax.tick_params(length=0, pad=1)
-    for spine in ax.spines.values():
-        spine.set_visible(False)
+    ax.spines[:].set_visible(False)
     if bar:
         x = -gap - 0.02 * tall
         length = max((size for size in _BARS if size <= 0.5 * tall), default=_BARS[0])
@@ -151,8 +147,7 @@ def draw_strip(
 def extent(clips: Sequence[Array], frames: Sequence[int], persons: Sequence[int]) -> Room:
     """The room that fits each of these frames of every clip [T, C, V, M]."""
     drawn = [project(np.moveaxis(clip[frames][..., persons], 1, -1)).reshape(-1, 2) for clip in clips]
-    points = np.concatenate(drawn)
-    (left, low), (right, high) = points.min(0).tolist(), points.max(0).tolist()
+    (left, low), (right, high) = (ends(np.concatenate(drawn), 0).tolist() for ends in (np.min, np.max))
     return left, right, low, max(high, low + _BARS[0])
 
 

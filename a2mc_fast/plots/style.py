@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from a2mc_fast.errors import one_line
 
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
-YELLOW, BLUE, VERMILION, PURPLE, GREY = "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#8C8C8C"
+BLUE, VERMILION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#8C8C8C"
 
 COLORS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BLACK, GREY)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
@@ -61,14 +61,9 @@ def mark(number: int) -> dict[str, Any]:
     }
 
 
-def use() -> None:
-    """Set the look for every figure made afterwards."""
-    matplotlib.rcParams.update(_RC)
-
-
 def figure(height: float, width: float = WIDTH) -> Figure:
     """An empty figure in inches that finds room for its own labels."""
-    use()
+    matplotlib.rcParams.update(_RC)
     return Figure(figsize=(width, height), layout="constrained")
 
 

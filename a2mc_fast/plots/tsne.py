@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from sklearn.manifold import TSNE
 
-from a2mc_fast.errors import InputError, require
+from a2mc_fast.errors import require
 from a2mc_fast.evaluation.protocols import encode
 from a2mc_fast.evaluation.scores import accuracy
 from a2mc_fast.plots.style import class_label, figure, mark
@@ -33,7 +33,10 @@ def tsne(run: Opened, *, classes: Sequence[int] = (), untrained: bool = False) -
     panels = picture.subplots(1, len(branches), squeeze=False)[0]
     for ax, branch, name in zip(panels, branches, ("untrained", "trained")[-len(branches) :]):
         features = encode(branch, run.views, index)
-        points = embedding(torch.nn.functional.normalize(features, dim=1).cpu().numpy())
+        unit = torch.nn.functional.normalize(features, dim=1).cpu().numpy()
+        # from the first two principal components, the same every time
+        perplexity = min(_MOST_PERPLEXITY, (len(unit) - 1) / 3)
+        points = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(unit)
         pure = neighbour_agreement(features, run.clips.labels[index])
         _scatter(ax, points, labels, run.clips.class_names)
         ax.set_title(f"{name}\nnearest neighbour of the same class: {pure:.0f} %")
@@ -49,25 +52,17 @@ def chosen(run: Opened, classes: Sequence[int]) -> tuple[torch.Tensor, NDArray[n
     labels = run.clips.labels[test]
     present = sorted(set(labels.tolist()))
     wanted = sorted(set(classes)) or present[:_DEFAULT_CLASSES]
-    missing = [c for c in wanted if c not in present]
-    if missing:
-        raise InputError(
-            f"--classes {missing[0]}: protocol {run.config.split!r} has no test clip of that class "
-            f"(it has {len(present)} classes from {present[0]} to {present[-1]})"
+    for label in wanted:
+        require(
+            label in present,
+            f"--classes {label}: protocol {run.config.split!r} has no test clip of that class "
+            f"(it has {len(present)} classes from {present[0]} to {present[-1]})",
         )
-    require(
-        len(wanted) <= _MOST_CLASSES,
-        f"--classes: at most {_MOST_CLASSES} can be told apart, got {len(wanted)}",
-    )
+    number = len(wanted)
+    require(number <= _MOST_CLASSES, f"--classes: at most {_MOST_CLASSES} can be told apart, got {number}")
     keep = torch.isin(labels, torch.tensor(wanted, device=labels.device))
     require(int(keep.sum()) >= 4, f"t-SNE needs at least 4 test clips, these classes have {int(keep.sum())}")
     return test[keep], labels[keep].cpu().numpy()
-
-
-def embedding(features: NDArray[np.float32]) -> NDArray[np.float32]:
-    """t-SNE from the first two principal components, the same every time. [n, F] -> [n, 2]"""
-    perplexity = min(_MOST_PERPLEXITY, (len(features) - 1) / 3)
-    return TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(features)
 
 
 def neighbour_agreement(features: torch.Tensor, labels: torch.Tensor) -> float:
