@@ -7,8 +7,8 @@ name, `checkpoint-STEP.safetensors`: whenever the process is killed, a whole che
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -44,8 +44,8 @@ class Saver:
         # a newest file that the run did not resume from is damaged: it is replaced, not kept
         self._keep_newest = resumed is not None and resumed.path.name == FILE
         self._host: dict[str, Tensor] = {}
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
 
     def save(self, saved: Checkpoint, *, last: bool = False) -> None:
         """Save in the background; the `last` state is on the disk on return, or it is an `InputError`."""
@@ -57,24 +57,20 @@ class Saver:
                 raise InputError(f"{self._failure(saved, error)}; then continue with --resume") from None
             return
         copy = replace(saved, tensors=self._copy(saved.tensors))
-        self._thread = threading.Thread(target=self._write_or_warn, args=(copy,), name="checkpoint")
-        self._thread.start()
+        self._pending = self._pool.submit(self._write_or_warn, copy)
 
     def wait(self) -> None:
         """Until the save that is under way has ended. Raises what went wrong, unless it was the disk."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     def __enter__(self) -> Saver:
         return self
 
     def __exit__(self, kind: object, *rest: object) -> None:
         """A save that is under way is finished, also when the run fails."""
-        with suppress(Exception) if kind else nullcontext():
+        with self._pool, suppress(Exception) if kind else nullcontext():
             self.wait()
 
     def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -94,8 +90,6 @@ class Saver:
             self._write(saved)
         except OSError as error:
             self._warn(f"{self._failure(saved, error)}; training goes on")
-        except Exception as error:
-            self._error = error
 
     def _failure(self, saved: Checkpoint, error: OSError) -> str:
         good = "there is none yet" if self._good is None else f"the last good one is of step {self._good}"
