@@ -46,12 +46,12 @@ def test_rows_change_what_the_paper_changes() -> None:
     assert not differences(full, rows["l4"]) and not differences(rows["b1"], rows["a1"])
     assert {row.warmup_steps for row in row_configs(preset("own")).values()} == {300}  # as many steps each
     # the marks of Table V: attack, PNM (a bank that ascends and is mixed), MC (distillation)
-    for name, (_, attack, pnm, mc) in TABLES[0].rows:
+    for name, (_, attack, pnm, mc) in TABLES[0].rows.items():
         row = rows[name]
         assert (row.attack.radius > 0) == (attack == "✓")
         assert (row.bank.kind == "gradient") == bool(row.loss.mix) == (pnm == "✓")
         assert (row.loss.strong == "distill") == (mc == "✓")
-    for name, (_, attack, augmented) in TABLES[1].rows:
+    for name, (_, attack, augmented) in TABLES[1].rows.items():
         row = rows[name]
         assert (row.attack.radius > 0) == (attack == "✓")
         assert (row.loss.strong != "off" and row.views.augment) == (augmented == "✓")

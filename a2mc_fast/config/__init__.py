@@ -70,6 +70,12 @@ class Config:
         )
 
     @property
+    def about(self) -> dict[str, Any]:
+        """What of a run its results tell."""
+        data = self.data or "synthetic"
+        return {"data": data, "split": self.split, "stream": self.stream, "encoder": self.encoder.name}
+
+    @property
     def fits_kernels(self) -> bool:
         """Whether the Triton kernels know features of this width."""
         return self.encoder.projection <= 256

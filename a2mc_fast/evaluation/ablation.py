@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from a2mc_fast.config import Config, differences, located, to_dict
 from a2mc_fast.data import Clips
 from a2mc_fast.data.identity import differing
-from a2mc_fast.errors import InputError, require, tell
+from a2mc_fast.errors import InputError, tell
 from a2mc_fast.evaluation.results import evaluate
 from a2mc_fast.evaluation.rows import row_configs, study_table, tables
 from a2mc_fast.evaluation.settings import Evaluation, Knn, Linear, LinearConfig
@@ -42,7 +43,8 @@ def ablate(config: Config, rows: Sequence[str], seeds: int, linear: LinearConfig
     result = {
         "format": FORMAT,
         "preset": config.preset,
-        **_about(config),
+        "data": config.about["data"],
+        "split": config.split,
         "seeds": seeds,
         "rows": _rows(config, base, rows, seeds, linear),
         "config": to_dict(config),
@@ -63,15 +65,12 @@ def study(configs: Sequence[Config], rows: Sequence[str], seeds: int, linear: Li
     for number, config in enumerate(map(located, configs), 1):
         tell(f"study: set {number} of {len(configs)}, {config.data}")
         made = _rows(config, base / Path(config.data).stem, rows, seeds, linear, untrained=True)
-        sets.append({**_about(config), "rows": made, "config": to_dict(config)})
+        about = {"data": config.data, "split": config.split}
+        sets.append({**about, "rows": made, "config": to_dict(config)})
     result = {"format": STUDY, "seeds": seeds, "sets": sets, **machine()}
     write_json(base / "study.json", result)
     tell(f"{study_table(result)}\n\nwrote {base / 'study.json'}")
     return result
-
-
-def _about(config: Config) -> dict[str, str]:
-    return {"data": config.data or "synthetic", "split": config.split}
 
 
 def _rows(
@@ -112,17 +111,12 @@ def run_row(
     Returns accuracies, steps and seconds by "", and the accuracies before training by "untrained".
     """
     begun = holds_run(folder)
-    if begun:
-        changed = differences(stored(folder), config)
-        require(
-            not changed,
-            f"{folder} was run with another configuration ({'; '.join(changed)}): choose another --run.out",
-        )
-    if (folder / "result.json").exists():
-        changed = differing(checkpoint.load(folder).data, clips.identity)
-        require(not changed, f"{folder} was trained on other data: choose another --run.out")
-    else:
+    if begun and (changed := "; ".join(differences(stored(folder), config))):
+        raise InputError(f"{folder} was run with another configuration ({changed}): choose another --run.out")
+    if not (folder / "result.json").exists():
         pretrain(config, clips, resume=begun)
+    elif differing(checkpoint.load(folder).data, clips.identity):
+        raise InputError(f"{folder} was trained on other data: choose another --run.out")
     ended = read_ended(folder / "result.json")
     asked: dict[str, Any] = {"run": folder, "data": config.data, "device": config.run.device}
     knn = evaluated(Knn(**asked, untrained=untrained), config)
@@ -134,14 +128,11 @@ def run_row(
 def knn_within(run: Path, seconds: float) -> float | None:
     """The run's last kNN accuracy, in percent, that it had logged after so many seconds of training."""
     found, now = None, 0.0
-    try:
-        records = read_metrics(run)
-    except InputError:  # somebody has taken the log away
-        return None
-    for record in records:
-        now = record.get("seconds", now)
-        if "knn_top1" in record and now <= seconds:
-            found = record["knn_top1"]
+    with suppress(InputError):  # somebody has taken the log away
+        for record in read_metrics(run):
+            now = record.get("seconds", now)
+            if now <= seconds:
+                found = record.get("knn_top1", found)
     return found
 
 
@@ -159,12 +150,11 @@ def evaluated(options: Evaluation, config: Config) -> Mapping[str, Any]:
         saved = read_result(path)
         wanted = {
             "checkpoint_sha256": sha256(options.run / checkpoint.FILE),
-            "data": config.data or "synthetic",
+            "data": config.about["data"],
             "split": config.split,
             "options": json.loads(json.dumps(options.resolved(config.encoder.name))),
         }
-        if ("untrained" in saved or not options.untrained) and all(
-            saved.get(name) == value for name, value in wanted.items()
-        ):
+        same = all(saved.get(name) == value for name, value in wanted.items())
+        if same and ("untrained" in saved or not options.untrained):
             return saved
     return evaluate(options)

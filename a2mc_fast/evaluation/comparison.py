@@ -56,16 +56,13 @@ def _results(path: Path) -> Iterator[Result]:
         yield from read_results(path)
         return
     config = read_settings(settings)
-    result = Result(
-        protocol="unfinished",
-        run=str(path),
-        data=config.data or "synthetic",
-        split=config.split,
-        stream=config.stream,
-        encoder=config.encoder.name,
-        preset=config.preset,
-        config=to_dict(config),
-    )
+    result: Result = {
+        **config.about,  # type: ignore[typeddict-item]
+        "protocol": "unfinished",
+        "run": str(path),
+        "preset": config.preset,
+        "config": to_dict(config),
+    }
     if (path / "result.json").is_file():
         ended = read_ended(path / "result.json")
         result["protocol"], result["steps"] = "knn in training", ended["steps"]

@@ -10,20 +10,21 @@ features alone).
 
 from __future__ import annotations
 
-import csv
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from safetensors.torch import save_file
 from torch import Tensor
 
 from a2mc_fast.data import Clips
 from a2mc_fast.errors import tell
 from a2mc_fast.evaluation.inference import ClipEncoder, embed_clips, load_encoder
 from a2mc_fast.evaluation.program import export
-from a2mc_fast.evaluation.protocols import class_names
+from a2mc_fast.evaluation.protocols import classes_of
+from a2mc_fast.evaluation.scores import write_tensors
+from a2mc_fast.evaluation.tables import write_csv
 from a2mc_fast.files import atomic_path, sha256
 from a2mc_fast.run.opened import open_run
 
@@ -39,49 +40,43 @@ def embed(
     features = embed_clips(encoder, run.clips)
     about = {
         "run": str(source),
-        "data": run.config.data or "synthetic",
-        "stream": run.config.stream,
-        "encoder": run.config.encoder.name,
+        **{name: run.config.about[name] for name in ("data", "stream", "encoder")},
         "frames": run.config.views.frames,
         "steps": 0 if untrained else run.saved.step,
         "checkpoint_sha256": sha256(run.saved.path),
     }
-    save_features(out, features, run.clips, about)
+    tensors = {"features": features, "labels": run.clips.labels}
+    _write(
+        out, tensors | {f"split_{name}": mask for name, mask in run.clips.splits.items()}, run.clips, about
+    )
     tell(f"wrote {out}: {len(features)} clips, {features.shape[1]} features each")
 
 
-def save_features(path: Path, features: Tensor, clips: Clips, about: dict[str, Any]) -> None:
-    """Write features [n, F] of all clips as the suffix says, whole or not at all."""
-    tensors = {"features": features, "labels": clips.labels}
-    tensors |= {f"split_{name}": mask for name, mask in clips.splits.items()}
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
-    with atomic_path(path) as temporary:
-        if path.suffix == ".safetensors":
-            header = {"names": clips.names, "class_names": clips.class_names, "about": about}
-            metadata = {"format": FORMAT, **{name: json.dumps(value) for name, value in header.items()}}
-            save_file(tensors, temporary, metadata=metadata)
-        elif path.suffix == ".csv":
-            _write_table(temporary, arrays, clips)
-        else:  # to an open file, as numpy would add its suffix to the temporary name
-            with temporary.open("wb") as file:
-                if path.suffix == ".npy":
-                    np.save(file, arrays["features"])
-                else:
-                    arrays |= {"names": clips.names, "class_names": np.array(clips.class_names, "U")}
-                    np.savez(file, **arrays, about=json.dumps(about))
+def _write(path: Path, tensors: dict[str, Tensor], clips: Clips, about: dict[str, Any]) -> None:
+    """What there is of all clips as the suffix says, whole or not at all."""
+    arrays: dict[str, Any] = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
+    if path.suffix == ".safetensors":
+        header = {"names": clips.names, "class_names": clips.class_names, "about": about}
+        write_tensors(path, FORMAT, header, tensors)
+    elif path.suffix == ".csv":
+        write_csv(path, _lines(arrays, clips))
+    else:
+        # to an open file, as numpy would add its suffix to the temporary name
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            if path.suffix == ".npy":
+                np.save(file, arrays["features"])
+            else:
+                arrays |= {"names": clips.names, "class_names": np.array(clips.class_names, "U")}
+                np.savez(file, **arrays, about=json.dumps(about))
 
 
-def _write_table(path: Path, arrays: dict[str, np.ndarray], clips: Clips) -> None:
-    """A row per clip, splits as 0 and 1, features with as many digits as give them back."""
-    classes = [*class_names(clips), ""]  # of label -1
+def _lines(arrays: dict[str, np.ndarray], clips: Clips) -> Iterator[Sequence[Any]]:
+    """A head, then a row per clip, splits as 0 and 1, features with as many digits as give them back."""
     features, labels = arrays.pop("features"), arrays.pop("labels").tolist()
-    with path.open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(("name", "label", "class", *arrays, *(f"f{i}" for i in range(features.shape[1]))))
-        for number, (name, label, row) in enumerate(zip(clips.names, labels, features)):
-            masks = [int(mask[number]) for mask in arrays.values()]
-            table.writerow((name, label, classes[label], *masks, *(f"{value:.9g}" for value in row)))
+    yield ("name", "label", "class", *arrays, *(f"f{i}" for i in range(features.shape[1])))
+    masks = [mask.astype(int).tolist() for mask in arrays.values()]
+    for *told, row, mask in zip(clips.names, labels, classes_of(clips), features, zip(*masks)):
+        yield (*told, *mask, *(f"{value:.9g}" for value in row))
 
 
 def export_encoder(source: Path, out: Path, *, untrained: bool) -> None:

@@ -6,8 +6,7 @@ the data tell it, and the most probable classes with their probabilities, highes
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -28,8 +27,9 @@ from a2mc_fast.evaluation.inference import (
     packed,
     prepared,
 )
-from a2mc_fast.evaluation.protocols import class_names
-from a2mc_fast.files import atomic_path, write_json
+from a2mc_fast.evaluation.protocols import classes_of
+from a2mc_fast.evaluation.tables import write_csv
+from a2mc_fast.files import write_json
 from a2mc_fast.run.machine import pick_device
 from a2mc_fast.run.opened import check_skeleton
 
@@ -63,13 +63,13 @@ def predict(
     """Write the classes of all clips of `data`, and say how many are those of their labels."""
     classifier = load_classifier(run, protocol)
     encoder = classifier.encoder
-    config = replace(encoder.config, run=replace(encoder.config.run, device=device))
-    classifier.to(pick_device(config))
+    classifier.to(pick_device(replace(encoder.config, run=replace(encoder.config.run, device=device))))
     most = encoder.skeleton.max_frames
     require(window <= most, f"--window {window}: the clips it was trained on were cut to {most} frames")
     rows: list[dict[str, Any]] = []
     refused: list[str] = []
-    for some in _groups(_pieces(classifier, data, window, stride, refused)):
+    pieces = _pieces(classifier, data, window, stride, refused)
+    while some := list(islice(pieces, _TOGETHER)):
         clips = packed(encoder, [joints for _, joints in some])
         if not rows and (doubted := doubt(measure(clips), "times")):
             tell(doubted, error=True)
@@ -142,11 +142,9 @@ def _packed_clips(classifier: ClipClassifier, path: Path) -> Iterator[Raw]:
     clips = Clips.load(path)
     encoder = classifier.encoder
     check_skeleton(encoder.source_path, encoder.skeleton, encoder.persons, clips, str(path))
-    names = [*class_names(clips), ""]  # of label -1
-    labels = clips.labels.tolist()
     parts = clips.frames.permute(0, 3, 2, 1).split(clips.lengths.tolist())
-    for name, label, joints in zip(clips.names, labels, parts):
-        yield Raw(name=name, joints=joints.numpy(), label=names[label], normalized=True)
+    for name, label, joints in zip(clips.names, classes_of(clips), parts):
+        yield Raw(name=name, joints=joints.numpy(), label=label, normalized=True)
 
 
 def _of_file(path: Path) -> Iterator[Raw]:
@@ -172,20 +170,18 @@ def _of_file(path: Path) -> Iterator[Raw]:
         f"{path}: lengths sum to {sum(lengths):,}, joints holds {len(joints):,} frames",
     )
     count = len(lengths)
-    names = [f"{path.stem} {number}" for number in range(count)]
-    if "names" in archive:
-        names = archive.texts("names", count)
+    names = (
+        archive.texts("names", count) if "names" in archive else [f"{path.stem} {n}" for n in range(count)]
+    )
     labels = archive.array("labels", "iu", ndim=1).tolist() if "labels" in archive else [-1] * count
     require(
         len(names) == len(labels) == count,
         f"{path}: {count} lengths, {len(names)} names, {len(labels)} labels",
     )
     known = archive.texts("class_names", MAX_LABEL + 1) if "class_names" in archive else []
-    first = 0
-    for name, label, length in zip(names, labels, lengths):
+    for name, label, part in zip(names, labels, np.split(joints, np.cumsum(lengths)[:-1])):
         text = known[label] if 0 <= label < len(known) else f"class {label}" if label >= 0 else ""
-        yield Raw(name=name, joints=_by_person(joints[first : first + length], confidence), label=text)
-        first += length
+        yield Raw(name=name, joints=_by_person(part, confidence), label=text)
 
 
 def _numbers(joints: np.ndarray, path: Path) -> np.ndarray:
@@ -203,23 +199,16 @@ def _by_person(joints: np.ndarray, confidence: bool = False) -> np.ndarray:
     return as_joints(joints[..., :2], joints[..., 2]) if confidence else joints
 
 
-def _groups(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """So many at a time as are classified together."""
-    rest = iter(pieces)
-    while some := list(islice(rest, _TOGETHER)):
-        yield some
-
-
 def _write(out: Path, rows: Sequence[dict[str, Any]]) -> None:
     """The rows as the suffix says, .json or .csv, whole or not at all."""
     if out.suffix == ".json":
         write_json(out, [{**row, "classes": dict(row["classes"])} for row in rows])
         return
+    head = ("name", "start", "stop", "label")
     ranks = range(1, len(rows[0]["classes"]) + 1)
-    with atomic_path(out) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        best = [f"{what}_{rank}" for rank in ranks for what in ("class", "probability")]
-        table.writerow(("name", "start", "stop", "label", *best))
-        for row in rows:
-            listed = [v for c, p in row["classes"] for v in (c, f"{p:.4f}")]
-            table.writerow((row["name"], row["start"], row["stop"], row["label"], *listed))
+    best = [f"{what}_{rank}" for rank in ranks for what in ("class", "probability")]
+    lines = []
+    for row in rows:
+        listed = [value for name, share in row["classes"] for value in (name, f"{share:.4f}")]
+        lines.append((*(row[name] for name in head), *listed))
+    write_csv(out, [(*head, *best), *lines])

@@ -73,6 +73,12 @@ def class_names(clips: Clips) -> list[str]:
     return list(clips.class_names) or [f"class {number}" for number in range(clips.num_classes)]
 
 
+def classes_of(clips: Clips) -> list[str]:
+    """The class of every clip by its name, "" where it is unknown."""
+    names = [*class_names(clips), ""]  # of label -1
+    return [names[label] for label in clips.labels.tolist()]
+
+
 # kNN
 
 

@@ -25,6 +25,7 @@ from a2mc_fast.evaluation.finetune import finetune, semi_supervised
 from a2mc_fast.evaluation.protocols import (
     check_classes,
     class_names,
+    classes_of,
     encode,
     labelled_split,
     linear_evaluation,
@@ -72,10 +73,7 @@ def _evaluate(options: Evaluation, run: Opened) -> dict[str, Any]:
     about: About = {
         "protocol": options.protocol,
         "run": str(options.run),
-        "data": config.data or "synthetic",
-        "split": config.split,
-        "stream": config.stream,
-        "encoder": config.encoder.name,
+        **config.about,  # type: ignore[typeddict-item]
         "class_names": class_names(run.clips),
         "identity": run.clips.identity,
     }
@@ -222,10 +220,8 @@ def _details(predicted: Sequence[Tensor], run: Opened) -> dict[str, Any]:
 
 def _write_neighbours(path: Path, clips: Clips, queries: Tensor, found: Tensor, similarity: Tensor) -> None:
     """Every test clip with its nearest training clips. queries [Q] and found [Q, k] clip numbers."""
-    labels, classes = clips.labels.tolist(), [*class_names(clips), ""]  # of label -1
-    clip = [
-        {"name": name, "label": label, "class": classes[label]} for name, label in zip(clips.names, labels)
-    ]
+    told = zip(clips.names, clips.labels.tolist(), classes_of(clips))
+    clip = [{"name": name, "label": label, "class": kind} for name, label, kind in told]
     near = [
         [{**clip[number], "similarity": round(value, 6)} for number, value in zip(*row)]
         for row in zip(found.tolist(), similarity.tolist())

@@ -5,59 +5,52 @@ Tables V and VI, and a table of the mixing shares λ (Fig. 7). Nothing imports t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from statistics import fmean
+from typing import Any, Literal, NamedTuple, get_args
 
 from a2mc_fast.config import Config, _ablations
 from a2mc_fast.evaluation.tables import align, percent
 
 RowName = Literal["b1", "b2", "b3", "b4", "full", "a1", "a2", "a3", "l0", "l1", "l2", "l3", "l4"]
 _SHARES = (0.4, 0.3, 0.2, 0.1)  # row l3 mixes by the first three
-_YES, _NO = "✓", "✗"
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table of the paper: its columns, and for each row its name, label and marks."""
+class Table(NamedTuple):
+    """A table of the paper: its columns, and for each row its label and marks."""
 
     title: str
     columns: tuple[str, ...]
-    rows: tuple[tuple[RowName, tuple[str, ...]], ...]
+    rows: dict[str, tuple[str, ...]]
 
 
 TABLES = (
     Table(
         "Table V: components",
         ("Baseline", "Att-Aug", "PNM", "MC"),
-        (
-            ("b1", ("B1", _NO, _NO, _NO)),
-            ("b2", ("B2", _NO, _YES, _NO)),
-            ("b3", ("B3", _YES, _NO, _NO)),
-            ("b4", ("B4", _YES, _NO, _YES)),
-            ("full", ("A²MC", _YES, _YES, _YES)),
-        ),
+        {
+            "b1": ("B1", "✗", "✗", "✗"),
+            "b2": ("B2", "✗", "✓", "✗"),
+            "b3": ("B3", "✓", "✗", "✗"),
+            "b4": ("B4", "✓", "✗", "✓"),
+            "full": ("A²MC", "✓", "✓", "✓"),
+        },
     ),
     Table(
         "Table VI: targeted attack and untargeted augmentation",
         ("Baseline", "Att", "Aug"),
-        (
-            ("a1", ("A1", _NO, _NO)),
-            ("a2", ("A2", _NO, _YES)),
-            ("a3", ("A3", _YES, _NO)),
-            ("full", ("A²MC", _YES, _YES)),
-        ),
+        {
+            "a1": ("A1", "✗", "✗"),
+            "a2": ("A2", "✗", "✓"),
+            "a3": ("A3", "✓", "✗"),
+            "full": ("A²MC", "✓", "✓"),
+        },
     ),
     Table(
         "Mixing shares",
         ("λ",),
-        (
-            ("l0", ("none",)),
-            ("l1", ("0.4",)),
-            ("l2", ("0.4, 0.3",)),
-            ("l3", ("0.4, 0.3, 0.2",)),
-            ("l4", ("0.4, 0.3, 0.2, 0.1",)),
-        ),
+        {f"l{count}": (", ".join(map(str, _SHARES[:count])) or "none",) for count in range(5)},
     ),
 )
 
@@ -74,18 +67,13 @@ _PAPER: dict[str, dict[str, float]] = {
 
 def row_configs(config: Config) -> dict[str, Config]:
     """The configuration of every row, derived from the full method's."""
-    shares = {
-        f"l{count}": replace(
-            config,
-            preset=f"{config.preset}-l{count}",
-            loss=replace(config.loss, mix=_SHARES[:count]),
-        )
-        for count in range(len(_SHARES) + 1)
-    }
-    rows: dict[str, Config] = {**_ablations(config), "full": config, **shares}
     # the preset of B1 has no warm-up, which is MoCo as B1 is; here every row takes the same number of steps
     warmup = config.bank.warmup_steps
-    rows = {n: replace(row, bank=replace(row.bank, warmup_steps=warmup)) for n, row in rows.items()}
+    rows = {n: replace(r, bank=replace(r.bank, warmup_steps=warmup)) for n, r in _ablations(config).items()}
+    rows["full"] = config
+    for count in range(len(_SHARES) + 1):
+        loss = replace(config.loss, mix=_SHARES[:count])
+        rows[f"l{count}"] = replace(config, preset=f"{config.preset}-l{count}", loss=loss)
     return {name: rows[name] for name in get_args(RowName)}
 
 
@@ -95,7 +83,7 @@ def tables(result: dict[str, Any]) -> str:
     seeds = f"{result['seeds']} seeds" if result["seeds"] > 1 else "one seed"
     parts = []
     for table in TABLES:
-        chosen = [(name, cells) for name, cells in table.rows if name in result["rows"]]
+        chosen = [(name, cells) for name, cells in table.rows.items() if name in result["rows"]]
         if not chosen:
             continue
         head = (*table.columns, "linear best %", "linear last %", "kNN %") + ("paper %",) * bool(paper)
@@ -110,7 +98,7 @@ def tables(result: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-LABELS: dict[str, str] = {row: cells[0] for table in TABLES[:2] for row, cells in table.rows}
+LABELS: dict[str, str] = {row: cells[0] for table in TABLES[:2] for row, cells in table.rows.items()}
 """How rows are called in the paper."""
 
 
@@ -122,19 +110,14 @@ def study_table(result: dict[str, Any]) -> str:
     for one in result["sets"]:
         for number, (name, row) in enumerate(one["rows"].items()):
             about = (Path(one["data"]).stem, one["split"]) if number == 0 else ("", "")
-            runs = row["runs"]
-            cost = ["", ""]
+            runs, cost = row["runs"], ("", "")
             if "steps" in runs[0]:
-                cost = [str(runs[0]["steps"]), f"{sum(run['seconds'] for run in runs) / len(runs):.0f}"]
-            lines.append(
-                (
-                    *about,
-                    LABELS.get(name, name),
-                    *cost,
-                    percent(row, "top1_knn_fresh", "top1_knn"),
-                    percent(row, "top1_linear_last_fresh", "top1_linear_last"),
-                    percent(row, "top1_knn_within"),
-                )
+                cost = str(runs[0]["steps"]), f"{fmean(run['seconds'] for run in runs):.0f}"
+            numbers = (
+                percent(row, "top1_knn_fresh", "top1_knn"),
+                percent(row, "top1_linear_last_fresh", "top1_linear_last"),
+                percent(row, "top1_knn_within"),
             )
+            lines.append((*about, LABELS.get(name, name), *cost, *numbers))
     seeds = f"mean ± standard deviation of {result['seeds']} seeds" if result["seeds"] > 1 else "one seed"
     return f"{seeds}\n{align(lines, 3)}"

@@ -83,6 +83,13 @@ def details(predicted: Tensor, labels: Tensor, classes: int) -> dict[str, Any]:
     return found
 
 
+def write_tensors(path: Path, form: str, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """A safetensors file of the format `form`, its header as JSON, whole or not at all."""
+    text = {"format": form, **{name: json.dumps(value) for name, value in header.items()}}
+    with atomic_path(path) as temporary:
+        save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, temporary, metadata=text)
+
+
 class About(TypedDict):
     """Where scores come from."""
 
@@ -114,9 +121,7 @@ class Scores:
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all."""
         tensors = {"scores": self.scores.float(), "labels": self.labels, "clips": self.clips}
-        header = {"format": FORMAT, "names": json.dumps(self.names), "about": json.dumps(self.about)}
-        with atomic_path(path) as temporary:
-            save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, temporary, metadata=header)
+        write_tensors(path, FORMAT, {"names": self.names, "about": self.about}, tensors)
 
     @classmethod
     def load(cls, path: Path) -> Scores:
