@@ -119,7 +119,7 @@ def test_ensemble_is_the_weighted_sum_of_the_saved_scores(
     for number, (flags, weights, accuracy) in enumerate(
         [
             ([], [0.6, 0.6, 0.4], weighted([0.6, 0.6, 0.4])),
-            (["--equal"], [1, 1, 1], weighted([1, 1, 1])),
+            (["--weights", "1", "1", "1"], [1, 1, 1], weighted([1, 1, 1])),
             (["--weights", "3", "0", "0"], [3, 0, 0], weighted([1, 0, 0])),
             (
                 ["--of", "softmax", "--weights", "1", "2", "9"],
@@ -322,7 +322,6 @@ def test_bad_input_is_one_sentence(
         (["knn", run, "--k", "37"], "k must be in 1 .. 36"),
         (["ensemble", run], "at least two runs, got 1"),
         (["ensemble", run, run, "--weights", "1"], "1 weights for 2 runs"),
-        (["ensemble", run, run, "--weights", "1", "1", "--equal"], "--weights or --equal, not both"),
         (["ensemble", run, f"{run}/."], "joint is given twice"),
         (["ensemble", run, str(folder / "x")], "x not found"),
         (

@@ -1,11 +1,6 @@
 """Features of a data set in a file, and an encoder as a program: what `a2mc_fast.embed` does.
 
-The file holds `features` [n, F] float32 of the centre crops, `labels` [n] int64 (-1 where unknown) and, for
-each protocol, `split_NAME` [n] bool, true for its training clips; the clips' `names`, `class_names`, and
-`about`: run, data, stream, encoder, frames, steps (0 for the untrained encoder) and checkpoint_sha256. Its
-suffix says how: .safetensors (format a2mc-features/1, the last three as JSON in the header), .npz (the same
-as arrays, `about` as JSON), .csv (a row per clip: name, label, class, split_NAME, f0, f1, ...), or .npy (the
-features alone).
+README.md says what the file holds; its suffix how.
 """
 
 from __future__ import annotations

@@ -1,11 +1,4 @@
-"""A trained encoder, and a classifier behind it, in three lines: load it, use it on a recording.
-
-import a2mc_fast
-encoder = a2mc_fast.load_encoder("runs/demo")           # clips [N, C, T, V, M] -> features [N, F]
-feature = a2mc_fast.embed_recording(encoder, joints)    # joints [T, M, V, 3] metres -> [F]
-classifier = a2mc_fast.load_classifier("runs/demo")     # after a2mc_fast.evaluate linear runs/demo
-classes = a2mc_fast.classify_recording(classifier, joints)  # the most probable five, [(name, probability)]
-"""
+"""A trained encoder, and a classifier behind it: loaded, and used on a recording. README.md has the lines."""
 
 from __future__ import annotations
 

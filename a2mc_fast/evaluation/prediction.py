@@ -1,8 +1,4 @@
-"""Classes of clips and recordings by a trained classifier, in a file: what `a2mc_fast.predict` does.
-
-One row per clip, or per window of it: its name, the frames [start, stop) that were looked at, its class where
-the data tell it, and the most probable classes with their probabilities, highest first.
-"""
+"""Classes of clips and recordings by a trained classifier, in a file: what `a2mc_fast.predict` does."""
 
 from __future__ import annotations
 

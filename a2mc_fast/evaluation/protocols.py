@@ -93,18 +93,14 @@ def nearest(gallery: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 
 
-def vote(neighbours: Tensor) -> Tensor:
-    """The label that most neighbours have; a tie goes to the nearest of the tied. [Q, k] labels -> [Q]"""
-    votes = (neighbours.unsqueeze(2) == neighbours.unsqueeze(1)).sum(2)
-    return neighbours.gather(1, votes.argmax(1, keepdim=True)).squeeze(1)
-
-
 def knn(gallery: Tensor, gallery_labels: Tensor, queries: Tensor, k: int = 1) -> Tensor:
     """Labels by cosine similarity: the nearest gallery feature, or the majority of the k nearest.
 
     gallery [G, F], labels [G], queries [Q, F] -> [Q]. A tie goes to the label of the nearest of the tied.
     """
-    return vote(gallery_labels[nearest(gallery, queries, k)[1]])
+    labels = gallery_labels[nearest(gallery, queries, k)[1]]
+    votes = (labels.unsqueeze(2) == labels.unsqueeze(1)).sum(2)
+    return labels.gather(1, votes.argmax(1, keepdim=True)).squeeze(1)
 
 
 def knn_accuracy(branch: Branch, views: Views, split: str) -> float:

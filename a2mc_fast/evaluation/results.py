@@ -1,8 +1,4 @@
-"""Results of protocols: one measured on an opened run, one added up from the scores of several; written and
-printed.
-
-A result is a JSON file beside the run; protocols with one classifier also save the test clips' scores.
-"""
+"""Results of protocols, written and printed: one measured on an opened run, one of the scores of several."""
 
 from __future__ import annotations
 
@@ -27,10 +23,10 @@ from a2mc_fast.evaluation.protocols import (
     class_names,
     classes_of,
     encode,
+    knn,
     labelled_split,
     linear_evaluation,
     nearest,
-    vote,
 )
 from a2mc_fast.evaluation.scores import (
     About,
@@ -177,8 +173,7 @@ def _knn(options: Knn, branch: Branch, run: Opened) -> dict[str, Any]:
     known, asked = clips.labels[train] >= 0, clips.labels[test] >= 0
     if not (known.any() and asked.any()):
         return {}
-    _, rows = nearest(gallery[known], queries[asked], options.k)
-    predicted = vote(clips.labels[train[known]][rows])
+    predicted = knn(gallery[known], clips.labels[train[known]], queries[asked], options.k)
     top1 = accuracy(predicted, clips.labels[test[asked]])
     return {"top1": top1, **_fresh("top1", predicted, run), **_details([predicted], run)}
 
@@ -245,15 +240,13 @@ def _write_neighbours(path: Path, clips: Clips, queries: Tensor, found: Tensor, 
 def ensemble(options: Ensemble) -> dict[str, Any]:
     """Add up saved scores and write the result. Returns what was written."""
     require(len(options.runs) >= 2, f"ensemble needs at least two runs, got {len(options.runs)}")
-    require(not (options.weights and options.equal), "give --weights or --equal, not both")
     streams = [Scores.load(beside(run, options.protocol, "scores")) for run in options.runs]
     names = [s.about["stream"] for s in streams]
-    weights = options.weights or tuple(1.0 if options.equal else _STREAM_WEIGHTS[name] for name in names)
+    weights = options.weights or tuple(_STREAM_WEIGHTS[name] for name in names)
     scores = weighted_sum(streams, weights, options.of)
-    twice = [
-        run for i, run in enumerate(options.runs) if run.resolve() in map(Path.resolve, options.runs[:i])
-    ]
-    require(not twice, f"ensemble adds up different runs, and {', '.join(map(str, twice))} is given twice")
+    for run in options.runs:
+        others = [other for other in options.runs if other.resolve() == run.resolve()]
+        require(len(others) == 1, f"ensemble adds up different runs, and {run} is given twice")
     first, truth = streams[0].about, streams[0].labels
     result = {
         "format": FORMAT,

@@ -1,8 +1,6 @@
 """What a protocol leaves behind: accuracies, the confusion matrix, and the test clips' scores in a file.
 
-Scores are logits [n, classes] float32 of the test clips. Their safetensors file also holds the clips' labels,
-numbers and names, and the identity of the data, so that streams trained apart can be added up later
-(`weighted_sum`). Accuracies are in percent.
+Streams that were trained apart can be added up later (`weighted_sum`). Accuracies are in percent.
 """
 
 from __future__ import annotations

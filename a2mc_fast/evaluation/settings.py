@@ -1,7 +1,5 @@
 """What evaluation asks: settings of the protocols, with the values of the papers they come from, and of which
 run. Nothing imports torch.
-
-`lr 0` stands for the learning rate that is customary for the encoder: its owners tuned it on their features.
 """
 
 from __future__ import annotations
@@ -192,9 +190,8 @@ class Ensemble:
     protocol: Literal["linear", "finetune", "transfer"] = "linear"
     """Whose scores to read from the folders."""
     weights: tuple[Annotated[float, Range("[-1e6, 1e6]")], ...] = ()
-    """One weight per run; by default that of its stream: joint 0.6, motion 0.4, bone 0.6 (AimCLR)."""
-    equal: bool = False
-    """Weigh all runs alike (CMD)."""
+    """One weight per run, as 1 1 1 (CMD); by default that of its stream: joint 0.6, motion 0.4, bone 0.6
+    (AimCLR)."""
     of: Literal["logits", "softmax"] = "logits"
     """What is summed: raw scores, or class probabilities."""
     out: str = ""

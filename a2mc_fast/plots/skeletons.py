@@ -1,9 +1,7 @@
-"""Stick figures of any `Skeleton`: a row of frames of one clip, seen from the front and a little from the
-side.
+"""Stick figures of any `Skeleton`: frames of one clip, seen from the front and a little from the side.
 
-Sides differ in colour and weight (left: thick and light, right: thin and dark), persons in line style (the
-second dashed with a hollow head). Clips are arrays [T, C, V, M] in metres, normalised: z up, x from the left
-shoulder to the right one, so y is forward.
+Clips are arrays [T, C, V, M] in metres, normalised: z up, x from the left shoulder to the right one, so y is
+forward.
 """
 
 from __future__ import annotations

@@ -2,21 +2,20 @@
 header.
 
 Nothing in a checkpoint is executed when it is read, and a checksum of all its content tells a damaged one.
-A new file is written beside the old one and renamed over it, so `checkpoint.safetensors`, the newest, is
-always whole; older ones stay as `checkpoint-STEP.safetensors`. Batch order and views are functions of
-(seed, step), so there is no generator or loader state to keep.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NotRequired, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -40,44 +39,29 @@ _SPARE_ELEMENTS = 1 << 18
 Model = TypeVar("Model", bound=nn.Module)
 
 
-class Header(TypedDict):
-    """What the header says beside format and checksum."""
-
-    step: Annotated[int, Range("[0, 1e12]")]
-    config: Config
-    skeleton: Skeleton
-    persons: Count
-    classes: Count
-    data: str
-    progress: dict[str, Annotated[float, Range("[-1e12, 1e12]")]]
-    scaler: dict[str, int | float]
-    class_names: NotRequired[tuple[str, ...]]
-    recurrence: NotRequired[Recurrence]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """A checkpoint in memory. One that was read is on the CPU."""
 
     path: Path = Path()
     """Where it was read."""
-    step: int
+    step: Annotated[int, Range("[0, 1e12]")]
     """Steps done."""
     config: Config
     skeleton: Skeleton
-    persons: int
-    classes: int
+    persons: Count
+    classes: Count
     data: str
     """Which set it was trained on, as `Clips.identity` tells."""
-    progress: dict[str, float]
+    progress: dict[str, Annotated[float, Range("[-1e12, 1e12]")]]
     """Numbers that the run carries along: seconds so far, the latest loss and accuracies."""
-    scaler: dict[str, Any]
+    scaler: dict[str, int | float]
     """State of the fp16 loss scaler; empty in other precisions."""
-    tensors: dict[str, Tensor]
     class_names: tuple[str, ...] = ()
-    """The classes of the classifier behind the encoder, where the file holds one."""
+    """The classes of the classifier behind the encoder, where there is one."""
     recurrence: Recurrence | None = None
     """What computed the recurrent layers, where there are any."""
+    tensors: dict[str, Tensor]
 
     def branch(self, device: torch.device | str = "cpu", *, untrained: bool = False) -> Branch:
         """The query encoder and its heads, as trained or as before; heads that are not in the file are new.
@@ -148,6 +132,13 @@ class Checkpoint:
                 optimizer.state[parameter]["momentum_buffer"] = buffer.to(parameter.device, copy=True)
 
 
+@functools.cache
+def _header() -> dict[str, Any]:
+    """Type of all that the header says beside format and checksum, by its name."""
+    hints = typing.get_type_hints(Checkpoint, include_extras=True)
+    return {name: hint for name, hint in hints.items() if name not in ("path", "tensors")}
+
+
 class _Allowance(TorchFunctionMode):
     """Refuses new tensors once they are larger than `elements` in all: a header may claim any size."""
 
@@ -201,16 +192,11 @@ def write_content(path: Path, saved: Checkpoint) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in saved.tensors.items()}
     wrong = _not_finite(tensors)
     require(not wrong, f"{wrong} is not finite after step {saved.step}: the state is not saved")
-    held = {name: getattr(saved, name) for name in Header.__annotations__}
+    held = {name: getattr(saved, name) for name in _header()}
     header = {"format": FORMAT, **{name: value for name, value in held.items() if value not in (None, ())}}
     text = {n: json.dumps(v, default=dataclasses.asdict, allow_nan=False) for n, v in header.items()}
     text["checksum"] = _checksum(text, tensors)
     save_file(tensors, path, metadata=text)
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    """The content of a contiguous CPU tensor, not copied."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _checksum(text: dict[str, str], tensors: dict[str, Tensor]) -> str:
@@ -219,7 +205,7 @@ def _checksum(text: dict[str, str], tensors: dict[str, Tensor]) -> str:
     digest.update(json.dumps({k: v for k, v in text.items() if k != "checksum"}, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"\0{name} {tensor.dtype} {list(tensor.shape)}\0".encode())
-        digest.update(_bytes(tensor))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -251,8 +237,12 @@ def load(path: Path) -> Checkpoint:
     )
     wrong = _not_finite(tensors)
     require(not wrong, f"{path}: {wrong} is not finite")
-    header = {n: parse_json(text[n], f"{path}: {n}") for n in Header.__annotations__ if n in text}
-    return Checkpoint(path=path, tensors=tensors, **typed(header, Header, f"{path}: header"))
+    hints = _header()
+    missing = [name for name in hints if name not in text and not hasattr(Checkpoint, name)]
+    require(not missing, f"{path}: header has no {', '.join(missing)}")
+    told = {name: parse_json(text[name], f"{path}: {name}") for name in hints if name in text}
+    header = {name: typed(value, hints[name], f"{path}: header.{name}") for name, value in told.items()}
+    return Checkpoint(path=path, tensors=tensors, **header)
 
 
 def load_last_good(folder: Path) -> tuple[Checkpoint | None, str]:

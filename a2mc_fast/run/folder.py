@@ -1,8 +1,4 @@
-"""The folder of a run: found, locked, and looked at under the lock.
-
-It holds `config.json`, `metrics.jsonl` (one object per log line), `checkpoint.safetensors` and older ones,
-and, when the run has ended, `result.json`.
-"""
+"""The folder of a run: found, locked, and looked at under the lock. README.md says what it holds."""
 
 from __future__ import annotations
 
