@@ -74,12 +74,7 @@ def study(configs: Sequence[Config], rows: Sequence[str], seeds: int, linear: Li
 
 
 def _rows(
-    config: Config,
-    base: Path,
-    rows: Sequence[str],
-    seeds: int,
-    linear: LinearConfig,
-    untrained: bool = False,
+    config: Config, base: Path, rows: Sequence[str], seeds: int, linear: LinearConfig, untrained: bool = False
 ) -> dict[str, dict[str, Any]]:
     """Mean, spread and every run's numbers of each row; "untrained" is the encoder before training."""
     names, clips = list(dict.fromkeys(rows)), load_clips(config, torch.device("cpu"))

@@ -16,13 +16,7 @@ from a2mc_fast.data.npy import Archive, map_npy
 from a2mc_fast.data.rules import MAX_LABEL
 from a2mc_fast.data.units import doubt, measure
 from a2mc_fast.errors import InputError, require, tell
-from a2mc_fast.evaluation.inference import (
-    ClipClassifier,
-    load_classifier,
-    most_probable,
-    packed,
-    prepared,
-)
+from a2mc_fast.evaluation.inference import ClipClassifier, load_classifier, most_probable, packed, prepared
 from a2mc_fast.evaluation.protocols import classes_of
 from a2mc_fast.evaluation.tables import write_csv
 from a2mc_fast.files import write_json

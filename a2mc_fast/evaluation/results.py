@@ -89,11 +89,7 @@ def _evaluate(options: Evaluation, run: Opened) -> dict[str, Any]:
         # the list of neighbours is the trained encoder's
         plain = replace(options, neighbours="") if isinstance(options, Knn) else options
         result["untrained"] = accuracies(measure(plain, run.untrained(), run, ", untrained encoder")[0])
-    result |= {
-        "checkpoint_sha256": sha256(saved.path),
-        "config": to_dict(saved.config),
-        **machine(),
-    }
+    result |= {"checkpoint_sha256": sha256(saved.path), "config": to_dict(saved.config), **machine()}
     if not run.views.world.main:
         return result
     path = Path(options.out) if options.out else saved.path.parent / f"{options.protocol}.json"

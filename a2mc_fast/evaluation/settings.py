@@ -10,17 +10,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from a2mc_fast.errors import (
-    Count,
-    CountOrNone,
-    Momentum,
-    Range,
-    Rate,
-    Seed,
-    Share,
-    check_ranges,
-    require,
-)
+from a2mc_fast.errors import Count, CountOrNone, Momentum, Range, Rate, Seed, Share, check_ranges, require
 
 _LINEAR_LR = {"stgcn": 3.0, "dsta": 3.0}  # AimCLR, HiCLR; 0.1 by CMD, and by SCD-Net with its head
 

@@ -64,13 +64,7 @@ def even_frames(total: int, count: int) -> list[int]:
 
 
 def draw_pose(
-    ax: Axes,
-    points: Array,
-    skeleton: Skeleton,
-    person: int = 0,
-    *,
-    ghost: bool = False,
-    weight: float = 1.0,
+    ax: Axes, points: Array, skeleton: Skeleton, person: int = 0, *, ghost: bool = False, weight: float = 1.0
 ) -> LineCollection:
     """One person: a line per bone, and a dot at every end of the trunk (the head). points [V, 2]
 

@@ -77,9 +77,7 @@ class Saver:
         """Copies in host memory, pinned for a GPU, that are used again by the next save."""
         for name, tensor in tensors.items():
             if name not in self._host:
-                self._host[name] = torch.empty(
-                    tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda"
-                )
+                self._host[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
             self._host[name].copy_(tensor.detach(), non_blocking=True)
         for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
             torch.cuda.current_stream(device).synchronize()
