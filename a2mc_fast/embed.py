@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 from tyro.conf import Positional, arg
 
+from a2mc_fast.config.settings import Device
 from a2mc_fast.errors import exit_on_error, require
 
 _FEATURES, _PROGRAMS = (".safetensors", ".npz", ".csv", ".npy"), (".pt2", ".onnx")
@@ -29,7 +30,7 @@ class Embed:
     """Write the encoder instead, as a program of recordings [T, M, V, 3]: .pt2 (torch.export) or .onnx."""
     untrained: bool = False
     """The encoder as it was before training."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """auto = the GPU if there is one."""
 
     def __post_init__(self) -> None:

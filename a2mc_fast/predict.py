@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 from tyro.conf import Positional, arg
 
+from a2mc_fast.config.settings import Device
 from a2mc_fast.errors import Count, CountOrNone, check_ranges, exit_on_error, require
+from a2mc_fast.evaluation.settings import Classifying
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +28,7 @@ class Predict:
     archive; or a folder of recordings."""
     out: Annotated[Positional[Path], arg(metavar="OUT")]
     """The .csv or .json file to write."""
-    protocol: Literal["linear", "finetune", "transfer"] = "linear"
+    protocol: Classifying = "linear"
     """Whose classifier to take from the folder of the run."""
     window: CountOrNone = 0
     """Frames of a window that slides over each recording; 0 = each as one clip."""
@@ -34,7 +36,7 @@ class Predict:
     """Frames from one window to the next; 0 = half a window."""
     top: Count = 5
     """How many classes to list."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """auto = the GPU if there is one."""
 
     def __post_init__(self) -> None:

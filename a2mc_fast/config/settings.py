@@ -21,6 +21,8 @@ from a2mc_fast.errors import (
     require,
 )
 
+Device = Literal["auto", "cpu", "cuda"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ViewConfig:
@@ -198,7 +200,7 @@ class RunConfig:
 
     out: str = ""
     """Run folder; empty = runs/PRESET."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """auto = the GPU if there is one."""
     threads: CountOrNone = 0
     """CPU threads; 0 = torch's choice. One is as fast for a narrow encoder."""

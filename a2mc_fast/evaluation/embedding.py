@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from a2mc_fast.config.settings import Device
 from a2mc_fast.data import Clips
 from a2mc_fast.errors import tell
 from a2mc_fast.evaluation.inference import ClipEncoder, embed_clips, load_encoder
@@ -26,9 +27,7 @@ from a2mc_fast.run.opened import open_run
 FORMAT = "a2mc-features/1"
 
 
-def embed(
-    source: Path, data: str, out: Path, *, untrained: bool, device: Literal["auto", "cpu", "cuda"]
-) -> None:
+def embed(source: Path, data: str, out: Path, *, untrained: bool, device: Device) -> None:
     """Write the features of a run's encoder, or of the untrained one, for packed clips, and say so."""
     run = open_run(source, data, device=device)
     encoder = ClipEncoder(run.untrained() if untrained else run.trained(), run.saved)

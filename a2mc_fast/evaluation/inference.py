@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from a2mc_fast.encoders.branch import Branch
 from a2mc_fast.errors import InputError, require
 from a2mc_fast.evaluation.protocols import encode
 from a2mc_fast.evaluation.scores import beside
+from a2mc_fast.evaluation.settings import Classifying
 from a2mc_fast.run import checkpoint, weights
 from a2mc_fast.run.checkpoint import Checkpoint
 
@@ -69,10 +69,7 @@ class ClipClassifier(nn.Module):
 
 
 def load_classifier(
-    run: str | Path,
-    protocol: Literal["linear", "finetune", "transfer"] = "linear",
-    *,
-    device: torch.device | str = "cpu",
+    run: str | Path, protocol: Classifying = "linear", *, device: torch.device | str = "cpu"
 ) -> ClipClassifier:
     """The classifier that a protocol trained on a run, or that of a file, and its encoder, in eval mode."""
     path = beside(Path(run), protocol, "classifier")

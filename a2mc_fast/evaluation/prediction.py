@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from a2mc_fast.config.settings import Device
 from a2mc_fast.data import Clips
 from a2mc_fast.data.keypoints import as_joints
 from a2mc_fast.data.npy import Archive, map_npy
@@ -18,6 +19,7 @@ from a2mc_fast.data.units import doubt, measure
 from a2mc_fast.errors import InputError, require, tell
 from a2mc_fast.evaluation.inference import ClipClassifier, load_classifier, most_probable, packed, prepared
 from a2mc_fast.evaluation.protocols import classes_of
+from a2mc_fast.evaluation.settings import Classifying
 from a2mc_fast.evaluation.tables import write_csv
 from a2mc_fast.files import write_json
 from a2mc_fast.run.machine import pick_device
@@ -44,11 +46,11 @@ def predict(
     data: Path,
     out: Path,
     *,
-    protocol: Literal["linear", "finetune", "transfer"],
+    protocol: Classifying,
     window: int,
     stride: int,
     top: int,
-    device: Literal["auto", "cpu", "cuda"],
+    device: Device,
 ) -> None:
     """Write the classes of all clips of `data`, and say how many are those of their labels."""
     classifier = load_classifier(run, protocol)

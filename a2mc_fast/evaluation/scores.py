@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from a2mc_fast.errors import require
+from a2mc_fast.evaluation.settings import Classifying
 from a2mc_fast.files import atomic_path, parse_json, read_tensors, typed
 
 FORMAT = "a2mc-scores/2"
@@ -151,7 +152,7 @@ class Scores:
         return cls(scores=scores, labels=labels, clips=clips, names=names, about=about)
 
 
-def beside(run: Path, protocol: str, what: Literal["scores", "classifier"]) -> Path:
+def beside(run: Path, protocol: Classifying, what: Literal["scores", "classifier"]) -> Path:
     """The file that a protocol left in a run's folder, or the one that is named itself.
 
     `FileNotFoundError`, with what makes it, where it is missing.

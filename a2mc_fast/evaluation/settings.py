@@ -10,9 +10,13 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
+from a2mc_fast.config.settings import Device
 from a2mc_fast.errors import Count, CountOrNone, Momentum, Range, Rate, Seed, Share, check_ranges, require
 
 _LINEAR_LR = {"stgcn": 3.0, "dsta": 3.0}  # AimCLR, HiCLR; 0.1 by CMD, and by SCD-Net with its head
+
+Classifying = Literal["linear", "finetune", "transfer"]
+"""Protocols that leave a classifier."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +29,7 @@ class OfRun:
     """Packed clips; empty = the data of the run."""
     split: str = ""
     """Protocol; empty = that of the run."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """auto = the GPU if there is one."""
 
     def __post_init__(self) -> None:
@@ -177,7 +181,7 @@ class Ensemble:
 
     runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN")]
     """Folders of the runs, or files of scores."""
-    protocol: Literal["linear", "finetune", "transfer"] = "linear"
+    protocol: Classifying = "linear"
     """Whose scores to read from the folders."""
     weights: tuple[Annotated[float, Range("[-1e6, 1e6]")], ...] = ()
     """One weight per run, as 1 1 1 (CMD); by default that of its stream: joint 0.6, motion 0.4, bone 0.6

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -97,14 +97,13 @@ class Checkpoint:
             raise InputError(f"{self.path} does not hold the model that it describes: {error}") from None
 
     def with_classifier(
-        self, encoder: nn.Module, weight: Tensor, bias: Tensor, class_names: Sequence[str]
+        self, encoder: nn.Module, weight: Tensor, bias: Tensor, names: list[str]
     ) -> Checkpoint:
         """An encoder and the classifier behind it, trained after this. weight [classes, feature_dim]"""
         tensors = {f"model.query.encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
         tensors |= {"downstream.weight": weight, "downstream.bias": bias}
-        names = tuple(class_names)
         plain = replace(self, progress={}, scaler={}, recurrence=None)
-        return replace(plain, classes=len(names), class_names=names, tensors=tensors)
+        return replace(plain, classes=len(names), class_names=tuple(names), tensors=tensors)
 
     def restore(self, model: nn.Module) -> None:
         """Copy the model's tensors."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from a2mc_fast.augment import Views
 from a2mc_fast.config import Config
+from a2mc_fast.config.settings import Device
 from a2mc_fast.data import Clips
 from a2mc_fast.data.identity import differing
 from a2mc_fast.data.synthetic import synthetic_clips
@@ -51,17 +52,13 @@ class Opened:
         return self.clips.labelled(self.config.split, side)
 
 
-def open_run(
-    run: Path, data: str = "", split: str = "", device: Literal["auto", "cpu", "cuda"] = "auto"
-) -> Opened:
+def open_run(run: Path, data: str = "", split: str = "", device: Device = "auto") -> Opened:
     """A run's folder or checkpoint with the data and protocol it was trained on, unless others are named."""
     saved, config = read_run(run, data, split, device)
     return with_clips(saved, config, World(device=pick_device(config)), named=bool(data))
 
 
-def read_run(
-    run: Path, data: str, split: str, device: Literal["auto", "cpu", "cuda"]
-) -> tuple[Checkpoint, Config]:
+def read_run(run: Path, data: str, split: str, device: Device) -> tuple[Checkpoint, Config]:
     """The first half of `open_run`, which several ranks need before they can meet."""
     saved = weights.load(run)
     # of a larger machine
@@ -107,12 +104,11 @@ def load_clips(config: Config, device: torch.device) -> Clips:
 
 def check_skeleton(source: Path, skeleton: Skeleton, persons: int, clips: Clips, where: str) -> None:
     """The data must have the persons and the skeleton that the encoder was trained on, normalised alike."""
-    expected = (skeleton.num_joints, persons)
-    joints, there = clips.skeleton.num_joints, clips.num_persons
+    there, expected = (clips.skeleton.num_joints, clips.num_persons), (skeleton.num_joints, persons)
     require(
-        (joints, there) == expected,
+        there == expected,
         f"{source} was trained on {expected[0]} joints and {expected[1]} persons, "
-        f"{where} has {joints} joints and {there} persons",
+        f"{where} has {there[0]} joints and {there[1]} persons",
     )
     differing = [
         f"{name} {getattr(clips.skeleton, name)} instead of {getattr(skeleton, name)}"
