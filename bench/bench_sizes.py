@@ -1,4 +1,5 @@
-"""Launch sizes of the kernels: those in use beside others, so that a new chip or compiler can be asked.
+"""Launch sizes of the kernels: those in use beside others, and beside launches that start when the one before
+has ended, so that a new chip or compiler can be asked.
 
 `pytest bench/bench_sizes.py -s` times the time steps of a pair of directions, forward and backward, with a
 launch per step and with one for all, and loss, gradients and ascent in a row. On a CPU only a rehearsal runs
@@ -32,7 +33,11 @@ STEPS: list[tuple[gru_plan.Kind, bool, int, int, int, list[Sizes]]] = [
     ("backward", False, 1, 64, 1024, [(64, 16, 64, 4, 4)]),
     ("backward", False, 1, 192, 1024, [(64, 64, 128, 8, 3)]),
 ]  # fmt: skip
-ASCENT: list[Sizes] = [(32, 32, 128, 4, 1), (64, 32, 128, 4, 1)]
+ASCENT: list[Sizes] = [(64, 32, 128, 8, 1), (64, 32, 128, 4, 1)]
+LATE: Sizes = ()  # those in use, without an early start
+
+
+late_options = property(lambda call, of=Call.options: of.fget(call) | {"launch_pdl": False})
 
 
 def numbers(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
@@ -40,13 +45,13 @@ def numbers(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
 
 
 def name(tile: Sizes | None) -> str:
-    return " ".join(map(str, tile)) if tile else "ours"
+    return "ours" if tile is None else " ".join(map(str, tile)) or "late"
 
 
 def time_steps(
     kind: gru_plan.Kind, resident: bool, groups: int, n: int, h: int, tile: Sizes | None
 ) -> Callable[[], object]:
-    """A pass over all frames with these launch sizes; None: those in use."""
+    """A pass over all frames with these launch sizes; None: as in use."""
     gates, weight = numbers(groups, FRAMES, n, 2, 3 * h), numbers(groups, 2, 3 * h, h)
     bias, states = numbers(groups, 2, 2, 3 * h, dtype=torch.float32), numbers(groups, FRAMES, n, 2 * h)
     back, inner = weight.transpose(2, 3).contiguous(), numbers(groups, FRAMES, n, 2, h)
@@ -64,7 +69,9 @@ def time_steps(
 
     def run() -> None:
         with pytest.MonkeyPatch.context() as patch:
-            if tile:
+            if tile == LATE:
+                patch.setattr(Call, "options", late_options)
+            elif tile:
                 patch.setattr(gru_plan, "_RESIDENT", gru_plan.Tile(*tile))
                 patch.setattr(gru_plan, "_TILES", dict.fromkeys(gru_plan._TILES, gru_plan.Tile(*tile)))
             launch_all(calls(), gates.device)
@@ -77,7 +84,8 @@ def test_time_steps(
     record: Recorder, kind: gru_plan.Kind, resident: bool, groups: int, n: int, h: int, tiles: list[Sizes]
 ) -> None:
     n, h = (2, 16) if TOY else (n, h)
-    forms = {name(tile): time_steps(kind, resident, groups, n, h, tile) for tile in (None, *tiles)}
+    asked = (None, *([] if resident else [LATE]), *tiles)
+    forms = {name(tile): time_steps(kind, resident, groups, n, h, tile) for tile in asked}
     for form in forms.values():
         form()
     compiled_all()
@@ -96,14 +104,16 @@ def test_loss_and_ascent(record: Recorder) -> None:
 
     def run(tile: Sizes | None) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            if tile:
+            if tile == LATE:
+                patch.setattr(Call, "options", late_options)
+            elif tile:
                 patch.setitem(bank_ascent._TILES, place, bank_pass.Tile(*tile))
             loss = Contrast(mix, 0.07, normalize=True, climb=0.03)
             calls, _, _, sums = mixing_contrast.plan(features, rows, loss)
             ascent, _ = bank_ascent.plan(rows, velocity, features, Contrast(mix, 0.03), Step(), sums)
             launch_all([*calls, *ascent], rows.device)
 
-    forms = {name(tile): lambda tile=tile: run(tile) for tile in (None, *ASCENT)}
+    forms = {name(tile): lambda tile=tile: run(tile) for tile in (None, LATE, *ASCENT)}
     for form in forms.values():
         form()
     compiled_all()

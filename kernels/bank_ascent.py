@@ -32,10 +32,11 @@ from .bank_pass import (
     inverse_norm,
     job_feature,
     plan_pass,
+    present,
     product,
     shared_arguments,
 )
-from .common import Call, check_problem, launch_all, require, width
+from .common import Call, check_problem, launch_all, require, wait_for_the_last, width
 from .problem import Ascent, Contrast, Features, Step, contrast_from
 from .row_softmax import ROW_PLANES, UP, plan_softmax, row_weights
 
@@ -71,9 +72,8 @@ def ascent_kernel(
     momentum,
     weight_decay,
     D: tl.constexpr,
-    QUERY: tl.constexpr,  # which feature each job's similarities are with
-    PARTNER: tl.constexpr,  # and which one they pull the rows to
-    DISTILL: tl.constexpr,
+    OWN: tl.constexpr,  # which features there are, each with a job
+    DISTILL: tl.constexpr,  # whether there is one more, the target, whose similarities are those of the first
     MIX: tl.constexpr,
     LARGEST: tl.constexpr,
     EVEN: tl.constexpr,
@@ -82,6 +82,7 @@ def ascent_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     DEPTH: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     block = tl.program_id(0)
     start = block.to(tl.int64) * BLOCK_K
@@ -95,28 +96,33 @@ def ascent_kernel(
     at = k[:, None] * D + d[None, :]
     rows = tl.load(rows_ptr + at, mask=inside, other=0.0)
     inverse = inverse_norm(rows)
+    # the launch before, which normalises the softmax, does not touch the rows
+    wait_for_the_last(EARLY)
     gradient = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
-    # a loop at run time, because the registers of all jobs at once would spill
-    for job in range(len(QUERY)):
-        query_ptr = job_feature(job, QUERY, basic_ptr, weak_ptr, strong_ptr)
-        partner_ptr = job_feature(job, PARTNER, basic_ptr, weak_ptr, strong_ptr)
-        for begin in range(0, N, BLOCK_N):
-            n = begin + tl.arange(0, BLOCK_N)
-            tile = n[:, None] * D + d[None, :]
-            here = (n[:, None] < N) & (d[None, :] < D)
-            if PRECISION == "ieee":
-                s = product(rows_ptr + k * D, own, query_ptr + n * D, n < N, D, DEPTH)
-            else:
-                query = tl.load(query_ptr + tile, mask=here, other=0.0).to(tl.float32)
-                s = tl.dot(rows, tl.trans(query), input_precision=PRECISION)
-            w = row_weights(s * inverse[:, None], softmax_ptr, job, n, N, scale, MIX, LARGEST, EVEN)
-            if DISTILL and job == len(QUERY) - 1:
-                w = -w
+    for begin in range(0, N, BLOCK_N):
+        n = begin + tl.arange(0, BLOCK_N)
+        tile = n[:, None] * D + d[None, :]
+        here = (n[:, None] < N) & (d[None, :] < D)
+        first = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
+        # a loop at run time, because the registers of all jobs at once would spill
+        for job in range(len(OWN)):
+            feature_ptr = job_feature(job, OWN, basic_ptr, weak_ptr, strong_ptr)
             # clips beyond N have zero features, so their weights do not matter
-            partner = tl.load(partner_ptr + tile, mask=here, other=0.0).to(tl.float32)
+            feature = tl.load(feature_ptr + tile, mask=here, other=0.0).to(tl.float32)
+            if PRECISION == "ieee":
+                s = product(rows_ptr + k * D, own, feature_ptr + n * D, n < N, D, DEPTH)
+            else:
+                s = tl.dot(rows, tl.trans(feature), input_precision=PRECISION)
+            s *= inverse[:, None]
+            w = row_weights(s, softmax_ptr, job, n, N, scale, MIX, LARGEST, EVEN)
+            if DISTILL:
+                # the target pulls away from f2, whose job is the last, as strongly as f3's distribution says
+                first = tl.where(job == 0, s, first)
+                if job == len(OWN) - 1:
+                    w -= row_weights(first, softmax_ptr, len(OWN), n, N, scale, MIX, LARGEST, EVEN)
             if PRECISION == "tf32":
-                w, partner = w.to(tl.float16), partner.to(tl.float16)
-            gradient = tl.dot(w, partner, gradient, input_precision=PRECISION)
+                w, feature = w.to(tl.float16), feature.to(tl.float16)
+            gradient = tl.dot(w, feature, gradient, input_precision=PRECISION)
     # read again: cheaper than registers held through the products
     rows = tl.load(rows_ptr + at, mask=inside, other=0.0)
     # rows beyond K have a gradient too, because their similarities are zero like any other's
@@ -152,7 +158,9 @@ def summary_kernel(
     K,
     B,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait_for_the_last(EARLY)
     at = tl.arange(0, BLOCK)
     norm, distance = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for begin in range(0, B, BLOCK):
@@ -180,11 +188,14 @@ def plan(
     normalise, softmax = plan_softmax(shared, features.key, stats, total)
     (n, d), k = features.key.shape, len(rows)
     tile = _TILES[settings.precision, width(d)]
-    if settings.precision == "tf32" and not shared["EVEN"]:  # each exponential by itself takes more registers
+    if settings.precision == "tf32" and not shared["EARLY"]:  # before Hopper, operands take registers
+        tile = tile._replace(rows=32, bank=32 if width(d) <= 128 else 16, warps=8)
+    elif settings.precision == "tf32" and not shared["EVEN"]:  # as each exponential by itself does
         tile = tile._replace(rows=32, bank=32, warps=4 if width(d) <= 128 else tile.warps)
     blocks = triton.cdiv(k, tile.bank)
     partial, summary = rows.new_empty(2, blocks), rows.new_empty(3)
-    ascend = shared | {
+    ascend = {name: shared[name] for name in shared if name not in ("QUERY", "PARTNER")} | {
+        "OWN": present(features),
         "rows_ptr": rows,
         "velocity_ptr": velocity,
         "softmax_ptr": softmax,
@@ -209,6 +220,7 @@ def plan(
         "K": k,
         "B": blocks,
         "BLOCK": 256,
+        "EARLY": shared["EARLY"],
     }
     calls += [
         normalise,

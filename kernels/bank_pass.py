@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Call, resident_programs, width
+from .common import Call, resident_programs, starts_early, wait_for_the_last, width
 from .problem import Contrast, Features
 
 BASIC, WEAK, STRONG = 0, 1, 2
@@ -190,7 +190,9 @@ def bank_pass_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     DEPTH: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait_for_the_last(EARLY)
     job = tl.program_id(0)
     query_ptr = job_feature(job, QUERY, basic_ptr, weak_ptr, strong_ptr)
     partner_ptr = job_feature(job, PARTNER, basic_ptr, weak_ptr, strong_ptr)
@@ -279,6 +281,7 @@ def shared_arguments(features: Features, settings: Contrast) -> dict[str, Any]:
         "MIX": tuple(mix),
         "LARGEST": max(mix, default=0.0),
         "EVEN": evenly_spaced(mix),
+        "EARLY": starts_early(like.device),
     }
 
 

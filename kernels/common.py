@@ -1,4 +1,12 @@
-"""What the kernel modules share: planned launches, limits, and checks of arguments."""
+"""What the kernel modules share: planned launches, limits, and checks of arguments.
+
+From Hopper on a launch starts `early`: its programs take their places while the launch before them ends, and
+wait there for what it writes. Each lets the next launch start once its own wait is over, so at any time one
+launch runs and one waits.
+"""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# (the language of the kernels has no annotations that mypy could check)
 
 from __future__ import annotations
 
@@ -7,12 +15,16 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from .problem import Contrast, Features, check_arguments, require
 
 INTERPRET: bool = triton.knobs.runtime.interpret
 """Whether kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1 before the first import."""
+
+MODEL_CHIP = 90
+"""The chip that plans on the meta device are for: sm_90, of an H200."""
 
 MAX_DIM = 256
 MOST_SHARES = 60  # so many exponentials, times 2^10 as `bank_pass` keeps them, add up to what fp16 holds
@@ -36,7 +48,8 @@ class Call(NamedTuple):
     def options(self) -> dict[str, int | None]:
         """What the compiler is told beside the arguments."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.maxnreg}
-        return options | ({"launch_cooperative_grid": True} if self.cooperative else {})
+        early = {"launch_pdl": True} if self.arguments.get("EARLY") else {}
+        return options | early | ({"launch_cooperative_grid": True} if self.cooperative else {})
 
     def launch(self) -> None:
         self.kernel[self.grid](**self.arguments, **self.options)
@@ -53,11 +66,27 @@ def launch_all(calls: Sequence[Call], device: torch.device) -> None:
             call.launch()
 
 
+def starts_early(device: torch.device) -> bool:
+    """Whether launches can start early on a device: from Hopper on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (9, 0)
+    return device.type == "meta" and MODEL_CHIP >= 90
+
+
+@triton.jit
+def wait_for_the_last(EARLY: tl.constexpr):
+    """Wait until the launch before this one has ended. What it writes is to be read, and all is to be
+    written, after this."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
 def resident_programs(device: torch.device) -> int:
     """Programs of four warps that fill the device, two on each multiprocessor."""
     if device.type == "cuda":
         return 2 * torch.cuda.get_device_properties(device).multi_processor_count
-    # the interpreter wants few programs, yet several splits; plans for the meta device stand for an H200
+    # the interpreter wants few programs, yet several splits
     return 12 if device.type == "cpu" else 264
 
 

@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .common import INTERPRET, Call, width
+from .common import INTERPRET, Call, starts_early, width
 from .gru_resident import PATIENCE, fault
 from .gru_steps import APART, backward_kernel, forward_kernel
 
@@ -80,6 +80,7 @@ def _arguments(arguments: dict[str, Any], tile: Tile) -> dict[str, Any]:
         "BLOCK_N": tile.rows,
         "BLOCK_H": tile.units,
         "BLOCK_K": tile.depth,
+        "EARLY": starts_early(states.device) and not arguments.get("RESIDENT"),
     }
 
 

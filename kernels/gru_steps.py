@@ -28,6 +28,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .common import wait_for_the_last
+
 PARTS = tl.constexpr(4)  # r, z, n, and zeros, for a product's columns are a power of two
 APART = tl.constexpr(32)  # counters, to lie in lines of their own
 
@@ -218,7 +220,9 @@ def forward_kernel(
     H: tl.constexpr, REVERSE: tl.constexpr, FOLLOWED: tl.constexpr, RESIDENT: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, TOGETHER: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait_for_the_last(EARLY)
     pair = origin + tl.program_id(2)
     if RESIDENT:
         held = forward_weights(weight_ptr, pair, H, UPCAST, BLOCK_H, BLOCK_K)
@@ -266,8 +270,9 @@ def backward_kernel(
     T, N, S,
     H: tl.constexpr, REVERSE: tl.constexpr, ALL: tl.constexpr, FINAL: tl.constexpr, BIAS: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait_for_the_last(EARLY)
     group, direction = (tl.program_id(2) // 2).to(tl.int64), tl.program_id(2) % 2
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .bank_pass import LN2, LOW, PLANES, SHIFT, has_target, level, plan_pass, present
-from .common import Call, check_problem, launch_all, require, width
+from .common import Call, check_problem, launch_all, require, wait_for_the_last, width
 from .problem import Contrast, Contrasted, Features, contrast_from
 from .row_softmax import merged_stats
 
@@ -94,7 +94,9 @@ def combine_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
     CHUNK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait_for_the_last(EARLY)
     n = tl.program_id(1).to(tl.int64)
     JOBS: tl.constexpr = len(TERMS) + DISTILL
     d = tl.arange(0, BLOCK_D)
@@ -136,8 +138,8 @@ def plan(features: Features, bank: Tensor, settings: Contrast) -> tuple[list[Cal
     losses = bank.new_empty(3, n) if len(terms) == 3 else bank.new_zeros(3, n)
     gradients = bank.new_empty(len(terms), n, d)
     known = bank_pass.call.arguments
-    names = ("basic_ptr", "weak_ptr", "strong_ptr", "N", "scale", "D", "LARGEST", "stats_ptr", "means_ptr")
-    combine = {name: known[name] for name in names} | {
+    names = ("basic_ptr", "weak_ptr", "strong_ptr", "N", "scale", "D", "LARGEST", "EARLY")
+    combine = {name: known[name] for name in (*names, "stats_ptr", "means_ptr")} | {
         "key_ptr": features.key,
         "losses_ptr": losses,
         "gradients_ptr": gradients,

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .bank_pass import LOW, PLANES, SHIFT, even_exponentials, job_feature, level, mixed_exponentials
-from .common import Call, width
+from .common import Call, wait_for_the_last, width
 
 ROW_PLANES = tl.constexpr(4)  # top, a, offset that normalises the exponentials, positive's probability
 UP = tl.constexpr(15)  # weights are kept times 2^UP, that fp16 may hold those of rows far from a clip
@@ -62,7 +62,9 @@ def row_softmax_kernel(
     TOTAL: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait_for_the_last(EARLY)
     job, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     query_ptr = job_feature(job, QUERY, basic_ptr, weak_ptr, strong_ptr)
     d = tl.arange(0, BLOCK_D)

@@ -193,8 +193,11 @@ def usage(call: Any, chip: int) -> dict[str, int]:
 
 def compile_all() -> dict[str, list[dict[str, Any]]]:
     """Usage per chip of all distinct launches."""
+    from a2mc_fast.kernels import common
+
     results: dict[str, list[dict[str, Any]]] = {}
     for chip in LIMITS:
+        common.MODEL_CHIP = chip
         seen = set()
         results[str(chip)] = rows = []
         for problem in (*PROBLEMS, *PASSES):
