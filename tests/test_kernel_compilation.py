@@ -21,8 +21,6 @@ import pytest
 
 # bytes of shared memory that one program may use
 LIMITS = {80: 163 * 1024, 90: 227 * 1024}
-# bytes that may spill: launch sizes are Hopper's, and an older chip may put ten registers into its cache
-STACK = {80: 40, 90: 0}
 ROOT = Path(__file__).parent.parent
 PAPER_MIX = (0.4, 0.3, 0.2, 0.1)
 
@@ -176,8 +174,15 @@ def compiled_for(call: Any, chip: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", chip, 32), options=call.options)
 
 
-def usage(call: Any, chip: int) -> dict[str, int]:
-    """Registers, stack, local and shared memory of one launch, from its machine code."""
+def accesses_before_wait(ptx: str) -> list[int] | None:
+    """How often a kernel that starts early loads and stores before it waits for the launch before it."""
+    before, waits, _ = ptx.partition("griddepcontrol.wait")
+    kinds = (r"\b(?:ld\.global|cp\.async\.c[ag])", r"\b(?:st|red|atom)\.global")
+    return [len(re.findall(kind, before)) for kind in kinds] if waits else None
+
+
+def usage(call: Any, chip: int) -> dict[str, Any]:
+    """Registers, stack, local and shared memory of one launch, from its machine code, and what it does early."""
     import triton
 
     compiled = compiled_for(call, chip)
@@ -188,7 +193,8 @@ def usage(call: Any, chip: int) -> dict[str, int]:
         text = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
     found = {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     # the kernels' shared memory is allotted at launch, so the machine code does not state it
-    return {**found, "shared": compiled.metadata.shared, "threads": 32 * call.num_warps}
+    early = accesses_before_wait(compiled.asm["ptx"])
+    return {**found, "shared": compiled.metadata.shared, "threads": 32 * call.num_warps, "early": early}
 
 
 def compile_all() -> dict[str, list[dict[str, Any]]]:
@@ -242,9 +248,22 @@ def test_registers_and_shared_memory_suffice(compiled: dict[str, list[dict[str, 
         *(["resident"] if chip == 90 else []),
     }
     for row in rows:
-        assert row["local"] == 0 and row["stack"] <= STACK[chip], f"spills: {row}"
+        assert row["local"] == row["stack"] == 0, f"spills: {row}"
         assert row["shared"] <= LIMITS[chip], f"shared memory: {row}"
         assert row["reg"] * row["threads"] <= 65536, f"registers: {row}"
+
+
+@pytest.mark.slow
+def test_nothing_is_touched_before_the_wait(compiled: dict[str, list[dict[str, Any]]]) -> None:
+    """A launch that starts early must leave alone what the one before it reads and writes: of all kernels the
+    ascent alone reads something before, the bank's rows."""
+    assert all(row["early"] is None for row in compiled["80"])
+    for row in compiled["90"]:
+        if row["kernel"] in ("philox_kernel", "resident"):
+            assert row["early"] is None, row
+            continue
+        loads, stores = row["early"]
+        assert stores == 0 and (loads > 0) == (row["kernel"] == "ascent_kernel"), row
 
 
 @pytest.mark.slow
