@@ -9,6 +9,7 @@ it, in Triton's interpreter.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +38,12 @@ ASCENT: list[Sizes] = [(64, 32, 128, 8, 1), (64, 32, 128, 4, 1)]
 LATE: Sizes = ()  # those in use, without an early start
 
 
-late_options = property(lambda call, of=Call.options: of.fget(call) | {"launch_pdl": False})
+_options = Call.options.fget
+
+
+def late_options(call: Call) -> dict[str, Any]:
+    assert _options
+    return {**_options(call), "launch_pdl": False}
 
 
 def numbers(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
@@ -70,7 +76,7 @@ def time_steps(
     def run() -> None:
         with pytest.MonkeyPatch.context() as patch:
             if tile == LATE:
-                patch.setattr(Call, "options", late_options)
+                patch.setattr(Call, "options", property(late_options))
             elif tile:
                 patch.setattr(gru_plan, "_RESIDENT", gru_plan.Tile(*tile))
                 patch.setattr(gru_plan, "_TILES", dict.fromkeys(gru_plan._TILES, gru_plan.Tile(*tile)))
@@ -105,7 +111,7 @@ def test_loss_and_ascent(record: Recorder) -> None:
     def run(tile: Sizes | None) -> None:
         with pytest.MonkeyPatch.context() as patch:
             if tile == LATE:
-                patch.setattr(Call, "options", late_options)
+                patch.setattr(Call, "options", property(late_options))
             elif tile:
                 patch.setitem(bank_ascent._TILES, place, bank_pass.Tile(*tile))
             loss = Contrast(mix, 0.07, normalize=True, climb=0.03)

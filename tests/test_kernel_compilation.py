@@ -182,7 +182,7 @@ def accesses_before_wait(ptx: str) -> list[int] | None:
 
 
 def usage(call: Any, chip: int) -> dict[str, Any]:
-    """Registers, stack, local and shared memory of one launch, from its machine code, and what it does early."""
+    """Registers, stack, local and shared memory of one launch, and what it does early: from its code."""
     import triton
 
     compiled = compiled_for(call, chip)
