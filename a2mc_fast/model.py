@@ -139,19 +139,6 @@ class A2MC(nn.Module):
             for bank in self.banks
         }
 
-    def gathered(self, features: dict[str, Features]) -> dict[str, Features]:
-        """The features of all ranks, as of the joint batch, in one message and without a gradient."""
-        if self.world.alone:
-            return features
-        given = [
-            (f, self.depth[name]) for name, all_four in features.items() for f in all_four if f is not None
-        ]
-        joint = iter(self.world.gather_stacks(*zip(*given)))
-        return {
-            name: Features(*(None if f is None else next(joint) for f in all_four))
-            for name, all_four in features.items()
-        }
-
     def losses(self, features: dict[str, Features], *, warmup: bool = False) -> tuple[Losses, Sums]:
         """L1, L2, L3 and their sum (Eq. 9), batch means, summed over the pairs of levels; and what the banks'
         ascents can use of them, where they meet the same features.

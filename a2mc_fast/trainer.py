@@ -8,8 +8,8 @@ on a GPU the whole step is captured once as a CUDA graph and replayed.
 
 from __future__ import annotations
 
-import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -20,43 +20,39 @@ from a2mc_fast import rng
 from a2mc_fast.augment import Draws, Views
 from a2mc_fast.config import Config
 from a2mc_fast.data import Clips
-from a2mc_fast.data.identity import differing
-from a2mc_fast.encoders.branch import Recurrence, set_arithmetic, weights_held
-from a2mc_fast.errors import require
+from a2mc_fast.encoders.branch import weights_held
 from a2mc_fast.losses import Losses, spread
-from a2mc_fast.model import A2MC
-from a2mc_fast.ranks import ALONE, World, checksum
-from a2mc_fast.run import checkpoint
-from a2mc_fast.run.parts import Parts
-from a2mc_fast.run.schedule import Schedule
+from a2mc_fast.model import A2MC, Sums
+from a2mc_fast.ranks import ALONE, World
+
+Body = Callable[[], dict[str, Tensor]]
+"""A step's work. It reads what changes from tensors, and gives what to log."""
 
 
 class Trainer:
     """Model, data and optimizer of one run; of several ranks, each takes its part of the joint batch."""
 
-    def __init__(
-        self, config: Config, clips: Clips, world: World = ALONE, recurrence: Recurrence | None = None
-    ) -> None:
-        """`recurrence` is what computed the recurrent layers of the run until now."""
+    def __init__(self, config: Config, clips: Clips, world: World = ALONE) -> None:
+        """`InputError` if the clips do not suit the run, or the ranks were told different things."""
         self.config, self.clips, self.device, self.world = config, clips, clips.device, world
-        self.schedule = Schedule(config, clips, world.size)
-        self.classes = config.attack.classes or clips.num_classes
-        require(
-            self.classes >= 2 or not config.attack.radius,
-            f"the data has {self.classes} labelled classes and the attack needs at least 2: "
-            "give --attack.classes",
-        )
-        self.model = A2MC(config, clips.skeleton, clips.num_persons, max(self.classes, 1), world)
+        self.schedule = Schedule(config, clips)
+        classes = config.attack.classes or clips.num_classes
+        config.require_fit(len(self.schedule.train_index), classes, world.size)
+        self.model = A2MC(config, clips.skeleton, clips.num_persons, max(classes, 1), world)
         self.model.to(self.device)
-        set_arithmetic(config)
-        self._join()
+        if not world.alone:
+            told = replace(config, data="", run=replace(config.run, out="")), clips.identity
+            world.start_alike(told, list(self.model.state_dict().values()))
         self.views = Views(clips, config.views, config.seed, world)
-        self.fault = torch.full((1,), -1, device=self.device)
-        """The first step whose loss or gradient was not finite, or -1. From it on no weight moves."""
         self.optimizer = self._make_optimizer()
         scaled = self.device.type == "cuda" and config.precision == "fp16"
         self.scaler = torch.amp.GradScaler("cuda", enabled=scaled)
-        self.parts = Parts(self.model, self.views, recurrence)
+        self.fault = torch.full((1,), -1, device=self.device)
+        """The first step whose loss or gradient was not finite, or -1. From it on no weight moves."""
+        # as written; `run.parts` puts what it compiles and captures in these places
+        self.view: Callable[..., Tensor] = self.views.make
+        self.losses: Callable[..., tuple[Losses, Sums]] = self.model.losses
+        self.captured: Callable[[Body], Body] = lambda body: body
 
     def _make_optimizer(self) -> torch.optim.SGD:
         """SGD of the query branch, whose rate is read from the device."""
@@ -71,31 +67,17 @@ class Trainer:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
 
-    def _join(self) -> None:
-        """Have all ranks train the same model on the same data. `InputError` if they were told otherwise."""
-        if self.world.alone:
-            return
-        config = replace(self.config, data="", run=replace(self.config.run, out=""))
-        told = repr((config, self.clips.identity))
-        number = int.from_bytes(hashlib.blake2b(told.encode(), digest_size=7).digest(), "big")
-        self.world.require_equal(
-            torch.tensor([number]),
-            "{ranks} got other flags or other data than rank 0: start all with the same command and files",
-        )
-        parts = [t for name, t in self.model.state_dict().items() if not name.startswith("banks.")]
-        self.world.broadcast_(parts)
-
     def step(self, step: int) -> dict[str, Tensor]:
         """Step number `step`. Returns what to log, on the device; a later step writes over it."""
         config = self.config
         if step == config.warmup_steps:
             self.model.update_key(ema=0.0)  # the bank has been filled
-        run = self.parts.captured(self._warmup_step if step < config.warmup_steps else self._train_step)
+        body = self.captured(self._warmup_step if step < config.warmup_steps else self._train_step)
         self.schedule.set(step)
         # the only other random numbers are those of dropout layers, each rank its own
         torch.manual_seed(rng.combine(config.seed, step) ^ self.world.rank)
         with weights_held(self.model.query.encoder, self.model.key.encoder):
-            return run()
+            return body()
 
     def _warmup_step(self) -> dict[str, Tensor]:
         """MoCo on the bank as it fills: the basic views' contrast alone, keys written into the next rows."""
@@ -104,10 +86,10 @@ class Trainer:
         with record_function("key"):
             model.update_key(self.config.optim.ema)
         with record_function("views"):
-            x0, x3 = self.parts.view(index.repeat(2), "weak", draw0 + draw3, self.schedule.time).chunk(2)
+            x0, x3 = self.view(index.repeat(2), "weak", draw0 + draw3, self.schedule.time).chunk(2)
         features = model.features(x0, x3)
         with record_function("ranks"):
-            joint = model.gathered(features)
+            joint = self.world.gather_features(features, model.depth)
         with record_function("loss"):
             losses, _ = model.losses(features, warmup=True)
         losses = self._optimize(losses)
@@ -124,29 +106,35 @@ class Trainer:
 
         # two basic views; a weak and a strong view of the attacked clip
         with record_function("views"):
-            x0, x3 = self.parts.view(index.repeat(2), "weak", draw0 + draw3, time).chunk(2)
+            x0, x3 = self.view(index.repeat(2), "weak", draw0 + draw3, time).chunk(2)
         x1 = x2 = rho = key = None
         if config.attack.radius:
             with record_function("attack"):
                 rho, key = model.attack_with_key(self.views.whole(index), x0)
         with record_function("views"):
             if config.loss.weak != "off":
-                x1 = self.parts.view(index, "weak" if config.views.augment else "none", draw1, time, rho)
+                x1 = self.view(index, "weak" if config.views.augment else "none", draw1, time, rho)
             if config.loss.strong != "off":
-                x2 = self.parts.view(index, "strong" if config.views.augment else "none", draw2, time, rho)
+                x2 = self.view(index, "strong" if config.views.augment else "none", draw2, time, rho)
 
         # f0 from the key encoder, f3, f1 and f2 from the query encoder
         features = model.features(x0, x3, x1, x2, key)
         with record_function("ranks"):
-            joint = model.gathered(features)
+            joint = self.world.gather_features(features, model.depth)
         with record_function("loss"):
-            losses, sums = self.parts.losses(features)
+            losses, sums = self.losses(features)
         losses = self._optimize(losses)
 
         # the banks move with the features, and from the rows, that the loss has seen
         with record_function("bank"):
             bank = model.update_banks(joint, sums)
         return _to_log(losses) | bank | spread(joint[model.main].basic)
+
+    def _share(self) -> tuple[Tensor, list[Draws]]:
+        """This rank's clips of the step, and the random choices of their four views."""
+        index = self.schedule.batch()
+        own = self.world.part(len(index))
+        return index[own], [draws.part(own) for draws in self.views.draw(self.schedule.time, len(index))]
 
     def _optimize(self, losses: Losses) -> Losses:
         """Backward pass and SGD; once a loss or gradient is not finite, the weights stay as they are.
@@ -177,45 +165,58 @@ class Trainer:
             self.scaler.update()
         return losses
 
-    def _share(self) -> tuple[Tensor, list[Draws]]:
-        """This rank's clips of the step, and the random choices of their four views."""
-        index = self.schedule.batch()
-        own = self.world.part(len(index))
-        return index[own], [draws.part(own) for draws in self.views.draw(self.schedule.time, len(index))]
-
-    def restore(self, saved: checkpoint.Checkpoint) -> None:
-        """Continue from a checkpoint. `InputError` if it was trained on other data."""
-        changed = " and ".join(differing(saved.data, self.clips.identity))
-        require(not changed, f"{saved.path} was trained on other data: the {changed} are not those of now")
-        saved.restore(self.model)
-        saved.restore_optimizer(self.model, self.optimizer)
-        self.scaler.load_state_dict(saved.scaler)
-
-    def state(self, step: int, progress: dict[str, float]) -> checkpoint.Checkpoint:
-        """What a checkpoint holds after `step` steps: the live tensors, not copies.
-
-        `InputError` if the ranks do not hold the same.
-        """
-        if not self.world.alone:
-            self.world.require_equal(
-                checksum(list(self.model.state_dict().values())),
-                f"{{ranks}} no longer held what rank 0 held after step {step}, as may happen on unlike GPUs: "
-                "continue from the last checkpoint on equal ones, with --resume",
-            )
-        return checkpoint.Checkpoint(
-            step=step,
-            config=self.config,
-            skeleton=self.clips.skeleton,
-            persons=self.clips.num_persons,
-            classes=max(self.classes, 1),
-            data=self.clips.identity,
-            progress=dict(progress),
-            scaler=self.scaler.state_dict(),
-            recurrence=self.model.query.encoder.recurrence,
-            tensors=checkpoint.tensors_of(self.model, self.optimizer),
-        )
-
 
 def _to_log(losses: Losses) -> dict[str, Tensor]:
     """L and its parts by name."""
     return dict(zip(("loss", "loss_weak", "loss_strong", "loss_basic"), losses, strict=True))
+
+
+class Schedule:
+    """Which training clips of the protocol a step trains on, and how fast: functions of (seed, step).
+
+    A captured step cannot take arguments: it reads `time`, `rate` and its clips from the device, where `set`
+    puts them before.
+    """
+
+    def __init__(self, config: Config, clips: Clips) -> None:
+        self.config, batch = config, config.optim.batch_size
+        self.train_index, self.test_index = clips.split(config.split)
+        self.steps_per_epoch = len(self.train_index) // batch
+        self.total_steps = config.warmup_steps + config.optim.epochs * self.steps_per_epoch
+        self.time = torch.zeros((), dtype=torch.int64, device=clips.device)
+        self.rate = torch.tensor(config.optim.lr, device=clips.device)
+        self._order = torch.zeros(len(self.train_index), dtype=torch.int64, device=clips.device)
+        self._slots = torch.arange(batch, device=clips.device)
+        self._epoch = -1  # whose batch order `_order` holds
+
+    def set(self, step: int) -> None:
+        """Write what step number `step` reads; every epoch has a permutation of the clips of its own."""
+        epoch, order = step // self.steps_per_epoch, self._order
+        if epoch != self._epoch:
+            place = rng.permutation(self.config.seed, epoch, rng.STREAM_ORDER, len(order), order.device)
+            order.copy_(self.train_index[place])
+            self._epoch = epoch
+        self.time.fill_(step)
+        self.rate.fill_(self.learning_rate(step))
+
+    def batch(self, step: int | None = None) -> Tensor:
+        """Clip numbers of a step, or of that which was set, of all ranks, [N]; an epoch's remainder is
+        dropped."""
+        if step is not None:
+            self.set(step)
+        first = self.time % self.steps_per_epoch * self.config.optim.batch_size
+        return self._order[first + self._slots]
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of a step: the ramp, then half a cosine over the whole run, or the milestones.
+
+        Until its end the warm-up knows no milestone; after it, gamma for each that has passed.
+        """
+        optim = self.config.optim
+        lr = optim.lr * min(1.0, (step + 1) / (optim.ramp_steps + 1))
+        if not optim.milestones:
+            return lr * (1 + math.cos(math.pi * step / self.total_steps)) / 2
+        if step < self.config.warmup_steps:
+            return lr
+        epoch = (step - self.config.warmup_steps) // self.steps_per_epoch
+        return lr * optim.gamma ** sum(epoch >= milestone for milestone in optim.milestones)

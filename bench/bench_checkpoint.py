@@ -18,8 +18,9 @@ import torch
 
 from a2mc_fast.config import Config, RunConfig, demo, preset
 from a2mc_fast.data.synthetic import synthetic_clips
-from a2mc_fast.run import checkpoint
+from a2mc_fast.run import checkpoint, snapshot
 from a2mc_fast.run.log import RunLog
+from a2mc_fast.run.parts import Parts
 from a2mc_fast.run.saver import Saver
 from a2mc_fast.skeleton import NTU25
 from a2mc_fast.trainer import Trainer
@@ -39,6 +40,7 @@ def trainer(tmp_path: Path, one_core: None) -> Trainer:
     config = setting(tmp_path / "run")
     device = "cuda" if CUDA else "cpu"
     made = Trainer(config, synthetic_clips(clips=config.synthetic.clips, device=device))
+    Parts(made)
     for step in range(3):
         made.step(config.warmup_steps + step)
     return made
@@ -54,15 +56,15 @@ def test_share_of_an_epoch(record: Recorder, trainer: Trainer, tmp_path: Path) -
         first, values = config.warmup_steps + 3, trainer.step(config.warmup_steps + 2)
         step = median(seconds(trainer.step, first + number) for number in range(per_epoch))
         check = median(seconds(log.check, trainer, values) for _ in range(20))
-        saver.save(trainer.state(0, {}))
+        saver.save(snapshot.state(trainer, 0, {}))
         stalls, written = [], []
         for number in range(20):
             saver.wait()
-            stalls.append(seconds(lambda n: saver.save(trainer.state(n, {})), number))
+            stalls.append(seconds(lambda n: saver.save(snapshot.state(trainer, n, {})), number))
         saver.wait()
         for number in range(20):
             used = time.thread_time()
-            checkpoint.write(folder / "x.safetensors", trainer.state(number, {}))
+            checkpoint.write(folder / "x.safetensors", snapshot.state(trainer, number, {}))
             written.append(time.thread_time() - used)
     stall = median(stalls) + check * (1 + per_epoch / config.run.log_every)
     share = stall / (step * per_epoch)

@@ -67,6 +67,7 @@ from a2mc_fast.plots.study import read_study
 from a2mc_fast.run import checkpoint, weights
 from a2mc_fast.run.log import RunLog
 from a2mc_fast.run.metrics import read_metrics
+from a2mc_fast.run.parts import Parts
 from a2mc_fast.trainer import Trainer
 from tests import slow_readers
 from tests.test_normalize import full_clip
@@ -463,6 +464,7 @@ def _train(path: Path, clips: Clips) -> None:
     """Two steps, of the warm-up and of the method, as `train` takes and logs them."""
     config = typed(json.loads(path.read_bytes()), Config, str(path))
     trainer = Trainer(config, clips)
+    Parts(trainer)
     log = RunLog(path.parent, config, trainer.schedule.total_steps, None, main=False)
     for step in range(2):
         values = trainer.step(step)

@@ -30,6 +30,7 @@ from a2mc_fast.config import EncoderConfig, RunConfig, preset
 from a2mc_fast.data import Clips
 from a2mc_fast.encoders.branch import set_arithmetic
 from a2mc_fast.model import A2MC
+from a2mc_fast.run.parts import Parts
 from a2mc_fast.skeleton import NTU25
 from a2mc_fast.trainer import Trainer
 
@@ -129,6 +130,7 @@ def encoder(name: str) -> None:
     )
     a2mc_fast.trainer.A2MC = FakeA2MC  # type: ignore[misc]
     trainer = Trainer(config, clips())
+    Parts(trainer)
     # a kernel of torch, which has no form without memory
     trainer.optimizer.step = lambda *_: None  # type: ignore[method-assign]
     trainer.step(0)

@@ -32,7 +32,9 @@ from a2mc_fast.ranks import ALONE, World
 from a2mc_fast.ranks import joining as distributed
 from a2mc_fast.ranks.batch_norm import join_batch_norms
 from a2mc_fast.ranks.joining import join
+from a2mc_fast.run import snapshot
 from a2mc_fast.run.checkpoint import FILE
+from a2mc_fast.run.parts import Parts
 from a2mc_fast.run.start import knn_top1
 from a2mc_fast.trainer import Trainer
 from tests import processes
@@ -141,13 +143,14 @@ def some_clips(device: torch.device | str = "cpu") -> Clips:
 def trained(world: World, config: Config) -> State:
     """Everything that several steps leave, as this rank sees it."""
     trainer = Trainer(config, some_clips(), world)
+    parts = Parts(trainer)
     losses = []
     for step in range(STEPS):
         losses.append([value.item() for value in trainer.step(step).values()])
     state = {name: t.numpy() for name, t in trainer.model.state_dict().items()}
     for name, parameter in trainer.model.query.named_parameters():
         state[f"optimizer.{name}"] = trainer.optimizer.state[parameter]["momentum_buffer"].numpy()
-    return {**state, "losses": np.concatenate(losses), "knn": np.array(knn_top1(trainer))}
+    return {**state, "losses": np.concatenate(losses), "knn": np.array(knn_top1(trainer, parts))}
 
 
 def assert_close(got: State, expected: State, tolerance: float = 1e-6) -> None:
@@ -270,12 +273,12 @@ def other_data(world: World) -> str:
 def drifted(world: World) -> str:
     trainer = Trainer(small(), some_clips(), world)
     trainer.step(0)
-    trainer.state(1, {})
+    snapshot.state(trainer, 1, {})
     if world.rank == 1:
         with torch.no_grad():
             next(trainer.model.query.parameters())[0] *= 1 + 1e-6
     with pytest.raises(InputError) as caught:
-        trainer.state(1, {})
+        snapshot.state(trainer, 1, {})
     return str(caught.value)
 
 
@@ -513,6 +516,7 @@ def test_a_captured_step_holds_what_ranks_say(encoder: Any, tmp_path: Path) -> N
 
     def losses(config: Config, world: World) -> list[float]:
         trainer = Trainer(config, clips, world)
+        Parts(trainer)
         return [trainer.step(step)["loss"].item() for step in range(12)]
 
     alone = losses(plain, World(device=device))

@@ -12,6 +12,7 @@ import torch._inductor.config
 from a2mc_fast.config import Config, EncoderConfig, RunConfig, preset
 from a2mc_fast.data import Clips
 from a2mc_fast.encoders.bigru import recurrent_dtype
+from a2mc_fast.run.parts import Parts
 from a2mc_fast.trainer import Trainer
 
 pytestmark = pytest.mark.gpu
@@ -28,7 +29,9 @@ ENCODERS = {
 }
 
 
-def trainer(make_clips: MakeClips, encoder: str = "bigru", precision: str = "fp32", **run: str) -> Trainer:
+def equipped(
+    make_clips: MakeClips, encoder: str = "bigru", precision: str = "fp32", **run: str
+) -> tuple[Trainer, Parts]:
     config = preset("demo")
     config = replace(
         config,
@@ -40,7 +43,12 @@ def trainer(make_clips: MakeClips, encoder: str = "bigru", precision: str = "fp3
         attack=replace(config.attack, classes=4),
         run=RunConfig(**run),  # type: ignore[arg-type]
     )
-    return Trainer(config, on_gpu(make_clips, config))
+    made = Trainer(config, on_gpu(make_clips, config))
+    return made, Parts(made)
+
+
+def trainer(make_clips: MakeClips, encoder: str = "bigru", precision: str = "fp32", **run: str) -> Trainer:
+    return equipped(make_clips, encoder, precision, **run)[0]
 
 
 def on_gpu(make_clips: MakeClips, config: Config) -> Clips:
@@ -135,9 +143,9 @@ def test_replays_allocate_nothing(make_clips: MakeClips) -> None:
 
 
 def test_the_kernels_are_verified_and_chosen(make_clips: MakeClips) -> None:
-    run = trainer(make_clips)
-    assert run.model.backend == "triton", run.parts.notes
-    assert run.parts.ran["random numbers"] == "Triton kernel", run.parts.notes
+    run, parts = equipped(make_clips)
+    assert run.model.backend == "triton", parts.notes
+    assert parts.ran["random numbers"] == "Triton kernel", parts.notes
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
@@ -145,30 +153,30 @@ def test_recurrent_layers_are_verified_and_timed(
     make_clips: MakeClips, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
     monkeypatch.setitem(ENCODERS, "auto", EncoderConfig(hidden=32, layers=2))
-    assert " ms of a step, " in trainer(make_clips, "auto", precision).parts.notes[-1]
+    assert " ms of a step, " in equipped(make_clips, "auto", precision)[1].notes[-1]
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_nothing_is_refused(make_clips: MakeClips, encoder: str) -> None:
     """Every part is compiled, and the step captured, as a log of a healthy run says."""
-    run = trainer(make_clips, encoder, "bf16", compile="on", graph="on")
+    run, parts = equipped(make_clips, encoder, "bf16", compile="on", graph="on")
     losses(run)
     encoders = () if encoder in ("bigru", "cudnn") else ("query encoder", "key encoder")
-    parts = ("views", "losses", *encoders)
-    assert [run.parts.ran[part] for part in parts] == ["compiled"] * len(parts)
-    assert run.parts.ran["step"] == "captured"
+    names = ("views", "losses", *encoders)
+    assert [parts.ran[name] for name in names] == ["compiled"] * len(names)
+    assert parts.ran["step"] == "captured"
 
 
 def test_a_step_that_cannot_be_captured_is_launched(
     make_clips: MakeClips, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = losses(trainer(make_clips, "stgcn", graph="off"))
-    run, said = trainer(make_clips, "stgcn"), []
-    run.parts.say = said.append
+    (run, parts), said = equipped(make_clips, "stgcn"), []
+    parts.say = said.append
     update = run.model.update_key
     # a capture cannot wait for the device
     monkeypatch.setattr(
         run.model, "update_key", lambda ema: (torch.cuda.current_stream().synchronize(), update(ema))
     )
     assert losses(run) == expected
-    assert len(said) == 2 and run.parts.ran["step"].startswith("launched: "), said
+    assert len(said) == 2 and parts.ran["step"].startswith("launched: "), said

@@ -22,7 +22,8 @@ from a2mc_fast.encoders.bigru import BiGRU
 from a2mc_fast.encoders.branch import frozen, weights_held
 from a2mc_fast.encoders.recurrence import choose_recurrence
 from a2mc_fast.model import A2MC
-from a2mc_fast.run import checkpoint
+from a2mc_fast.run import checkpoint, snapshot
+from a2mc_fast.run.parts import Parts
 from a2mc_fast.trainer import Trainer
 from tests.conftest import SMALL
 
@@ -118,6 +119,7 @@ def test_a_run_by_fused_kernels_is_the_run_by_torch(
             optim=replace(config.optim, lr=1.0, milestones=(), ema=0.5),
         )
         trainer = Trainer(config, make_clips([10, 12, 9] * 8))
+        parts = Parts(trainer)
         assert trainer.model.key.encoder.recurrence == ("torch" if form == "cudnn" else "fused")
         left: list[int] = []
         update = trainer.model.update_banks
@@ -129,10 +131,10 @@ def test_a_run_by_fused_kernels_is_the_run_by_torch(
         trainer.model.update_banks = noted  # type: ignore[method-assign]
         losses = [trainer.step(step)["loss"] for step in range(3)]
         assert left == [0, 0]
-        assert trainer.parts.ran["recurrent layers"] == ("torch" if form == "cudnn" else "fused")
+        assert parts.ran["recurrent layers"] == ("torch" if form == "cudnn" else "fused")
         states.append({"losses": torch.stack(losses)} | dict(trainer.model.state_dict()))
     # what it was is kept with the run
-    checkpoint.write(tmp_path / "one", trainer.state(3, {}))
+    checkpoint.write(tmp_path / "one", snapshot.state(trainer, 3, {}))
     assert checkpoint.load(tmp_path / "one").recurrence == "fused"
     for name, value in states[0].items():
         torch.testing.assert_close(states[1][name], value, rtol=1e-3, atol=1e-5, msg=name)

@@ -24,7 +24,7 @@ from a2mc_fast.data import Clips
 from a2mc_fast.errors import InputError
 from a2mc_fast.evaluate import main as evaluate
 from a2mc_fast.files import read_tensors, write_json
-from a2mc_fast.run import checkpoint, machine, saver, weights
+from a2mc_fast.run import checkpoint, machine, saver, snapshot, weights
 from a2mc_fast.run import log as runlog
 from a2mc_fast.run.checkpoint import FILE, load, numbered
 from a2mc_fast.run.folder import open_folder
@@ -379,7 +379,7 @@ def test_tensors_that_do_not_fit_are_refused(data: Path, finished: Path) -> None
         (finished / FILE).write_bytes(whole)
         rewrite(finished / FILE, tensors)
         with pytest.raises(InputError, match=words):
-            trainer.restore(load(finished))
+            snapshot.restore(trainer, load(finished))
 
 
 # full disks and folders that cannot be written
@@ -517,7 +517,7 @@ def test_saving_takes_a_snapshot_and_does_not_wait(
     """The step goes on while the disk is busy, and what it changes is not in the file."""
     trainer = Trainer(tiny(data, tmp_path), Clips.load(data))
     trainer.step(0)
-    before = {name: tensor.clone() for name, tensor in trainer.state(1, {}).tensors.items()}
+    before = {name: tensor.clone() for name, tensor in snapshot.state(trainer, 1, {}).tensors.items()}
     disk, real = threading.Event(), saver.write_content
 
     def slow(path: Path, saved: checkpoint.Checkpoint) -> None:
@@ -526,12 +526,12 @@ def test_saving_takes_a_snapshot_and_does_not_wait(
 
     monkeypatch.setattr(saver, "write_content", slow)
     with Saver(tmp_path) as keeper:
-        keeper.save(trainer.state(1, {"seconds": 1.0}))
+        keeper.save(snapshot.state(trainer, 1, {"seconds": 1.0}))
         trainer.step(1)
         trainer.step(2)
         assert not (tmp_path / FILE).exists()
         disk.set()
-        keeper.save(trainer.state(3, {}))  # waits for the first
+        keeper.save(snapshot.state(trainer, 3, {}))  # waits for the first
         assert load(tmp_path).step == 1 or load(numbered(tmp_path, 1)).step == 1
         keeper.wait()
     assert load(tmp_path).step == 3
@@ -555,7 +555,7 @@ def test_the_file_is_plain_safetensors(data: Path, tmp_path: Path) -> None:
         "none": torch.zeros(0, 4),
     }
     trainer = Trainer(tiny(data, tmp_path), Clips.load(data))
-    checkpoint.write(tmp_path / "x.safetensors", replace(trainer.state(3, {}), tensors=tensors))
+    checkpoint.write(tmp_path / "x.safetensors", replace(snapshot.state(trainer, 3, {}), tensors=tensors))
     read = load_file(tmp_path / "x.safetensors")
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[n], t) and read[n].dtype == t.dtype for n, t in tensors.items())
@@ -600,12 +600,12 @@ def test_a_disk_without_room_at_the_start_names_the_file(data: Path, tmp_path: P
 def test_a_model_that_is_not_finite_is_never_saved(data: Path, tmp_path: Path, last: bool) -> None:
     trainer = Trainer(tiny(data, tmp_path), Clips.load(data))
     keeper = Saver(tmp_path)
-    keeper.save(trainer.state(1, {}), last=True)
+    keeper.save(snapshot.state(trainer, 1, {}), last=True)
     parameter = next(trainer.model.query.parameters())
     for bad in (float("nan"), float("inf"), float("-inf")):
         parameter.data.view(-1)[1] = bad
         with pytest.raises(InputError, match="is not finite after step 2: the state is not saved"):
-            keeper.save(trainer.state(2, {}), last=last)
+            keeper.save(snapshot.state(trainer, 2, {}), last=last)
             keeper.wait()
     assert load(tmp_path).step == 1
 

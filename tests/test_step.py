@@ -23,8 +23,8 @@ from a2mc_fast.encoders.bigru import BiGRU
 from a2mc_fast.losses import mixing_contrast
 from a2mc_fast.model import A2MC
 from a2mc_fast.ranks import ALONE, World
-from a2mc_fast.run.schedule import Schedule
-from a2mc_fast.trainer import Trainer
+from a2mc_fast.run.parts import Parts
+from a2mc_fast.trainer import Schedule, Trainer
 from tests.conftest import SMALL
 
 MakeClips = Callable[..., Clips]
@@ -104,7 +104,9 @@ def elsewhere(make_clips: MakeClips, monkeypatch: pytest.MonkeyPatch) -> Callabl
         clips.__post_init__()
         monkeypatch.setattr(clips, "split", lambda name: (train.to("meta"), test.to("meta")))
         classes = replace(config.attack, classes=3)
-        return Trainer(replace(config, attack=classes), clips, world)
+        trainer = Trainer(replace(config, attack=classes), clips, world)
+        Parts(trainer)
+        return trainer
 
     return make
 
@@ -147,7 +149,8 @@ def test_what_ranks_say_in_the_step_stays_on_the_device(
     said: list[str] = []
     for name in ("all_reduce", "all_gather"):
         monkeypatch.setattr(torch.distributed, name, lambda *_, name=name: said.append(name))
-    monkeypatch.setattr(Trainer, "_join", lambda _: None)
+    monkeypatch.setattr(World, "start_alike", lambda *_: None)
+    monkeypatch.setattr(Clips, "identity", "")
     monkeypatch.setattr(World, "any", lambda _, flag: flag)
     trainer = elsewhere(config, World(1, 2, torch.device("meta"), alone=False))
     for body in (trainer._warmup_step, trainer._train_step):

@@ -23,10 +23,10 @@ from a2mc_fast.evaluate import main as evaluate_main
 from a2mc_fast.run import checkpoint
 from a2mc_fast.run.folder import stored
 from a2mc_fast.run.log import concerns
-from a2mc_fast.run.schedule import Schedule
+from a2mc_fast.run.parts import Parts
 from a2mc_fast.run.start import pretrain
 from a2mc_fast.train import main as train_main
-from a2mc_fast.trainer import Trainer
+from a2mc_fast.trainer import Schedule, Trainer
 
 FAST = ["--run.log-every", "2", "--bank.size", "40", "--optim.batch-size", "8", "--encoder.hidden", "8"]
 
@@ -197,6 +197,7 @@ def test_compiled_parts_give_the_same_losses(data: Path, tmp_path: Path) -> None
     def losses(mode: str) -> list[float]:
         config = tiny(data, tmp_path / mode)
         trainer = Trainer(replace(config, run=replace(config.run, compile=mode)), Clips.load(data))  # type: ignore[arg-type]
+        Parts(trainer)
         return [trainer.step(step)["loss"].item() for step in range(6)]
 
     assert losses("on") == pytest.approx(losses("off"), rel=1e-4)
@@ -213,6 +214,7 @@ def test_both_backends_take_the_same_steps(data: Path, tmp_path: Path) -> None:
             run=replace(config.run, backend=backend),  # type: ignore[arg-type]
         )
         trainer = Trainer(config, Clips.load(data))
+        Parts(trainer)
         return trainer, [{k: v.item() for k, v in trainer.step(step).items()} for step in range(6)]
 
     (plain, expected), (fused, got) = run("torch"), run("triton")

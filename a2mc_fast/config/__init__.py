@@ -78,6 +78,29 @@ class Config:
         """Whether the Triton kernels know features of this width."""
         return self.encoder.projection <= 256
 
+    def require_fit(self, clips: int, classes: int, ranks: int) -> None:
+        """`InputError` unless so many ranks can train on so many training clips of so many classes."""
+        batch = self.optim.batch_size
+        require(
+            batch % ranks == 0,
+            f"--optim.batch-size {batch}, the joint batch, cannot be shared evenly by {ranks} ranks: choose "
+            f"a multiple of {ranks}",
+        )
+        require(
+            clips > 1,
+            f"protocol {self.split!r} has {clips} training clips: choose another with --split, or prepare "
+            "the data with one",
+        )
+        require(
+            clips >= batch,
+            f"protocol {self.split!r} has {clips} training clips, fewer than one batch: lower "
+            f"--optim.batch-size {batch}",
+        )
+        require(
+            classes >= 2 or not self.attack.radius,
+            f"the data has {classes} labelled classes and the attack needs at least 2: give --attack.classes",
+        )
+
     @property
     def bank_lr(self) -> float:
         """Step size of the ascent at this bank size."""

@@ -10,8 +10,9 @@ in a CUDA graph; on CPUs through gloo.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from a2mc_fast.errors import require
+from a2mc_fast.kernels.problem import Features
 
 
 @dataclass(frozen=True)
@@ -52,18 +54,25 @@ class World:
         gathered: Tensor = stacked(x.detach(), self.size)
         return gathered.flatten(0, 1)
 
-    def gather_stacks(self, stacks: Sequence[Tensor], depths: Sequence[int]) -> list[Tensor]:
-        """Of features of P batches one after another, those of the joint batches, in one message.
+    def gather_features(self, features: dict[str, Features], depth: Mapping[str, int]) -> dict[str, Features]:
+        """By bank, the features of the joint batch, in one message and without a gradient.
 
-        stacks [P n, D], each with its P -> [P W n, D]. No gradient.
+        A bank's are `depth` batches one after another, P of n clips each: [P n, D] -> [P W n, D].
         """
-        ranks = self.gather(torch.cat(list(stacks)).unsqueeze(0))  # [W, all rows, D]
-        parts = ranks.split([len(stack) for stack in stacks], 1)
+        if self.alone:
+            return features
+        given = [(f, depth[bank]) for bank, views in features.items() for f in views if f is not None]
+        ranks = self.gather(torch.cat([f for f, _ in given]).unsqueeze(0))  # [W, all rows, D]
+        parts = ranks.split([len(f) for f, _ in given], 1)
         # batch by batch, and each in the joint batch's order
-        return [
-            part.unflatten(1, (depth, -1)).transpose(0, 1).flatten(0, 2)
-            for part, depth in zip(parts, depths, strict=True)
-        ]
+        joint = iter(
+            part.unflatten(1, (batches, -1)).transpose(0, 1).flatten(0, 2)
+            for part, (_, batches) in zip(parts, given, strict=True)
+        )
+        return {
+            bank: Features(*(None if f is None else next(joint) for f in views))
+            for bank, views in features.items()
+        }
 
     @torch.no_grad()
     def average_(self, tensors: Sequence[Tensor]) -> None:
@@ -100,6 +109,15 @@ class World:
             content = tensor.detach().to(self.device).contiguous()
             dist.broadcast(content, 0)
             tensor.detach().copy_(content)
+
+    def start_alike(self, told: object, tensors: Sequence[Tensor]) -> None:
+        """Put rank 0's content into tensors. `InputError` if the ranks were told different things."""
+        number = int.from_bytes(hashlib.blake2b(repr(told).encode(), digest_size=7).digest(), "big")
+        self.require_equal(
+            torch.tensor([number]),
+            "{ranks} got other flags or other data than rank 0: start all with the same command and files",
+        )
+        self.broadcast_(tensors)
 
     def share(self, value: Any) -> Any:
         """What rank 0 gives, as JSON keeps it; what the others give is not read."""

@@ -277,7 +277,6 @@ def outcome(config: Config, trainer: Trainer, log: RunLog, progress: dict[str, f
         "loss": progress["loss"],
         "knn_top1": progress.get("knn_top1"),
         "knn_top1_untrained": progress.get("knn_top1_untrained"),
-        "ran": trainer.parts.ran,
         **machine(),
     }
 

@@ -10,29 +10,31 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import a2mc_fast.kernels as kernels
 from a2mc_fast import rng
-from a2mc_fast.augment import Views
-from a2mc_fast.encoders.branch import Encoder, Recurrence
+from a2mc_fast.encoders.branch import Encoder, Recurrence, set_arithmetic
 from a2mc_fast.encoders.recurrence import choose_recurrence, no_triton, require_kernels
 from a2mc_fast.errors import require
 from a2mc_fast.model import A2MC
 from a2mc_fast.run.capture import Captured, Part, Say
+from a2mc_fast.trainer import Body, Trainer
 
 
 class Parts:
     """Views, losses and encoders, each behind torch.compile where that is asked for, and the whole step."""
 
-    def __init__(self, model: A2MC, views: Views, before: Recurrence | None) -> None:
-        """`before` is what computed the recurrent layers of the run until now."""
-        self.config, self.model, self.world = model.config, model, model.world
+    def __init__(self, trainer: Trainer, before: Recurrence | None = None) -> None:
+        """Put them in the places of those that the trainer has as written. `before` is what computed the
+        recurrent layers of the run until now."""
+        self.config, self.model, self.world = trainer.config, trainer.model, trainer.world
         self.say: Say = print
         """Where to tell what a compiler refused."""
-        run, device = self.config.run, views.clips.device
+        model, run, device = self.model, self.config.run, trainer.device
         cuda = device.type == "cuda"
         require(cuda or run.graph != "on", "--run.graph on needs a GPU: use --run.graph auto")
+        set_arithmetic(self.config)
         model.backend, note = choose_backend(model, device)
         if self.world.any(model.backend == "torch") and model.backend == "triton":
             model.backend, note = "torch", "loss and bank in plain torch, as on another rank"
@@ -44,18 +46,20 @@ class Parts:
             self.notes.append(f"random numbers in plain torch, because their kernel was refused: {refused}")
         self._choose_recurrence(device, before)
         self._compiles = run.compile == "on" or (run.compile == "auto" and cuda)
-        self.view = self._part("views", views.make)
-        self.losses = self._part("losses", model.losses)
-        self._all = [self.view, self.losses]
-        for name, branch in (("query encoder", model.query), ("key encoder", model.key)):
+        trainer.view = view = self._part("views", trainer.view)
+        trainer.losses = losses = self._part("losses", trainer.losses)
+        self._all = [view, losses]
+        for name, encoder in (("query encoder", model.query.encoder), ("key encoder", model.key.encoder)):
             # one that defines its own forward pass over all views is left alone
-            if type(branch.encoder).forward is Encoder.forward:
+            if type(encoder).forward is Encoder.forward:
                 # one view's pass: three in a graph would take a compiler three times as long
-                part = self._part(name, branch.encoder.encode, branch.encoder)
-                branch.encoder.encode = part  # type: ignore[method-assign, assignment]
+                part = self._part(name, encoder.encode, encoder)
+                encoder.encode = part  # type: ignore[method-assign, assignment]
                 self._all.append(part)
-        self._stream = torch.cuda.Stream(device) if cuda and run.graph != "off" else None
         self._captured: Captured | None = None
+        if cuda and run.graph != "off":
+            self._stream = torch.cuda.Stream(device)
+            trainer.captured = self._capture
 
     def _choose_recurrence(self, device: torch.device, before: Recurrence | None) -> None:
         """Both encoders' recurrent layers by what suits all ranks, and as `before` if that is possible."""
@@ -71,18 +75,12 @@ class Parts:
         strict = self.config.run.compile == "on"
         return Part(name, function, self._compiles, strict, lambda line: self.say(line), module)
 
-    def captured(self, body: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:
-        """What runs `body`: itself, or on a GPU, after some calls in a row, the capture of it."""
-        if self._stream is None:
-            return body
+    def _capture(self, body: Body) -> Body:
+        """What runs `body` on a GPU: after some calls in a row, the capture of it."""
         if self._captured is None or self._captured.function != body:
             strict = self.config.run.graph == "on"
             self._captured = Captured(body, self._stream, strict, lambda line: self.say(line))
         return self._captured
-
-    def launch_steps(self) -> None:
-        """From now on the host launches every operation of a step: slower, but a profile can name them."""
-        self._stream = self._captured = None
 
     @property
     def ran(self) -> dict[str, str]:

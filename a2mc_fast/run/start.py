@@ -20,12 +20,13 @@ from a2mc_fast.evaluation.protocols import knn_accuracy
 from a2mc_fast.files import write_json
 from a2mc_fast.ranks import World
 from a2mc_fast.ranks.joining import join
-from a2mc_fast.run import checkpoint, weights
+from a2mc_fast.run import checkpoint, snapshot, weights
 from a2mc_fast.run.checkpoint import Checkpoint
 from a2mc_fast.run.folder import open_folder
 from a2mc_fast.run.log import RunLog, command, heading, outcome, summary
 from a2mc_fast.run.machine import keep_threads, pick_device
 from a2mc_fast.run.opened import load_clips
+from a2mc_fast.run.parts import Parts
 from a2mc_fast.run.saver import Saver
 from a2mc_fast.run.signals import leave, stop_on_signal
 from a2mc_fast.trainer import Trainer
@@ -60,7 +61,7 @@ def _pretrain(
 ) -> None:
     """One rank's run. All ranks take the same steps; rank 0 prints and writes."""
     other = keep_threads(config, resumed.progress) if resumed and world.alone else ""
-    trainer = _trainer(config, clips, resumed, world)
+    trainer, parts = _trainer(config, clips, resumed, world)
     total, per_epoch, run = trainer.schedule.total_steps, trainer.schedule.steps_per_epoch, config.run
     if resumed and world.share(resumed.step >= total and (folder / "result.json").exists()):
         if world.main:
@@ -71,15 +72,15 @@ def _pretrain(
         RunLog(folder, config, total, resumed, world.main) as log,
         Saver(folder, resumed, keep_last=run.keep_last, before=log.sync, warn=log.say) as saver,
     ):
-        trainer.parts.say, log.watch = log.say, watch
+        parts.say, log.watch = log.say, watch
         with log.paused():
-            for line in (heading(trainer, folder), *trainer.parts.notes):
+            for line in (heading(trainer, folder), *parts.notes):
                 log.say(line)
             if resumed:
                 progress = resumed.progress
                 log.say(f"resumed after step {resumed.step}{other}")
             else:
-                progress = log.accuracy(knn_top1(trainer), "_untrained")
+                progress = log.accuracy(knn_top1(trainer, parts), "_untrained")
         for step in range(log.step, total):
             values = trainer.step(step)
             logged = log.advance()
@@ -87,7 +88,7 @@ def _pretrain(
                 progress["loss"] = log.metrics(trainer, values)["loss"]
             if log.due(run.eval_every, per_epoch):
                 with log.paused():
-                    progress |= log.accuracy(knn_top1(trainer))
+                    progress |= log.accuracy(knn_top1(trainer, parts))
             # read once: a signal may come at any line; several ranks agree where they wait for the device
             asked = world.largest(sum(stop[:1])) if logged or world.alone else 0
             last = bool(asked) or log.step == total
@@ -96,39 +97,42 @@ def _pretrain(
                     progress["loss"] = log.check(trainer, values)["loss"]
                     threads = torch.get_num_threads()
                     progress |= {"seconds": log.seconds, "lines": log.lines, "threads": threads}
-                    state = trainer.state(log.step, progress)
+                    state = snapshot.state(trainer, log.step, progress)
                     if world.main:
                         saver.save(state, last=last)
             if last and log.step < total:
                 log.say(f"stopped after step {log.step} of {total}: continue with {command(folder)}")
                 leave(asked)
-        result = outcome(config, trainer, log, progress)
+        result = outcome(config, trainer, log, progress) | {"ran": parts.ran}
         if world.main:
             write_json(folder / "result.json", result)
         log.say(summary(result, folder))
 
 
-def _trainer(config: Config, clips: Clips | None, resumed: Checkpoint | None, world: World) -> Trainer:
-    """A new trainer, with the state of the checkpoint to resume or the encoder of `init_from`."""
+def _trainer(
+    config: Config, clips: Clips | None, resumed: Checkpoint | None, world: World
+) -> tuple[Trainer, Parts]:
+    """A new trainer, by what its parts are computed, and the state of a checkpoint or an encoder in it."""
     torch.compiler.reset()  # torch compiles a function so many times and no more, earlier runs included
     clips = load_clips(config, world.device) if clips is None else clips.to(world.device)
-    trainer = Trainer(config, clips, world, resumed.recurrence if resumed else None)
+    trainer = Trainer(config, clips, world)
+    parts = Parts(trainer, resumed.recurrence if resumed else None)
     if resumed:
         told = {"loss", "seconds"} <= resumed.progress.keys()
         require(told, f"{resumed.path} is not the checkpoint of a run: it tells neither loss nor seconds")
-        trainer.restore(resumed)
+        snapshot.restore(trainer, resumed)
     elif config.init_from:
-        trainer.parts.notes.append(weights.begin_with(trainer.model, config))
-    return trainer
+        parts.notes.append(weights.begin_with(trainer.model, config))
+    return trainer, parts
 
 
-def knn_top1(trainer: Trainer) -> float | None:
+def knn_top1(trainer: Trainer, parts: Parts) -> float | None:
     """kNN accuracy of the protocol in percent, None where a side of it has no labels."""
     labels, schedule = trainer.clips.labels, trainer.schedule
     if not all((labels[index] >= 0).any() for index in (schedule.train_index, schedule.test_index)):
         return None
     # its odd batch sizes are not worth compiling for
-    with trainer.parts.uncompiled():
+    with parts.uncompiled():
         return knn_accuracy(trainer.model.query, trainer.views, trainer.config.split)
 
 
