@@ -115,7 +115,11 @@ def recordings(classifier: ClipClassifier, data: Path, refused: list[str]) -> It
     Files of a folder that cannot be read are added to `refused`.
     """
     if data.suffix == ".safetensors":
-        yield from _packed_clips(classifier, data)
+        clips, encoder = Clips.load(data), classifier.encoder
+        check_skeleton(encoder.source_path, encoder.skeleton, encoder.persons, clips, str(data))
+        parts = clips.frames.permute(0, 3, 2, 1).split(clips.lengths.tolist())
+        for name, label, joints in zip(clips.names, classes_of(clips), parts):
+            yield Raw(name=name, joints=joints.numpy(), label=label, normalized=True)
     elif data.is_dir():
         files = sorted(file for file in data.iterdir() if file.suffix in (".npz", ".npy"))
         require(bool(files), f"{data} holds no .npz or .npy file")
@@ -128,15 +132,6 @@ def recordings(classifier: ClipClassifier, data: Path, refused: list[str]) -> It
             yield from found
     else:
         yield from _of_file(data)
-
-
-def _packed_clips(classifier: ClipClassifier, path: Path) -> Iterator[Raw]:
-    clips = Clips.load(path)
-    encoder = classifier.encoder
-    check_skeleton(encoder.source_path, encoder.skeleton, encoder.persons, clips, str(path))
-    parts = clips.frames.permute(0, 3, 2, 1).split(clips.lengths.tolist())
-    for name, label, joints in zip(clips.names, classes_of(clips), parts):
-        yield Raw(name=name, joints=joints.numpy(), label=label, normalized=True)
 
 
 def _of_file(path: Path) -> Iterator[Raw]:

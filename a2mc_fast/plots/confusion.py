@@ -36,7 +36,11 @@ def confusion(results: Sequence[Path], classes: Sequence[int] = ()) -> Figure:
     With `classes`, only their rows and columns are shown; percents are still of all predictions. Raises
     `InputError` where a file holds no confusion matrix or lacks a class.
     """
-    files = [file for path in results for file in _files(path)]
+    files = []
+    for path in results:
+        found = [file for file in result_files(path) if file == path or "confusion" in read_result(file)]
+        require(bool(found), f"{path} holds no result with a confusion matrix")
+        files += found
     number = len(files)
     require(1 <= number <= _MOST_RESULTS, f"confusion shows 1 to {_MOST_RESULTS} results, got {number}")
     loaded = [read_confusion(path) for path in files]
@@ -55,16 +59,10 @@ def confusion(results: Sequence[Path], classes: Sequence[int] = ()) -> Figure:
     return picture
 
 
-def _files(path: Path) -> list[Path]:
-    """A result's file, or those with a matrix in the folder of a run. `InputError` if it has none."""
-    found = [file for file in result_files(path) if file == path or "confusion" in read_result(file)]
-    require(bool(found), f"{path} holds no result with a confusion matrix")
-    return found
-
-
 def _panel(ax: Axes, one: Confusion, shown: list[int], *, crowded: bool) -> AxesImage:
     """One matrix as a heat map, with numbers and names where there is room."""
-    percent = row_percent(one.counts)[np.ix_(shown, shown)]
+    clips = one.counts.sum(1, keepdims=True)
+    percent = np.where(clips > 0, 100 * one.counts / clips.clip(1), np.nan)[np.ix_(shown, shown)]
     color_map = matplotlib.colormaps["Blues"].with_extremes(bad="white")
     image = ax.imshow(np.ma.masked_invalid(percent), vmin=0, vmax=100, cmap=color_map, aspect="equal")
     for row in np.flatnonzero(np.isnan(percent[:, 0])).tolist():
@@ -90,12 +88,6 @@ def _panel(ax: Axes, one: Confusion, shown: list[int], *, crowded: bool) -> Axes
     ax.set_title(one.title)
     ax.spines[["top", "right"]].set_visible(True)
     return image
-
-
-def row_percent(counts: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Counts as percents of their row; a row without clips is NaN."""
-    total = counts.sum(1, keepdims=True)
-    return np.divide(100 * counts, total, out=np.full_like(counts, np.nan), where=total > 0)
 
 
 def read_confusion(path: Path) -> Confusion:

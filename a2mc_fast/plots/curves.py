@@ -32,13 +32,12 @@ class _Settings(TypedDict):
     optim: _Epochs
 
 
-PARTS = {"loss": "L", "loss_weak": "L1 (weak)", "loss_strong": "L2 (strong)", "loss_basic": "L3 (basic)"}
-# colour, line style, width and order: where lines coincide, the upper ones let the lower ones show
-_LOOKS: dict[str, tuple[str, Any, float, float]] = {
-    "loss": (BLACK, LINES[0], 2.2, 2.1),
-    "loss_weak": (BLUE, LINES[1], 1.4, 2.4),
-    "loss_strong": (GREEN, LINES[2], 1.6, 2.3),
-    "loss_basic": (VERMILION, LINES[0], 1.1, 2.2),
+# label, colour, line style, width and order: where lines coincide, the upper ones let the lower ones show
+_PARTS: dict[str, tuple[str, str, Any, float, float]] = {
+    "loss": ("L", BLACK, LINES[0], 2.2, 2.1),
+    "loss_weak": ("L1 (weak)", BLUE, LINES[1], 1.4, 2.4),
+    "loss_strong": ("L2 (strong)", GREEN, LINES[2], 1.6, 2.3),
+    "loss_basic": ("L3 (basic)", VERMILION, LINES[0], 1.1, 2.2),
 }
 _MOST_RUNS = 4
 _MOST_DROPS = 6
@@ -84,13 +83,12 @@ def _losses(ax: Axes, steps: list[Record]) -> None:
     """Every logged value pale, and a running mean within each stage on top."""
     at = np.array([record["step"] for record in steps])
     warming = np.array([record.get("stage") == "warm-up" for record in steps])
-    for name, label in PARTS.items():
+    for name, (label, color, line, width, order) in _PARTS.items():
         values = np.array([record.get(name, np.nan) for record in steps], float)
         # the warm-up has L3 alone, which is the whole loss
         shown = ~warming if name in ("loss_weak", "loss_strong") else np.ones_like(warming)
         if not np.any(values[shown] != 0):
             continue  # a term that the run switches off
-        color, line, width, order = _LOOKS[name]
         ax.plot(at[shown], values[shown], color=color, lw=0.5, alpha=0.3)
         smooth = np.full_like(values, np.nan)
         for stage in (warming, ~warming):

@@ -51,13 +51,10 @@ class Saver:
         """Save in the background; the `last` state is on the disk on return, or it is an `InputError`."""
         self.wait()
         if last:
-            try:
-                self._write(saved)
-            except OSError as error:
-                raise InputError(f"{self._failure(saved, error)}; then continue with --resume") from None
-            return
-        copy = replace(saved, tensors=self._copy(saved.tensors))
-        self._pending = self._pool.submit(self._write_or_warn, copy)
+            self._write(saved, last=True)
+        else:
+            copy = replace(saved, tensors=self._copy(saved.tensors))
+            self._pending = self._pool.submit(self._write, copy)
 
     def wait(self) -> None:
         """Until the save that is under way has ended. Raises what went wrong, unless it was the disk."""
@@ -83,26 +80,24 @@ class Saver:
             torch.cuda.current_stream(device).synchronize()
         return {name: self._host[name] for name in tensors}
 
-    def _write_or_warn(self, saved: Checkpoint) -> None:
+    def _write(self, saved: Checkpoint, last: bool = False) -> None:
+        """What the disk refuses is an `InputError` if this was the `last` state, and said otherwise."""
         try:
-            self._write(saved)
+            self._before()
+            with atomic_path(self.folder / FILE) as temporary:
+                write_content(temporary, saved)
+                self._set_newest_aside()
+            self._good, self._keep_newest = saved.step, True
+            self._prune(saved.step)
         except OSError as error:
-            self._warn(f"{self._failure(saved, error)}; training goes on")
-
-    def _failure(self, saved: Checkpoint, error: OSError) -> str:
-        good = "there is none yet" if self._good is None else f"the last good one is of step {self._good}"
-        return (
-            f"the checkpoint of step {saved.step} could not be saved ({os_reason(error)}), {good}: "
-            f"make {self.folder} writable, with room for it"
-        )
-
-    def _write(self, saved: Checkpoint) -> None:
-        self._before()
-        with atomic_path(self.folder / FILE) as temporary:
-            write_content(temporary, saved)
-            self._set_newest_aside()
-        self._good, self._keep_newest = saved.step, True
-        self._prune(saved.step)
+            good = "there is none yet" if self._good is None else f"the last good one is of step {self._good}"
+            failure = (
+                f"the checkpoint of step {saved.step} could not be saved ({os_reason(error)}), {good}: "
+                f"make {self.folder} writable, with room for it"
+            )
+            if last:
+                raise InputError(f"{failure}; then continue with --resume") from None
+            self._warn(f"{failure}; training goes on")
 
     def _set_newest_aside(self) -> None:
         """Give the newest checkpoint the name under which it stays, beside the one it has."""
