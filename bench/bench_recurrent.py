@@ -12,6 +12,7 @@ import copy
 import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -24,6 +25,9 @@ from a2mc_fast.encoders.recurrence import Recurrence, step_passes
 from a2mc_fast.skeleton import NTU25
 from bench.harness import CUDA, DEVICE, TOY, Form, compare, compiled_all, product_rate, sized
 from bench.records import Recorder
+
+if TYPE_CHECKING:
+    from a2mc_fast.kernels.gru_plan import Form as Kind
 
 FRAMES, WIDTH, HIDDEN = sized((64, 2048, 1024), (64, 128, 64), (3, 16, 8))
 DTYPE = torch.bfloat16 if CUDA else torch.float32
@@ -59,7 +63,7 @@ def by_cudnn(pair: nn.ModuleList, x: Tensor) -> dict[str, Form]:
     return passes(lambda x: torch.cat([gru(x)[0] for gru in pair], 2), x, list(pair.parameters()))
 
 
-def by_kernels(pair: nn.ModuleList, x: Tensor, resident: bool = False) -> dict[str, Form]:
+def by_kernels(pair: nn.ModuleList, x: Tensor, kind: Kind = "fused") -> dict[str, Form]:
     """The same by the fused kernels, time first as they want it; weights are cast beforehand."""
     from a2mc_fast.kernels.gru import gru_pair, make_operands
 
@@ -69,7 +73,7 @@ def by_kernels(pair: nn.ModuleList, x: Tensor, resident: bool = False) -> dict[s
     sequence = x.transpose(0, 1).contiguous()
 
     def layer(sequence: Tensor) -> Tensor:
-        return gru_pair(sequence, weights, operands, resident=resident)
+        return gru_pair(sequence, weights, operands, form=kind)
 
     return passes(layer, sequence, weights)
 
@@ -81,9 +85,13 @@ def test_pair_of_directions(record: Recorder, clips: int) -> None:
     x = torch.randn(clips, FRAMES, WIDTH, device=DEVICE, dtype=DTYPE)
     forms = {"cudnn": by_cudnn(pair, x)}
     if KERNELS:
+        from a2mc_fast.kernels.gru_plan import has_wide
+
         forms = {"ours": by_kernels(pair, x), **forms}
         if CUDA:
-            forms["resident"] = by_kernels(pair, x, resident=True)
+            forms["resident"] = by_kernels(pair, x, "resident")
+            if has_wide(HIDDEN, clips):
+                forms["wide"] = by_kernels(pair, x, "wide")
         for one in forms.keys() - {"cudnn"}:
             mine, theirs = (forms[name]["forward"]() for name in (one, "cudnn"))
             assert isinstance(mine, Tensor) and isinstance(theirs, Tensor)
@@ -116,7 +124,7 @@ def test_passes_of_a_step(record: Recorder, layers: int, hidden: int) -> None:
     single, triple = (torch.randn(n, FRAMES, encoder.input_dim, device=DEVICE) for n in (clips, 3 * clips))
     wanted: dict[str, Recurrence] = {"cudnn": "torch"}
     if KERNELS:
-        wanted = {"ours": "fused", **wanted, **({"resident": "resident"} if CUDA else {})}
+        wanted = {"ours": "fused", **wanted, **({"resident": "resident", "wide": "wide"} if CUDA else {})}
 
     def run(form: Recurrence) -> None:
         encoder.recurrence = form

@@ -25,14 +25,14 @@ from bench.records import Recorder
 pytestmark = pytest.mark.skipif(not (CUDA or TOY), reason="the kernels need a GPU")
 FRAMES, DTYPE = sized(64, 64, 2), torch.bfloat16 if CUDA else torch.float32
 Sizes = tuple[int, ...]
-# direction in time, one launch, networks, clips, units; the others: rows, units, depth, warps, stages
-STEPS: list[tuple[gru_plan.Kind, bool, int, int, int, list[Sizes]]] = [
-    ("forward", False, 1, 192, 1024, [(64, 64, 64, 8, 4), (128, 32, 64, 8, 4)]),
-    ("forward", False, 2, 64, 1024, [(64, 32, 128, 4, 3)]),
-    ("forward", True, 1, 64, 1024, [(64, 16, 256, 4, 2)]),
-    ("forward", True, 2, 64, 256, [(64, 16, 256, 4, 2)]),
-    ("backward", False, 1, 64, 1024, [(64, 16, 64, 4, 4)]),
-    ("backward", False, 1, 192, 1024, [(64, 64, 128, 8, 3)]),
+# direction in time, form, networks, clips, units; the others: rows, units, depth, warps, stages
+STEPS: list[tuple[gru_plan.Kind, gru_plan.Form, int, int, int, list[Sizes]]] = [
+    ("forward", "fused", 1, 192, 1024, [(64, 64, 64, 8, 6), (128, 32, 64, 8, 7)]),
+    ("forward", "fused", 2, 64, 1024, [(64, 32, 128, 4, 3)]),
+    ("forward", "resident", 1, 64, 1024, [(64, 16, 256, 4, 2)]),
+    ("forward", "resident", 2, 64, 256, [(64, 16, 256, 4, 2)]),
+    ("backward", "fused", 1, 64, 1024, [(64, 16, 64, 4, 4)]),
+    ("backward", "fused", 1, 192, 1024, [(64, 64, 128, 8, 6), (128, 32, 128, 8, 5)]),
 ]  # fmt: skip
 ASCENT: list[Sizes] = [(64, 32, 128, 8, 1), (64, 32, 128, 4, 1)]
 LATE: Sizes = ()  # those in use, without an early start
@@ -55,7 +55,7 @@ def name(tile: Sizes | None) -> str:
 
 
 def time_steps(
-    kind: gru_plan.Kind, resident: bool, groups: int, n: int, h: int, tile: Sizes | None
+    kind: gru_plan.Kind, how: gru_plan.Form, groups: int, n: int, h: int, tile: Sizes | None
 ) -> Callable[[], object]:
     """A pass over all frames with these launch sizes; None: as in use."""
     gates, weight = numbers(groups, FRAMES, n, 2, 3 * h), numbers(groups, 2, 3 * h, h)
@@ -66,7 +66,7 @@ def time_steps(
         if kind == "forward":
             return gru_plan.plan_forward(
                 gates, weight, bias, reverse=False, followed=1, slots=FRAMES, precision="tf32",
-                resident=resident,
+                form=how,
             ).calls  # fmt: skip
         return gru_plan.plan_backward(
             states, None, back, states, gates, inner, reverse=False, slots=FRAMES, with_bias=n > 64,
@@ -85,17 +85,17 @@ def time_steps(
     return run
 
 
-@pytest.mark.parametrize("kind, resident, groups, n, h, tiles", STEPS)
+@pytest.mark.parametrize("kind, how, groups, n, h, tiles", STEPS)
 def test_time_steps(
-    record: Recorder, kind: gru_plan.Kind, resident: bool, groups: int, n: int, h: int, tiles: list[Sizes]
+    record: Recorder, kind: gru_plan.Kind, how: gru_plan.Form, groups: int, n: int, h: int, tiles: list[Sizes]
 ) -> None:
     n, h = (2, 16) if TOY else (n, h)
-    asked = (None, *([] if resident else [LATE]), *tiles)
-    forms = {name(tile): time_steps(kind, resident, groups, n, h, tile) for tile in asked}
+    asked = (None, *([] if how == "resident" else [LATE]), *tiles)
+    forms = {name(tile): time_steps(kind, how, groups, n, h, tile) for tile in asked}
     for form in forms.values():
         form()
     compiled_all()
-    case = kind + ", one launch" * resident + ", two networks" * (groups == 2)
+    case = kind + ", one launch" * (how == "resident") + ", two networks" * (groups == 2)
     record(*compare("launch sizes of time steps", {"N": n, "T": FRAMES, "H": h}, forms, case=case))
 
 

@@ -15,14 +15,14 @@ Legend: G groups, each a pair with weights of its own, of which gradients reach 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .common import FEATURE_DTYPES, INTERPRET, launch_all, require
-from .gru_plan import Forward, plan_backward, plan_forward
+from .gru_plan import Form, Forward, plan_backward, plan_forward
 from .gru_resident import fits
 from .problem import Precision
 
@@ -69,25 +69,25 @@ def make_operands(parameters: Sequence[Tensor], dtype: torch.dtype, *, backward:
 _stays: dict[tuple[Any, ...], bool] = {}
 
 
-def _planned(gates: Tensor, weight: Tensor, bias: Tensor, *, resident: bool, **how: Any) -> Forward:
-    """With `resident` one launch for all steps, or one for each group's, where the device can run it; else
-    one per step."""
+def _planned(gates: Tensor, weight: Tensor, bias: Tensor, *, form: Form, **how: Any) -> Forward:
+    """Of the form resident one launch for all steps, or one for each group's, where the device can run it;
+    else one per step."""
     ways = [how, {**how, "apart": True}] if len(gates) > 1 else [how]
-    for way in ways if resident else []:
-        form = (gates.shape, gates.dtype, gates.device, *sorted(way.items()))
-        if _stays.get(form, True):
-            found = plan_forward(gates, weight, bias, resident=True, **way)
-            if form not in _stays:
-                _stays[form] = fits(found.calls[0])
-            if _stays[form]:
+    for way in ways if form == "resident" and gates.shape[1] > 1 else []:
+        known = (gates.shape, gates.dtype, gates.device, *sorted(way.items()))
+        if _stays.get(known, True):
+            found = plan_forward(gates, weight, bias, form=form, **way)
+            if known not in _stays:
+                _stays[known] = fits(found.calls[0])
+            if _stays[known]:
                 return found
-    return plan_forward(gates, weight, bias, **how)
+    return plan_forward(gates, weight, bias, form="wide" if form == "wide" else "fused", **how)
 
 
 @torch.library.custom_op("a2mc::gru_pairs", mutates_args=())
 def _op(
     sequences: Tensor, parameters: Sequence[Tensor], input_weight: Tensor, state_weight: Tensor, bias: Tensor,
-    back: Tensor | None, reverse: bool, final: bool, keep: bool, precision: str, resident: bool,
+    back: Tensor | None, reverse: bool, final: bool, keep: bool, precision: str, form: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """States [G, T, N, 2H], those after the last step [G, N, 2H], and with `keep`, for the first group's
     backward pass, gates [1, T, N, 2, 3H] and inner products [1, T, N, 2, H]. With `final` and not `keep`
@@ -97,7 +97,7 @@ def _op(
     for sequence, weight, out in zip(sequences, input_weight, gates, strict=True):
         torch.mm(sequence.flatten(0, 1), weight.T, out=out.view(steps * n, 6 * h))
     plan = _planned(
-        gates, state_weight, bias, resident=resident and steps > 1, reverse=reverse,
+        gates, state_weight, bias, form=cast(Form, form), reverse=reverse,
         followed=int(keep), slots=min(2, steps) if final and not keep else steps, precision=precision,
     )  # fmt: skip
     launch_all(plan.calls, sequences.device)
@@ -107,7 +107,7 @@ def _op(
 @_op.register_fake
 def _(
     sequences: Tensor, parameters: Sequence[Tensor], input_weight: Tensor, state_weight: Tensor, bias: Tensor,
-    back: Tensor | None, reverse: bool, final: bool, keep: bool, precision: str, resident: bool,
+    back: Tensor | None, reverse: bool, final: bool, keep: bool, precision: str, form: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     (groups, steps, n, _), h = sequences.shape, state_weight.shape[-1]
     slots = min(2, steps) if final and not keep else steps
@@ -122,7 +122,7 @@ def _(
 @torch.library.custom_op("a2mc::gru_pairs_backward", mutates_args=())
 def _backward_op(
     grad: Tensor | None, grad_final: Tensor | None, back: Tensor, states: Tensor, gates: Tensor,
-    inner: Tensor, reverse: bool, with_weights: bool, precision: str,
+    inner: Tensor, reverse: bool, with_weights: bool, precision: str, form: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Of the first group: gradients of the input's products [1, T, N, 2, 3H] and, `with_weights`, of the
     state's, and the sums of both over clips and frames as [1, 2, 4H] float32: r, z, n of the input, n of the
@@ -132,6 +132,7 @@ def _backward_op(
     plan = plan_backward(
         grad, grad_final, back, states, gates, inner, reverse=reverse,
         slots=steps if with_weights else min(2, steps), with_bias=with_weights, precision=precision,
+        form=cast(Form, form),
     )  # fmt: skip
     launch_all(plan.calls, states.device)
     if with_weights:
@@ -142,18 +143,18 @@ def _backward_op(
 @_backward_op.register_fake
 def _(
     grad: Tensor | None, grad_final: Tensor | None, back: Tensor, states: Tensor, gates: Tensor,
-    inner: Tensor, reverse: bool, with_weights: bool, precision: str,
+    inner: Tensor, reverse: bool, with_weights: bool, precision: str, form: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     sums = gates.new_empty((1, 2, 4 * back.shape[2]) if with_weights else (0,), dtype=torch.float32)
     return torch.empty_like(gates), torch.empty_like(gates) if with_weights else gates.new_empty(0), sums
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    sequences, parameters, input_weight, _, _, back, reverse, _, _, precision, _ = inputs
+    sequences, parameters, input_weight, _, _, back, reverse, _, _, precision, form = inputs
     states, _, gates, inner = output
     ctx.with_weights = any(p.requires_grad for p in parameters)
     ctx.save_for_backward(sequences if ctx.with_weights else None, input_weight, back, states, gates, inner)
-    ctx.groups, ctx.reverse, ctx.precision = len(sequences), reverse, precision
+    ctx.groups, ctx.reverse, ctx.precision, ctx.form = len(sequences), reverse, precision, form
     ctx.set_materialize_grads(False)
 
 
@@ -162,7 +163,7 @@ def _backward(ctx: Any, grad: Tensor | None, grad_final: Tensor | None, *_: Tens
     of_input, of_state, bias = _backward_op(
         None if grad is None else grad.contiguous(),
         None if grad_final is None else grad_final.contiguous(),
-        back, states, gates, inner, ctx.reverse, ctx.with_weights, ctx.precision,
+        back, states, gates, inner, ctx.reverse, ctx.with_weights, ctx.precision, ctx.form,
     )  # fmt: skip
     rows, others = of_input[0].flatten(2).flatten(0, 1), ctx.groups - 1
     of_sequences = None
@@ -216,7 +217,7 @@ def gru_pairs(
     reverse: bool = False,
     final: bool = False,
     precision: Precision = "tf32",
-    resident: bool = False,
+    form: Form = "fused",
 ) -> Tensor:
     """Both directions' states [G, T, N, 2H], or with `final` those after each one's last step, [G, N, 2H].
 
@@ -225,7 +226,7 @@ def gru_pairs(
     order r, z, n (torch.nn.GRU). Gradients flow to the first group alone: the sequences of the others, whose
     parameters must not require any, are constants. `reverse`: direction 1 walks from the last frame to the
     first. `operands` are what `make_operands` gave for this type; without them they are made here.
-    `resident`: all steps forward in one launch, where the device can run it (`gru_resident`).
+    `form`: how the steps are launched (`gru_plan.Form`); resident where the device can run it.
     """
     _check(sequences, parameters, operands)
     learns = sequences.requires_grad or any(p.requires_grad for p in parameters)
@@ -237,7 +238,7 @@ def gru_pairs(
         "gru_pairs: these operands are for passes without gradients: make them with backward=True",
     )
     states, last, *_ = _op(
-        sequences.contiguous(), list(parameters), *operands, reverse, final, keep, precision, resident
+        sequences.contiguous(), list(parameters), *operands, reverse, final, keep, precision, form
     )
     return last if final else states
 

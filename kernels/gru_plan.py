@@ -16,6 +16,9 @@ from .gru_resident import PATIENCE, fault
 from .gru_steps import APART, backward_kernel, forward_kernel
 
 Kind = Literal["forward", "backward"]
+Form = Literal["fused", "wide", "resident"]
+"""A launch per time step, of programs that share a multiprocessor; of larger ones that have it to themselves;
+forward all steps in one launch, and backward as the first."""
 
 
 class Tile(NamedTuple):
@@ -35,6 +38,9 @@ _TILES = {
     ("backward", 64): Tile(64, 16, 128, 4, 4),
     ("backward", 192): Tile(64, 32, 128, 4, 4),
 }
+# fewer bytes come from the second-level cache, and more are on their way at once
+_WIDE = {"forward": Tile(64, 64, 64, 8, 6), "backward": Tile(64, 64, 128, 8, 6)}
+_WIDE_FROM = 512  # hidden units
 # products of full float32 run without tensor cores, from registers
 _FULL = Tile(32, 32, 32, 4, 2)
 # of all steps in one launch: at H 1024 a program's weights take 128 KiB of shared memory
@@ -50,10 +56,14 @@ class Sizes(NamedTuple):
 
 
 def sizes_for(
-    kind: Kind, groups: int, n: int, h: int, dtype: torch.dtype, precision: str, resident: bool
+    kind: Kind, groups: int, n: int, h: int, dtype: torch.dtype, precision: str, form: Form
 ) -> Sizes:
     """The launch sizes for N clips and H units."""
-    tile = _RESIDENT if resident else _TILES[kind, 64 if n <= 64 else 192]
+    tile, resident = _TILES[kind, 64 if n <= 64 else 192], form == "resident" and kind == "forward"
+    if resident:
+        tile = _RESIDENT
+    elif form == "wide" and has_wide(h, n):
+        tile = _WIDE[kind]
     if dtype == torch.float32 and not resident:
         tile = _FULL if precision == "ieee" else tile._replace(depth=tile.depth // 2)
     rows, units = min(tile.rows, width(n)), min(tile.units, width(h))
@@ -63,6 +73,11 @@ def sizes_for(
     blocks = triton.cdiv(n, rows)
     tile = tile._replace(rows=rows, units=units, depth=min(tile.depth, width(h)))
     return Sizes(tile, min(blocks, most) if resident else blocks)
+
+
+def has_wide(h: int, n: int) -> bool:
+    """Whether the form "wide" differs from "fused" for H units and N clips."""
+    return h >= _WIDE_FROM and n > 64
 
 
 def _arguments(arguments: dict[str, Any], tile: Tile) -> dict[str, Any]:
@@ -95,18 +110,18 @@ class Forward(NamedTuple):
 
 def plan_forward(
     gates: Tensor, weight: Tensor, bias: Tensor, *, reverse: bool, followed: int, slots: int, precision: str,
-    resident: bool = False, apart: bool = False,
+    form: Form = "fused", apart: bool = False,
 ) -> Forward:  # fmt: skip
     """Forward over gates [G, T, N, 2, 3H], the input's products, which the gates replace in the groups
-    `followed`. `resident`: all steps in one launch, or in one for each group where the groups run `apart`.
+    `followed`. Those of the form resident are one launch, or one for each group where they run `apart`.
 
     weight [G, 2, 3H, H] of the same type, bias [G, 2, 2, 3H] float32.
     """
     groups, steps, n, _, h = *gates.shape[:4], weight.shape[-1]
     states, final = gates.new_empty(groups, slots, n, 2 * h), gates.new_empty(groups, n, 2 * h)
     inner = gates.new_empty(followed, steps, n, 2, h)
-    each = 1 if apart else groups
-    tile, blocks = sizes_for("forward", each, n, h, gates.dtype, precision, resident)
+    each, resident = 1 if apart else groups, form == "resident"
+    tile, blocks = sizes_for("forward", each, n, h, gates.dtype, precision, form)
     counters = 2 * groups, blocks, APART.value
     arguments = _arguments(
         {
@@ -152,7 +167,7 @@ class Backward(NamedTuple):
 
 def plan_backward(
     grad: Tensor | None, grad_final: Tensor | None, weight: Tensor, states: Tensor, gates: Tensor,
-    inner: Tensor, *, reverse: bool, slots: int, with_bias: bool, precision: str,
+    inner: Tensor, *, reverse: bool, slots: int, with_bias: bool, precision: str, form: Form = "fused",
 ) -> Backward:  # fmt: skip
     """Backward from the gradients of all states [G, T, N, 2H], of the final ones [G, N, 2H], or of both.
 
@@ -160,7 +175,7 @@ def plan_backward(
     was told to follow.
     """
     groups, steps, n, _, h = *gates.shape[:4], weight.shape[-2]
-    tile, blocks = sizes_for("backward", groups, n, h, gates.dtype, precision, resident=False)
+    tile, blocks = sizes_for("backward", groups, n, h, gates.dtype, precision, form)
     of_input, of_state = gates.new_empty(gates.shape), gates.new_empty(groups, slots, n, 2, 3 * h)
     bias = gates.new_empty(groups, blocks if with_bias else 0, 2, 4 * h, dtype=torch.float32)
     arguments = _arguments(

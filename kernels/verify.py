@@ -19,6 +19,7 @@ from . import reference
 from .bank_ascent import bank_ascent
 from .common import resident_programs
 from .gru import gru_pair
+from .gru_plan import Form
 from .mixing_contrast import mixing_contrast
 from .problem import Contrast, Features, Precision, Step
 
@@ -54,11 +55,11 @@ def recurrence_mismatch(
     *,
     reverse: bool = False,
     precision: Precision = "tf32",
-    resident: bool = False,
+    form: Form = "fused",
 ) -> str:
     """Why `gru_pair` cannot be used on `device` for batches of these sizes; "" if it agrees with float64."""
     problems = ((n, wanted) for n in clips for wanted in ("all", "input", "nothing"))
-    how = {"reverse": reverse, "precision": precision, "resident": resident}
+    how = {"reverse": reverse, "precision": precision, "form": form}
     compare = partial(_compare_recurrence, device, hidden, dtype, how)
     return _first_mismatch(chain.from_iterable(compare(*problem) for problem in problems))
 

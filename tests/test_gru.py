@@ -65,6 +65,7 @@ def torch_pair(pair: list[nn.GRU], x: Tensor, reverse: bool, final: bool) -> Ten
 def check(
     n: int, t: int, w: int, h: int, dtype: torch.dtype = torch.float32, *, reverse: bool = False,
     final: bool = False, wanted: str = "all", error: float | None = None,
+    form: gru_plan.Form = "fused",
 ) -> None:  # fmt: skip
     """Result and gradients against float64; `wanted` are all, the input's alone or the parameters' alone."""
     pair = directions(w, h)
@@ -74,7 +75,7 @@ def check(
         p.requires_grad_(wanted != "input")
     x.requires_grad_(wanted != "parameters")
     leaves = [leaf for leaf in [x, *weights] if leaf.requires_grad]
-    got = gru_pair(x, weights, reverse=reverse, final=final, precision="ieee")
+    got = gru_pair(x, weights, reverse=reverse, final=final, precision="ieee", form=form)
     direction = torch.randn(got.shape, device=DEVICE).to(dtype)
     gradients = torch.autograd.grad(got, leaves, direction)
     exact = x.detach().double().requires_grad_(x.requires_grad)
@@ -97,6 +98,25 @@ def test_states_and_gradients(n: int, t: int, w: int, h: int, reverse: bool) -> 
 
 def test_many_steps_of_many_clips() -> None:
     check(70, 3, 10, 100, torch.bfloat16, reverse=True)
+
+
+def test_larger_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are many clips and units; elsewhere, and backward in one launch, the others are meant."""
+
+    def tile(kind: gru_plan.Kind, n: int, h: int, form: gru_plan.Form) -> gru_plan.Tile:
+        return gru_plan.sizes_for(kind, 1, n, h, torch.bfloat16, "tf32", form).tile
+
+    for kind in ("forward", "backward"):
+        assert tile(kind, 192, 1024, "wide") == gru_plan._WIDE[kind] != tile(kind, 192, 1024, "fused")
+        assert tile(kind, 64, 1024, "wide") == tile(kind, 64, 1024, "fused")
+        assert tile(kind, 192, 256, "wide") == tile(kind, 192, 256, "fused")
+    assert tile("backward", 192, 1024, "resident") == tile("backward", 192, 1024, "fused")
+    if DEVICE == "cuda":
+        check(192, 4, 64, 1024, torch.bfloat16, form="wide")
+        return
+    monkeypatch.setattr(gru_plan, "_WIDE_FROM", 1)
+    monkeypatch.setattr(gru_plan, "_WIDE", dict.fromkeys(gru_plan._WIDE, gru_plan.Tile(64, 128, 64, 4, 1)))
+    check(70, 3, 10, 100, torch.bfloat16, form="wide")
 
 
 @pytest.mark.parametrize("dtype, final", [(torch.float16, False), (torch.bfloat16, True)], ids=str)
@@ -137,7 +157,7 @@ def test_without_gradients_nothing_is_kept(final: bool, reverse: bool) -> None:
     assert not alone.requires_grad
     assert torch.equal(alone, gru_pair(x, weights, reverse=reverse, final=final))
     operands = make_operands(weights, x.dtype, backward=True)
-    states, last, gates, inner = gru._op(x[None], weights, *operands, reverse, final, False, "ieee", False)
+    states, last, gates, inner = gru._op(x[None], weights, *operands, reverse, final, False, "ieee", "fused")
     assert gates.numel() == inner.numel() == 0
     assert states.shape == (1, 2 if final else 3, 2, 32) and last.shape == (1, 2, 32)
 
@@ -160,7 +180,7 @@ def test_the_input_alone_keeps_neither_the_input_nor_its_own_gates() -> None:
             gru_pair(x, weights)
         assert any(tensor.data_ptr() == x.data_ptr() for tensor in kept) is learn
     of_input, of_state, bias = gru._backward_op(
-        torch.zeros(1, 4, 3, 32, device=DEVICE), None, *kept[-4:], False, False, "ieee"
+        torch.zeros(1, 4, 3, 32, device=DEVICE), None, *kept[-4:], False, False, "ieee", "fused"
     )
     assert of_input.shape == (1, 4, 3, 2, 48) and of_state.numel() == bias.numel() == 0
 
@@ -246,7 +266,7 @@ def test_opcheck(final: bool, reverse: bool, keep: bool) -> None:
     x = torch.randn(1, 3, 2, 5, device=DEVICE, requires_grad=keep)
     weights = [p.requires_grad_(keep) for p in parameters(directions(5, 16))]
     operands = make_operands(weights, x.dtype, backward=True)
-    arguments = (x, weights, *operands, reverse, final, keep, "ieee", False)
+    arguments = (x, weights, *operands, reverse, final, keep, "ieee", "fused")
     shapes = ("test_schema", "test_faketensor")
     of_autograd = ("test_autograd_registration", "test_aot_dispatch_static")
     torch.library.opcheck(gru._op, arguments, test_utils=shapes if final else shapes + of_autograd)
@@ -254,7 +274,7 @@ def test_opcheck(final: bool, reverse: bool, keep: bool) -> None:
         with torch.no_grad():
             states, last, gates, inner = gru._op(*arguments)
         for grads in ((torch.ones_like(states), None), (None, torch.ones_like(last))):
-            arguments = (*grads, operands.back, states, gates, inner, reverse, final, "ieee")
+            arguments = (*grads, operands.back, states, gates, inner, reverse, final, "ieee", "fused")
             torch.library.opcheck(gru._backward_op, arguments, test_utils=shapes)
 
 

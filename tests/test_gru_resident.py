@@ -69,7 +69,7 @@ def test_its_steps_are_those_of_the_other_kernel(
 ) -> None:
     given = inputs(groups, t, n, h, dtype)
     how = {"reverse": reverse, "followed": int(slots == t), "slots": slots}
-    got = forward(given, one_by_one=True, resident=True, **how)
+    got = forward(given, one_by_one=True, form="resident", **how)
     error = 2e-2 if dtype == torch.bfloat16 else 1e-5
     for a, b in zip(got, forward(given, **how), strict=True):
         torch.testing.assert_close(a, b, rtol=error, atol=error)
@@ -80,7 +80,7 @@ def test_all_steps_in_one_launch(groups: int, reverse: bool) -> None:
     """Sixteen units are one program's, which waits for itself alone; of two groups each has a launch."""
     given = inputs(groups, 3, 3, 16)
     how: dict[str, Any] = {"reverse": reverse, "followed": 1, "slots": 3}
-    one = forward(given, resident=True, apart=groups > 1, **how)
+    one = forward(given, form="resident", apart=groups > 1, **how)
     for a, b in zip(one, forward(given, **how), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     assert not gru_resident.timed_out(given[0].device)
@@ -90,7 +90,7 @@ def test_a_wait_that_is_too_long_ends_and_is_told(monkeypatch: pytest.MonkeyPatc
     """Two programs of a direction, of which the interpreter starts one when the other has ended."""
     monkeypatch.setattr(gru_plan, "PATIENCE", 3)
     given = inputs(1, 4, 3, 40)
-    states, final, *_ = forward(given, resident=True, reverse=False, followed=1, slots=4)
+    states, final, *_ = forward(given, form="resident", reverse=False, followed=1, slots=4)
     assert states[0, 0].isfinite().all() and final.isnan().any()
     assert gru_resident.timed_out(given[0].device) and not gru_resident.timed_out(given[0].device)
 
@@ -133,8 +133,8 @@ def test_on_a_gpu_it_is_the_same_pass(groups: int, n: int, t: int, h: int, ways:
     operands = make_operands(weights, x.dtype)
     direction = torch.randn(groups, t, n, 2 * h, device=DEVICE, dtype=x.dtype)
 
-    def passes(resident: bool) -> list[Tensor]:
-        states = gru_pairs(x, weights, operands, resident=resident)
+    def passes(form: gru_plan.Form) -> list[Tensor]:
+        states = gru_pairs(x, weights, operands, form=form)
         return [states, *torch.autograd.grad(states, [x, *weights[: len(shapes)]], direction)]
 
     gru._stays.clear()
@@ -142,12 +142,12 @@ def test_on_a_gpu_it_is_the_same_pass(groups: int, n: int, t: int, h: int, ways:
     stream.wait_stream(torch.cuda.current_stream())
     # all of it there, for a gradient that once flowed on another stream would draw that into the capture
     with torch.cuda.stream(stream):
-        for a, b in zip(first := passes(True), passes(False), strict=True):
+        for a, b in zip(first := passes("resident"), passes("fused"), strict=True):
             assert (a - b).float().norm() <= 2e-2 * b.float().norm()
         assert [*gru._stays.values()] == [False] * (ways - 1) + [True]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            again = passes(True)
+            again = passes("resident")
     torch.cuda.synchronize()
     for _ in range(100):
         graph.replay()
@@ -158,7 +158,7 @@ def test_on_a_gpu_it_is_the_same_pass(groups: int, n: int, t: int, h: int, ways:
 def test_where_it_cannot_run_the_steps_are_launched() -> None:
     weights = [torch.randn(s) / 4 for s in [(60, 5)] * 2 + [(60, 20)] * 2 + [(60,)] * 4]
     x = torch.randn(3, 2, 5)
-    assert torch.equal(gru_pair(x, weights, resident=True), gru_pair(x, weights))
+    assert torch.equal(gru_pair(x, weights, form="resident"), gru_pair(x, weights))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pytest
 
@@ -127,9 +127,9 @@ PASSES = [
 ]
 
 
-def steps(problem: Pass, resident: bool = False) -> list[Any]:
+def steps(problem: Pass, form: Literal["fused", "wide", "resident"] = "fused") -> list[Any]:
     """The first launch forward, as kept for a backward pass, and that backward, on tensors without memory; of
-    a pass without gradients of the weights also one that keeps nothing. `resident`: that forward alone."""
+    a pass without gradients of the weights also one that keeps nothing. If resident that forward alone."""
     import torch
     from a2mc_fast.kernels import gru_plan
 
@@ -141,12 +141,12 @@ def steps(problem: Pass, resident: bool = False) -> list[Any]:
     gates, grad, grad_final = empty(p.t, p.n, 2, 3 * p.h), empty(p.t, p.n, 2 * p.h), empty(p.n, 2 * p.h)
     how: dict[str, Any] = {"reverse": p.reverse, "precision": p.precision}
     weight, bias = empty(2, 3 * p.h, p.h), empty(2, 2, 3 * p.h, dtype=torch.float32)
-    ahead = gru_plan.plan_forward(gates, weight, bias, followed=1, slots=p.t, resident=resident, **how)
-    if resident:
+    ahead = gru_plan.plan_forward(gates, weight, bias, followed=1, slots=p.t, form=form, **how)
+    if form == "resident":
         return ahead.calls
     behind = gru_plan.plan_backward(
         None if p.final else grad, grad_final if p.final else None, empty(2, p.h, 3 * p.h),
-        ahead.states, gates, ahead.inner, slots=p.t if p.learns else 2, with_bias=p.learns, **how,
+        ahead.states, gates, ahead.inner, slots=p.t if p.learns else 2, with_bias=p.learns, form=form, **how,
     )  # fmt: skip
     calls = [ahead.calls[0], behind.calls[0]]
     if p.learns:
@@ -214,8 +214,10 @@ def compile_all() -> dict[str, list[dict[str, Any]]]:
                     rows.append(
                         {"kernel": call.kernel.__name__, "problem": str(problem), **usage(call, chip)}
                     )
+    for call in steps(Pass(n=192), "wide"):
+        results["90"].append({"kernel": "wide", "problem": call.kernel.__name__, **usage(call, 90)})
     for problem in (Pass(learns=False), Pass(n=192)):
-        for call in steps(problem, resident=True):
+        for call in steps(problem, "resident"):
             row = {"kernel": "resident", "problem": str(problem), **usage(call, 90)}
             weights = weights_in_loops(call, 90)
             results["90"].append({**row, "programs": math.prod(call.grid), "weights": weights})
@@ -245,7 +247,7 @@ def test_registers_and_shared_memory_suffice(compiled: dict[str, list[dict[str, 
         "summary_kernel",
         "forward_kernel",
         "backward_kernel",
-        *(["resident"] if chip == 90 else []),
+        *(["resident", "wide"] if chip == 90 else []),
     }
     for row in rows:
         assert row["local"] == row["stack"] == 0, f"spills: {row}"

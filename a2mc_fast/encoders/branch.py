@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from a2mc_fast.config import Config
 from a2mc_fast.skeleton import Skeleton, bone_stream, motion_stream
 
-Recurrence = Literal["torch", "fused", "resident"]
-"""Recurrent layers by torch, which is cuDNN on a GPU, or by fused kernels: a launch per time step, or one."""
+Recurrence = Literal["torch", "fused", "wide", "resident"]
+"""Recurrent layers by torch, which is cuDNN on a GPU, or by a form of the fused kernels."""
 
 
 class Encoder(nn.Module):

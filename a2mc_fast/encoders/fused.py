@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ def fused(encoders: Sequence[BiGRU], sequences: Sequence[Tensor], dtype: torch.d
             reverse=first.time_mode == "bidirectional",
             final=layer + 1 == len(first.directions) and first.pool == "last",
             precision="tf32" if torch.backends.cudnn.allow_tf32 else "ieee",
-            resident=first.recurrence == "resident",
+            form=cast(kernels.gru_plan.Form, first.recurrence),
         )
     return states.mean(1) if first.pool == "mean" else states
 

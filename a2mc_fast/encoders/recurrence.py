@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from a2mc_fast.errors import first_line, require
 _NAMES = {
     "torch": "cuDNN",
     "fused": "fused kernels",
+    "wide": "fused kernels in larger pieces",
     "resident": "fused kernels with all time steps in one launch",
 }
 _ROUNDS = 5
@@ -49,13 +51,12 @@ def choose_recurrence(
 ) -> tuple[Recurrence, str]:
     """What computes the recurrent layers, and why, as a sentence for the log or "".
 
-    `auto` takes fused kernels on a GPU, with a launch per time step or one for all, if they agree with
-    float64 there and are faster than cuDNN, with so many `clips` of a batch on this device. A run that goes
-    on keeps what it had `before`, faster or not, for the bits would be others; where it cannot, the sentence
-    says so.
+    `auto` takes fused kernels on a GPU, of the fastest form, if they agree with float64 there and are faster
+    than cuDNN, with so many `clips` of a batch on this device. A run that goes on keeps what it had `before`,
+    faster or not, for the bits would be others; where it cannot, the sentence says so.
     """
     asked = config.encoder.recurrence
-    if asked in ("fused", "resident"):
+    if asked in ("fused", "wide", "resident"):
         require_kernels(f"--encoder.recurrence {asked}", "leave it at auto", device)
     if asked != "auto":
         return ("torch" if asked == "cudnn" else asked), ""
@@ -69,6 +70,8 @@ def choose_recurrence(
     if before == "torch":
         return "torch", "recurrent layers by cuDNN, as until now"
     forms: list[Recurrence] = [before] if before else ["fused", "resident"]
+    if not before and kernels.gru_plan.has_wide(encoder.feature_dim // 2, 3 * clips):
+        forms.insert(1, "wide")
     reasons = {form: _mismatch(config, encoder, device, clips, form) for form in forms}
     right = [form for form in forms if not reasons[form]]
     if not right:
@@ -100,7 +103,7 @@ def _mismatch(config: Config, encoder: BiGRU, device: torch.device, clips: int, 
             dtype,
             reverse=encoder.time_mode == "bidirectional",
             precision="tf32" if torch.backends.cudnn.allow_tf32 else "ieee",
-            resident=form == "resident",
+            form=cast(kernels.gru_plan.Form, form),
         )
         if reason:
             return reason
