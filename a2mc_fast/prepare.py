@@ -1,8 +1,4 @@
-"""`python -m a2mc_fast.prepare SOURCE INPUT OUTPUT`: recordings or converted data sets into one packed file.
-
-A recording that cannot be used is skipped and named in the report beside the output (OUTPUT with the suffix
-.report.json). Without a single usable recording nothing is written.
-"""
+"""`python -m a2mc_fast.prepare SOURCE INPUT OUTPUT`: recordings or a converted set into one file."""
 
 from __future__ import annotations
 
@@ -10,12 +6,12 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from tyro.conf import FlagCreatePairsOff, Positional, arg, subcommand
+from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from a2mc_fast.errors import Count, Range, Share, check_ranges, exit_on_error, one_line, tell
 
@@ -23,6 +19,7 @@ _LONGEST_COMMAND = 10_000  # characters
 
 if TYPE_CHECKING:
     from a2mc_fast.data.source import Source
+    from a2mc_fast.skeleton import Rotation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,19 +51,17 @@ class Reading:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ntu60(Reading):
+class _Ntu(Reading):
+    exclude: Path | None = None
+    """The published list of samples with missing skeletons, one name per line."""
+
+
+class Ntu60(_Ntu):
     """NTU RGB+D 60: INPUT is a folder of .skeleton files (NTU-120's own files in it are left out)."""
 
-    exclude: Path | None = None
-    """The published list of samples with missing skeletons, one name per line."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Ntu120(Reading):
+class Ntu120(_Ntu):
     """NTU RGB+D 120: INPUT is a folder of .skeleton files."""
-
-    exclude: Path | None = None
-    """The published list of samples with missing skeletons, one name per line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,12 +76,10 @@ class _Pku(Reading):
     """Official cross-view split; by default looked for in INPUT."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class Pku1(_Pku):
     """PKU-MMD part I: INPUT holds a folder of skeleton files, one of label files, and the split files."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class Pku2(_Pku):
     """PKU-MMD part II: INPUT holds a folder of skeleton files and one of label files."""
 
@@ -114,22 +107,18 @@ class _Named(Reading):
     default the one that INPUT tells."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class Pyskl(_Named):
     """PYSKL/MMAction2, 3-D or 2-D: INPUT is a pickle such as ntu60_hrnet.pkl; nothing in it is executed."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class Npz(_Named):
     """Own data of any skeleton, 3-D or 2-D: INPUT is a clip archive (.npz)."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class Openpose(_Named):
     """OpenPose: INPUT is a folder of frames (JSON), or of such folders, [train|val/][CLASS/]RECORDING."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class Csv(_Named):
     """Tables, 3-D or 2-D: INPUT is a .csv file, or a folder of them, [train|val/][CLASS/]RECORDING.csv."""
 
@@ -148,19 +137,8 @@ class Synthetic:
     """Another seed gives other clips."""
 
 
-Command = (
-    Annotated[Ntu60, subcommand("ntu60")]
-    | Annotated[Ntu120, subcommand("ntu120")]
-    | Annotated[Pku1, subcommand("pku1")]
-    | Annotated[Pku2, subcommand("pku2")]
-    | Annotated[Agcn, subcommand("agcn")]
-    | Annotated[Ctrgcn, subcommand("ctrgcn")]
-    | Annotated[Pyskl, subcommand("pyskl")]
-    | Annotated[Npz, subcommand("npz")]
-    | Annotated[Openpose, subcommand("openpose")]
-    | Annotated[Csv, subcommand("csv")]
-    | Annotated[Synthetic, subcommand("synthetic")]
-)
+Command = Ntu60 | Ntu120 | Pku1 | Pku2 | Agcn | Ctrgcn | Pyskl | Npz | Openpose | Csv | Synthetic
+"""A subcommand is called after its class."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -191,21 +169,20 @@ def prepare(wanted: Reading | Synthetic, command: str = "") -> None:
     started = time.perf_counter()
     preparation.check_output(wanted.output, overwrite=wanted.overwrite)
     if isinstance(wanted, Synthetic):
-        packed = preparation.pack_synthetic(clips=wanted.clips, seed=wanted.seed, command=command)
+        packed = preparation.pack_synthetic(wanted.clips, wanted.seed, command)
     else:
-        choices = preparation.Choices(
+        source = _open(wanted)
+        rotation: Rotation = "none" if wanted.rotation == "none" else "first frame"
+        skeleton = replace(source.skeleton, rotation=rotation, max_frames=wanted.max_frames)
+        packed = preparation.pack_source(
+            replace(source, skeleton=skeleton),
+            wanted.input,
+            wanted.output,
+            pack.Handling(wanted.scale, wanted.persons, wanted.confidence, wanted.nan_is_missing),
             workers=wanted.workers,
-            handling=pack.Handling(
-                scale=wanted.scale,
-                persons=wanted.persons,
-                confidence=wanted.confidence,
-                nan_is_missing=wanted.nan_is_missing,
-            ),
-            max_frames=wanted.max_frames,
-            rotation="none" if wanted.rotation == "none" else "first frame",
             allow_skipped=wanted.allow_skipped,
+            command=command,
         )
-        packed = preparation.pack_source(_open(wanted), wanted.input, wanted.output, choices, command)
     report, path = preparation.write(packed, wanted.output, started)
     speed = f"{report['seconds']:.1f} s, {packed.total / max(report['seconds'], 1e-3):,.0f} {packed.unit}/s"
     _print(report, path, wanted.output.stat().st_size, speed)
@@ -216,18 +193,15 @@ def _open(wanted: Reading) -> Source:
     from a2mc_fast.data import agcn, ctrgcn, npz, ntu, openpose, pku, pyskl, table  # as above
 
     match wanted:
-        case Ntu60():
-            return ntu.open_ntu(wanted.input, "ntu60", wanted.exclude)
-        case Ntu120():
-            return ntu.open_ntu(wanted.input, "ntu120", wanted.exclude)
-        case Pku1() | Pku2():
-            return pku.open_pku(
-                wanted.input,
-                "pku1" if isinstance(wanted, Pku1) else "pku2",
-                skeletons=wanted.skeletons,
-                labels=wanted.labels,
-                splits={"xsub": wanted.xsub_file, "xview": wanted.xview_file},
+        case _Ntu():
+            return ntu.open_ntu(
+                wanted.input, "ntu60" if isinstance(wanted, Ntu60) else "ntu120", wanted.exclude
             )
+        case _Pku():
+            part: pku.Part = "pku1" if isinstance(wanted, Pku1) else "pku2"
+            splits = {"xsub": wanted.xsub_file, "xview": wanted.xview_file}
+            folders = {"skeletons": wanted.skeletons, "labels": wanted.labels}
+            return pku.open_pku(wanted.input, part, **folders, splits=splits)
         case Agcn():
             return agcn.open_agcn(wanted.input, wanted.protocol)
         case Ctrgcn():

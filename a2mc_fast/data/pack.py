@@ -10,7 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import tempfile
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -31,24 +31,18 @@ from a2mc_fast.errors import InputError
 
 _BATCH = 16  # jobs sent to a worker at once: keeps the cost of a message small beside the ~2 ms of a file
 _AHEAD = 3  # batches in flight per worker
-_WRITTEN = np.empty((0, 0, 0, 3), np.float32)  # stands in a recording for joints that have been written out
-
 
 FILLED = "joints that are not a number were taken for missing"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Handling:
-    """What is done with every recording before it is normalised."""
+    """What is done with every recording before it is normalised: `prepare`'s flags of these names."""
 
     scale: float = 1.0
-    """Coordinates times this are metres."""
     persons: int = 0
-    """M of every clip; 0 for that of the source."""
     confidence: float = LEAST
-    """2-D keypoints below it are missing."""
     nan_is_missing: bool = False
-    """Whether a joint that is not a number counts as missing, instead of losing its clip."""
 
 
 @dataclass
@@ -86,10 +80,9 @@ def collect(
     are not turned. `folder` holds the frames until all are read (600 bytes per frame of NTU, the system's
     folder for temporary files by default). Raises `InputError` if no recording is usable.
     """
-    skipped, kept, lengths, shortened = list(source.skipped), [], [], 0
-    taken: set[str] = set()
-    remarks: dict[str, Remark] = {}
-    flat = True
+    skipped, lengths, shortened, flat = list(source.skipped), [], 0, True
+    kept: dict[str, Recording] = {}
+    remarks: defaultdict[str, Remark] = defaultdict(Remark)
     classes = most_classes(source.total, len(source.class_names))
     source = replace(source, persons=handling.persons or source.persons)
     # what workers need of it
@@ -104,19 +97,17 @@ def collect(
                 if isinstance(result, Skip):
                     skipped.append(result)
                     continue
-                if result.name in taken:
+                if result.name in kept:
                     skipped.append(Skip(result.name, "listed twice"))
                     continue
-                taken.add(result.name)
                 waiting.write(np.ascontiguousarray(result.joints).data)
                 lengths.append(len(result.joints))
                 shortened += frames > len(result.joints)
                 flat = flat and not result.joints[..., 2].any()
                 for what, concerned in result.remarks.items():
-                    remark = remarks.setdefault(what, Remark())
-                    remark.clips += 1
-                    remark.frames += concerned
-                kept.append(replace(result, joints=_WRITTEN))
+                    remarks[what].clips += 1
+                    remarks[what].frames += concerned
+                kept[result.name] = replace(result, joints=None)  # they have been written out
         if not kept:
             why = [f"the first skipped: {most_frequent(skipped[:1])}"] if skipped else source.notes[:1]
             raise InputError(
@@ -126,26 +117,26 @@ def collect(
         shape = (sum(lengths), source.persons, source.skeleton.num_joints, 3)
         joints = np.memmap(waiting, np.float32, "c", shape=shape)
         skeleton = replace(source.skeleton, rotation="none") if flat else source.skeleton
-        clips = _packed(replace(source, skeleton=skeleton), joints, lengths, kept, command)
+        clips = _packed(replace(source, skeleton=skeleton), joints, lengths, list(kept.values()), command)
     return Collected(clips=clips, skipped=tuple(skipped), shortened=shortened, remarks=remarks)
 
 
 def _packed(
-    source: Source, joints: np.ndarray, lengths: Sequence[int], kept: Sequence[Recording], command: str
+    source: Source, joints: np.ndarray, lengths: list[int], kept: list[Recording], command: str
 ) -> Clips:
+    known = {
+        name: np.array([getattr(clip, name.removesuffix("s")) for clip in kept], np.int64)
+        for name in ("subjects", "cameras", "setups")
+    }
     return Clips.pack(
         joints,
         lengths,
-        [r.label for r in kept],
+        [clip.label for clip in kept],
         source.skeleton,
-        splits={p: np.array([p in r.train_in for r in kept]) for p in source.protocols},
-        names=[r.name for r in kept],
+        splits={p: np.array([p in clip.train_in for clip in kept]) for p in source.protocols},
+        names=[clip.name for clip in kept],
         class_names=source.class_names,
-        extra=_known(
-            subjects=[r.subject for r in kept],
-            cameras=[r.camera for r in kept],
-            setups=[r.setup for r in kept],
-        ),
+        extra={name: values for name, values in known.items() if values.max() >= 0},
         source=source.name,
         command=command,
         where=source.name,
@@ -227,16 +218,15 @@ def _in_order(work: _Work, jobs: Iterable[Any], workers: int) -> Iterator[tuple[
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
     flying: deque[tuple[int, Future[Any]]] = deque()
     context = multiprocessing.get_context(method)
-    with ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_leave_interrupts_to_the_parent
-    ) as pool:
+    # interrupts are the parent's
+    ignore = (signal.SIGINT, signal.SIG_IGN)
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=signal.signal, initargs=ignore) as pool:
         try:
-            for batch in batches:
-                flying.append((len(batch), pool.submit(work, batch)))
-                if len(flying) >= _AHEAD * workers:
-                    size, future = flying.popleft()
-                    yield size, future.result()
-            while flying:
+            while True:
+                for batch in islice(batches, _AHEAD * workers - len(flying)):
+                    flying.append((len(batch), pool.submit(work, batch)))
+                if not flying:
+                    return
                 size, future = flying.popleft()
                 yield size, future.result()
         except BrokenProcessPool:
@@ -245,12 +235,3 @@ def _in_order(work: _Work, jobs: Iterable[Any], workers: int) -> Iterator[tuple[
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _leave_interrupts_to_the_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _known(**values: list[int]) -> dict[str, np.ndarray]:
-    """The columns in which anything is known."""
-    return {name: np.asarray(v, np.int64) for name, v in values.items() if any(x >= 0 for x in v)}

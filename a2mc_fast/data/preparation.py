@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from a2mc_fast.data.synthetic import synthetic_clips
 from a2mc_fast.data.units import doubt, measure
 from a2mc_fast.errors import InputError, require
 from a2mc_fast.files import write_json
-from a2mc_fast.skeleton import Rotation
 
 _NO_SPLIT = (
     "no split says which clips are for training: the set can be embedded, but not trained on; give one (npz: "
@@ -50,51 +49,45 @@ def check_output(path: Path, *, overwrite: bool) -> None:
     require(overwrite or not path.exists(), f"{path} exists; replace it with --overwrite")
 
 
-def pack_synthetic(*, clips: int, seed: int, command: str) -> Packed:
+def pack_synthetic(clips: int, seed: int, command: str) -> Packed:
     """The built-in set."""
     made = synthetic_clips(clips=clips, seed=seed)
     made.source, made.command = "synthetic", command
     return Packed(clips=made, total=clips, unit="clips", facts={"seed": seed})
 
 
-@dataclass(frozen=True, kw_only=True)
-class Choices:
-    """How recordings are to be read and normalised."""
-
-    workers: int
-    """Processes that read; 0 for one per core."""
-    handling: Handling
-    max_frames: int
-    rotation: Rotation
-    allow_skipped: bool
-    """Whether a set of which most recordings are skipped may be packed."""
-
-
-def pack_source(source: Source, where: Path, output: Path, choices: Choices, command: str) -> Packed:
-    """The usable recordings of a source, which was opened at `where`.
+def pack_source(
+    source: Source,
+    where: Path,
+    output: Path,
+    handling: Handling,
+    *,
+    workers: int,
+    allow_skipped: bool,
+    command: str,
+) -> Packed:
+    """The usable recordings of a source, which was opened at `where`. Workers 0: one per core.
 
     Frames wait in the folder of `output`. Raises `InputError` without a usable recording, and if most are
     not, unless that is allowed.
     """
-    skeleton = replace(source.skeleton, rotation=choices.rotation, max_frames=choices.max_frames)
-    source = replace(source, skeleton=skeleton)
     made = collect(
         source,
-        choices.handling,
-        workers=choices.workers or _cores(),
+        handling,
+        workers=workers or _cores(),
         folder=next(folder for folder in output.absolute().parents if folder.is_dir()),
         command=command,
         progress=True,
     )
     refused = [skip for skip in made.skipped if skip.reason not in _NO_FAULT]
-    if len(refused) > len(made.clips) and not choices.allow_skipped:
+    if len(refused) > len(made.clips) and not allow_skipped:
         raise InputError(
             f"{source.name}: {len(refused):,} of {len(refused) + len(made.clips):,} recordings cannot be "
             f"used, such as {most_frequent(refused)}; --allow-skipped packs the others"
         )
     facts = {
         "input": str(where),
-        **asdict(choices.handling),
+        **asdict(handling),
         "shortened": made.shortened,
         "remarks": {what: asdict(remark) for what, remark in made.remarks.items()},
         "expected": dict(source.expected),
