@@ -20,6 +20,8 @@ MAX_JOINTS = 1000
 MAX_FRAMES = 300
 """Frames kept of a clip unless told otherwise: the length of the arrays that the public conversion writes."""
 Rotation = Literal["first frame", "none"]
+TREE = ("parents", "mirror", "center", "axis_z", "axis_x")
+"""The fields that archives and packed files hold as arrays."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +64,11 @@ class Skeleton:
         )
         roots = [j for j in joints if self.parents[j] == j]
         require(len(roots) == 1, f"exactly one joint must be its own parent (the root), got {roots}")
-        require(all(self._reaches_root(j) for j in joints), f"parents contain a cycle: {self.parents}")
+        above = list(joints)
+        for _ in joints:
+            above = [self.parents[j] for j in above]
+        require(above == roots * len(joints), f"parents contain a cycle: {self.parents}")
+        require(len(self.axis_z) == len(self.axis_x) == 2, "axis_z and axis_x must be two joints each")
         named = (self.center, *self.axis_z, *self.axis_x)
         require(
             all(j in joints for j in named), f"center and axes must name joints 0..{len(joints) - 1}: {named}"
@@ -94,11 +100,6 @@ class Skeleton:
     def bones(self) -> tuple[tuple[int, int], ...]:
         """(joint, parent) for every joint but the root."""
         return tuple((j, p) for j, p in enumerate(self.parents) if j != p)
-
-    def _reaches_root(self, joint: int) -> bool:
-        for _ in self.parents:
-            joint = self.parents[joint]
-        return self.parents[joint] == joint
 
 
 NTU25 = Skeleton(

@@ -1,9 +1,7 @@
 """`Clips`: every frame of a data set on the training device, and the packed file it comes from.
 
-Clips of different length lie one after another, so nothing is padded. The file keeps the layout of the
-own-data archive, joints [F, M, V, C]; in memory a frame is [C, V, M], the field's order, so that spatial
-operations run over contiguous planes. Reading a batch at fractional time positions is one weighted gather,
-with no loader process.
+Clips of different length lie one after another, so nothing is padded. A frame is [V, C] per person in files
+and [C, V, M] in memory, so that spatial operations run over contiguous planes.
 
 Legend: N clips · F frames of the whole set · C coordinates (3) · T frames read · V joints · M persons.
 """
@@ -26,7 +24,7 @@ from a2mc_fast.data import memory, rules
 from a2mc_fast.data.identity import differing, identity
 from a2mc_fast.errors import InputError, require
 from a2mc_fast.files import atomic_path, parse_json, read_tensors, typed
-from a2mc_fast.skeleton import MAX_FRAMES, Rotation, Skeleton
+from a2mc_fast.skeleton import MAX_FRAMES, TREE, Rotation, Skeleton
 
 FORMAT = "a2mc-clips/1"
 _OPTIONAL = ("subjects", "cameras", "setups")  # one int64 per clip
@@ -120,15 +118,15 @@ class Clips:
 
     def _check_poses(self, where: str) -> None:
         """Refuse clips that are not poses."""
-        lowest, highest = self._rows.aminmax(dim=1)
-        outside = self._frames_per_clip(~rules.within_bounds(lowest, highest)) > 0
-        empty = self._frames_per_clip(rules.somebody(lowest, highest)) == 0
-        rules.check_ranges(where, self.names, outside=outside.tolist(), empty=empty.tolist())
 
-    def _frames_per_clip(self, mask: Tensor) -> Tensor:
-        """Number of True frames in each clip. mask [F] -> [N]."""
-        total = F.pad(mask.long().cumsum(0), (1, 0))
-        return total[self.offsets + self.lengths] - total[self.offsets]
+        def counted(mask: Tensor) -> list[int]:  # frames of each clip
+            total = F.pad(mask.long().cumsum(0), (1, 0))
+            return (total[self.offsets + self.lengths] - total[self.offsets]).tolist()
+
+        lowest, highest = self._rows.aminmax(dim=1)
+        outside = counted(~rules.within_bounds(lowest, highest))
+        there = counted(rules.somebody(lowest, highest))
+        rules.check_ranges(where, self.names, outside=[n > 0 for n in outside], empty=[n == 0 for n in there])
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Clips:
@@ -145,17 +143,16 @@ class Clips:
             )
         try:
             header, tensors = read_tensors(path, FORMAT, "a packed clips file")
-            skeleton = _skeleton(path, tensors, header)
-            splits = {n.removeprefix("split_"): t for n, t in tensors.items() if n.startswith("split_")}
+            # any byte may be there, and torch counts on 0 and 1
+            tensors = {
+                n: t.view(torch.uint8) != 0 if t.dtype == torch.bool else t for n, t in tensors.items()
+            }
             clips = cls.pack(
                 tensors["joints"],
                 tensors["lengths"],
                 tensors["labels"],
-                skeleton,
-                # any byte may be there, and torch counts on 0 and 1
-                splits={
-                    n: t.view(torch.uint8) != 0 if t.dtype == torch.bool else t for n, t in splits.items()
-                },
+                _skeleton(path, tensors, header),
+                splits={n.removeprefix("split_"): t for n, t in tensors.items() if n.startswith("split_")},
                 names=_texts(header, "names", path),
                 class_names=_texts(header, "class_names", path),
                 extra={n: tensors[n] for n in _OPTIONAL if n in tensors},
@@ -164,11 +161,12 @@ class Clips:
                 device=device,
                 where=str(path),
             )
-            clips.identity = identity(
-                tensors["joints"], clips.lengths, clips.labels, clips.splits, skeleton
-            )  # while the frames are on the host
         except KeyError as error:
             raise InputError(f"{path} holds no {error}; it is not a complete packed clips file") from None
+        # while the frames are on the host
+        clips.identity = identity(
+            tensors["joints"], clips.lengths, clips.labels, clips.splits, clips.skeleton
+        )
         changed = " and ".join(differing(clips.identity, header.get("identity", clips.identity)))
         require(
             not changed, f"{path} is damaged: its {changed} are not those that were packed; prepare it again"
@@ -181,11 +179,7 @@ class Clips:
         tensors = {
             "lengths": self.lengths.cpu().numpy(),
             "labels": self.labels.cpu().numpy(),
-            "parents": np.asarray(self.skeleton.parents, np.int64),
-            "mirror": np.asarray(self.skeleton.mirror, np.int64),
-            "center": np.asarray(self.skeleton.center, np.int64),
-            "axis_z": np.asarray(self.skeleton.axis_z, np.int64),
-            "axis_x": np.asarray(self.skeleton.axis_x, np.int64),
+            **{name: np.asarray(getattr(self.skeleton, name), np.int64) for name in TREE},
             **{f"split_{name}": mask.cpu().numpy() for name, mask in self.splits.items()},
             **{name: values.cpu().numpy() for name, values in self.extra.items()},
         }
@@ -303,20 +297,12 @@ def _integers(values: Any, where: str) -> Tensor:
 
 def _skeleton(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Skeleton:
     """The skeleton of a packed file; those written before it said how clips are normalised have the usual."""
-    parents, mirror, axis_z, axis_x = (
-        tuple(_integers(tensors[name], f"{path}: {name}").tolist())
-        for name in ("parents", "mirror", "axis_z", "axis_x")
-    )
-    require(
-        len(axis_z) == len(axis_x) == 2 and tensors["center"].numel() == 1,
-        f"{path}: axis_z and axis_x must be two joints each, center one",
-    )
+    tree: dict[str, Any] = {
+        name: tuple(_integers(tensors[name].flatten(), f"{path}: {name}").tolist()) for name in TREE
+    }
+    require(len(tree["center"]) == 1, f"{path}: center must be one joint")
     return Skeleton(
-        parents=parents,
-        mirror=mirror,
-        center=int(_integers(tensors["center"].view(1), f"{path}: center")),
-        axis_z=axis_z,
-        axis_x=axis_x,
+        **tree | {"center": tree["center"][0]},
         joint_names=_texts(header, "joint_names", path),
         rotation=cast(Rotation, header.get("rotation", "first frame")),  # Skeleton checks it
         max_frames=parse_json(header.get("max_frames", str(MAX_FRAMES)), f"{path}: max_frames"),
@@ -339,11 +325,6 @@ def interpolate(rows: Tensor, first: Tensor, last: Tensor, position: Tensor) -> 
     before = position.floor()
     weight = position - before
     row = before.long() + first.unsqueeze(1)
-    pair = torch.stack((row, torch.minimum(row + 1, last.unsqueeze(1))), 2)
-    values = F.embedding_bag(
-        pair.view(-1, 2),
-        rows,
-        per_sample_weights=torch.stack((1 - weight, weight), 2).view(-1, 2),
-        mode="sum",
-    )
-    return values.view(*position.shape, -1)
+    pair = torch.stack((row, torch.minimum(row + 1, last.unsqueeze(1))), 2).view(-1, 2)
+    weights = torch.stack((1 - weight, weight), 2).view(-1, 2)
+    return F.embedding_bag(pair, rows, per_sample_weights=weights, mode="sum").view(*position.shape, -1)

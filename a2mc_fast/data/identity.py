@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from a2mc_fast.skeleton import Skeleton
+from a2mc_fast.skeleton import TREE, Skeleton
 
 PARTS = ("frames", "lengths", "labels", "splits", "skeleton")
 _ROWS = 1 << 15  # frames that a thread reads at once, 20 MB of NTU
@@ -23,7 +23,7 @@ def identity(
     joints: Tensor, lengths: Tensor, labels: Tensor, splits: Mapping[str, Tensor], skeleton: Skeleton
 ) -> str:
     """That of a set. joints [F, M, V, C] as a packed file holds them, on any device."""
-    tree = (skeleton.parents, skeleton.mirror, skeleton.center, skeleton.axis_z, skeleton.axis_x)
+    tree = (getattr(skeleton, name) for name in TREE)
     texts = (
         str(lengths.tolist()),
         str(labels.tolist()),
@@ -34,8 +34,6 @@ def identity(
 
 
 def _of_all(joints: Tensor) -> bytes:
-    """Of every bit, by several threads."""
-
     def part(first: int) -> bytes:
         return _of(joints[first : first + _ROWS].cpu().contiguous().numpy().data)
 

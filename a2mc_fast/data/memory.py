@@ -60,9 +60,8 @@ def write(path: Path, joints: Tensor, others: Mapping[str, np.ndarray], header: 
     content: dict[str, object] = {"__metadata__": dict(header)}
     end = 0
     for name in order:
-        kind, start = str(arrays[name].dtype).removeprefix("torch."), end
-        end += arrays[name].nbytes
-        shape = list(arrays[name].shape)
+        kind, shape = str(arrays[name].dtype).removeprefix("torch."), list(arrays[name].shape)
+        start, end = end, end + arrays[name].nbytes
         content[name] = {"dtype": _NAMES[kind], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(content).encode()
     text += b" " * (-len(text) % 8)

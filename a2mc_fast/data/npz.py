@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from a2mc_fast.data.rules import MAX_LABEL
 from a2mc_fast.data.skeletons import SKELETONS, skeleton_of
 from a2mc_fast.data.source import Recording, Source
 from a2mc_fast.errors import InputError, require
-from a2mc_fast.skeleton import Skeleton
+from a2mc_fast.skeleton import TREE, Skeleton
 
 _FEW = 1000  # clips
 _AXES = {("x", "y"): 2, ("x", "y", "z"): 3, ("x", "y", "confidence"): 3}
@@ -140,27 +141,20 @@ def _clips(archive: Archive, about: _About) -> Iterator[Recording]:
 
 
 def _skeleton(archive: Archive) -> Skeleton:
-    missing = [key for key in ("parents", "mirror", "center", "axis_z", "axis_x") if key not in archive]
+    missing = [key for key in TREE if key not in archive]
     require(
         not missing,
         f"{archive.path} has no {', '.join(missing)}; give them, or --skeleton {' or '.join(SKELETONS)}",
     )
-    parents, mirror = (tuple(archive.array(key, "iu", ndim=1).tolist()) for key in ("parents", "mirror"))
-    axes = [tuple(archive.array(key, "iu", ndim=1).tolist()) for key in ("axis_z", "axis_x")]
-    require(
-        all(len(axis) == 2 for axis in axes), f"{archive.path}: axis_z and axis_x must be two joints each"
-    )
+    tree: dict[str, Any] = {
+        key: tuple(archive.array(key, "iu", ndim=1).tolist()) for key in TREE if key != "center"
+    }
+    tree["center"] = int(archive.array("center", "iu", ndim=0))
+    names = _texts(archive, "joint_names", len(tree["parents"]))
     try:
-        return Skeleton(
-            parents=parents,
-            mirror=mirror,
-            center=int(archive.array("center", "iu", ndim=0)),
-            axis_z=axes[0],
-            axis_x=axes[1],
-            joint_names=_texts(archive, "joint_names", len(parents)),
-        )
+        return Skeleton(**tree, joint_names=names)
     except InputError as error:
-        raise InputError(f"{archive.path}: {str(error).removeprefix(f'{archive.path}: ')}") from None
+        raise InputError(f"{archive.path}: {error}") from None
 
 
 def _texts(archive: Archive, key: str, most: int) -> tuple[str, ...]:
