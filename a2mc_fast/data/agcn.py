@@ -29,13 +29,10 @@ _SKELETONS = {25: "ntu25", 18: "openpose18"}
 
 
 def open_agcn(folder: str | Path, protocol: str = "") -> Source:
-    """A protocol folder with {train,val}_data_joint.npy (or _position.npy, or _data.npy), _label.pkl and
-    _num_frame.npy, or the folder above several.
+    """A protocol folder, or the folder above several, clips in the order of their names.
 
-    Of several protocol folders the clips are read from the first, the others give their splits by the names
-    of the clips. A protocol is called after its folder (xsetup becomes xset), unless `protocol` names the
-    only one. Without _num_frame.npy a clip ends with its last frame that is not null. Clips come in the
-    order of their names.
+    Of several the clips are read from the first, the others give their splits by the names of the clips. A
+    protocol is called after its folder (xsetup becomes xset), unless `protocol` names the only one.
     """
     folder = existing(folder, "a folder of AGCN arrays", folder=True)
     folders = [p for p in (folder, *sorted(folder.iterdir())) if _label_file(p, "train").is_file()]

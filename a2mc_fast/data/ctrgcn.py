@@ -21,11 +21,9 @@ _PROTOCOLS = {"CS": "xsub", "CV": "xview", "CSub": "xsub", "CSet": "xset"}
 
 
 def open_ctrgcn(file: str | Path, protocol: str = "") -> Source:
-    """The clips of an archive, the training set first.
+    """The clips of an archive, the training set first, called after their set and place.
 
-    The protocol is told by the ending of the file's name (CS, CV, CSub, CSet) or by `protocol`. The archive
-    has no names; clips are called after their set and place. A clip ends with its last frame that is not
-    null.
+    The protocol is told by the ending of the file's name (CS, CV, CSub, CSet) or by `protocol`.
     """
     path = Path(file)
     archive = Archive(path)

@@ -1,10 +1,6 @@
-"""The clip archive (`.npz`) for own data of any skeleton.
+"""The clip archive (`.npz`) for own data of any skeleton, as the README beside describes it.
 
-joints float [F, M, V, 3] metres (all clips one after another), lengths and labels [N], the skeleton as
-parents, mirror, center, axis_z and axis_x unless it is a built-in one, split_NAME bool [N] for each protocol;
-names, subjects, cameras, setups, class_names and joint_names are optional. Joints [F, M, V, 2] are 2-D
-keypoints, and so are joints [F, M, V, 3] if `axes` says x, y, confidence. The clips go through the
-pre-normalisation, all persons are kept in their order.
+The clips go through the pre-normalisation, all persons are kept in their order.
 """
 
 from __future__ import annotations

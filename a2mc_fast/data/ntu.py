@@ -2,11 +2,7 @@
 
 A file holds the number of frames; per frame the number of bodies; per body a line of ten values beginning
 with the body's id, the number of joints and one line of twelve values per joint, the first three being x, y,
-z in metres. A body keeps its place while its id is there; a new id takes the first place that nobody holds
-in that frame, so a person whom the sensor loses and finds again under another id goes on. Without ids (all
-alike in some frame) a body is known by its position in the frame's list, as in the public conversion, which
-gives the same where the list keeps its order. At most four places are read, and of them the bodies that
-spread most are kept. Of several copies of a recording the first one that is whole counts.
+z in metres. The README beside tells how bodies become persons.
 """
 
 from __future__ import annotations
@@ -21,7 +17,7 @@ import numpy as np
 
 from a2mc_fast.data.normalize import choose_bodies
 from a2mc_fast.data.rules import UnusableError
-from a2mc_fast.data.source import Recording, Skip, Source, existing, not_a_number, read_bytes
+from a2mc_fast.data.source import Recording, Skip, Source, existing, read_bytes, wrong_values
 from a2mc_fast.errors import require
 
 Dataset = Literal["ntu60", "ntu120"]
@@ -62,23 +58,17 @@ PROTOCOLS: dict[Dataset, dict[str, Callable[[Ids], bool]]] = {
 
 EXPECTED: dict[Dataset, dict[str, int]] = {
     "ntu60": {
-        "files": 56_880,
-        "clips": 56_578,
-        "xsub train": 40_091,
-        "xsub test": 16_487,
-        "xview train": 37_646,
+        "files": 56_880, "clips": 56_578, "xsub train": 40_091, "xsub test": 16_487, "xview train": 37_646,
         "xview test": 18_932,
     },
     "ntu120": {
-        "files": 114_480,
-        "clips": 113_945,
-        "xsub train": 63_026,
-        "xsub test": 50_919,
-        "xset train": 54_468,
+        "files": 114_480, "clips": 113_945, "xsub train": 63_026, "xsub test": 50_919, "xset train": 54_468,
         "xset test": 59_477,
     },
-}
+}  # fmt: skip
 """Published files, and clips without the samples with missing skeletons."""
+_LARGEST: dict[Dataset, tuple[int, int]] = {"ntu60": (17, 60), "ntu120": (32, 120)}
+"""Set-up and action; NTU-120 holds all of NTU-60."""
 
 
 def parse_name(name: str) -> Ids | None:
@@ -127,7 +117,9 @@ def parse_skeleton(text: bytes) -> np.ndarray:
         raise UnusableError(
             "unreadable", f"not a .skeleton file from line {line + 1:,} on: {reason}"
         ) from None
-    _check_end(lines, cursor)
+    for number, rest in enumerate(lines[cursor:], cursor + 1):
+        if rest.strip():
+            raise UnusableError("unreadable", f"goes on in line {number:,}, after the last of its frames")
     if not rows:
         raise UnusableError(*(("no body", "no frame has a body") if frames > 0 else ("no frames",)))
     try:
@@ -137,34 +129,20 @@ def parse_skeleton(text: bytes) -> np.ndarray:
     except ValueError as error:
         _check_values(rows, bodies)
         raise UnusableError("unreadable", str(error).splitlines()[0]) from None
-    # every line has enough values, so if the file has the usual number of them none has too many
+    # every line has enough values, so if the file has the usual number of them, parted by blanks, none has
+    # too many
+    blank = np.frombuffer(b" " + text, np.uint8) <= ord(" ")
+    found = np.count_nonzero(blank[:-1] > blank[1:])
     usual = 1 + frames + len(rows) // _JOINTS * (_BODY_VALUES + 1 + _JOINTS * _VALUES)
-    if not text.isascii() or _count_values(text) != usual or len(values) != len(rows):
+    if not text.isascii() or found != usual or len(values) != len(rows):
         _check_values(rows, bodies)
     return _placed(bodies, values.reshape(-1, _JOINTS, 3))
 
 
-def _check_end(lines: list[str], end: int) -> None:
-    """Raise `UnusableError` if anything follows the first `end` lines."""
-    for number, line in enumerate(lines[end:], end + 1):
-        if line.strip():
-            raise UnusableError("unreadable", f"goes on in line {number:,}, after the last of its frames")
-
-
-def _count_values(text: bytes) -> int:
-    """How many values, parted by blanks, ASCII text has."""
-    blank = np.frombuffer(b" " + text, np.uint8) <= ord(" ")
-    return int(np.count_nonzero(blank[:-1] > blank[1:]))
-
-
 def _check_values(rows: list[str], bodies: list[list[str]]) -> None:
-    """Raise `UnusableError` unless the joint lines have twelve values, of which x, y and z are numbers."""
+    """Raise `UnusableError` unless the joint lines have twelve values, x, y and z numbers."""
     for number, row in enumerate(rows):
-        values = row.split()
-        wrong = f"has {len(values)} values, expected {_VALUES}" if len(values) != _VALUES else ""
-        for value in values[:3]:
-            wrong = wrong or not_a_number(value)
-        if wrong:
+        if wrong := wrong_values(row.split(), _VALUES, "expected", range(3)):
             frames = [frame for frame, ids in enumerate(bodies) for _ in ids]
             where = f"frame {frames[number // _JOINTS]:,}, joint {number % _JOINTS}"
             raise UnusableError("unreadable", f"{where} {wrong}")
@@ -219,12 +197,12 @@ def open_ntu(folder: str | Path, dataset: Dataset, exclude: str | Path | None = 
     excluded = _read_list(Path(exclude)) if exclude is not None else frozenset()
     jobs: list[Recording] = []
     skipped: list[Skip] = []
-    others = 0
+    others, (setups, actions) = 0, _LARGEST[dataset]
     for path in paths:
         ids = parse_name(path.stem)
         if ids is None or ids.action == 0:
             skipped.append(Skip(path.name, "name not understood", "expected SsssCcccPpppRrrrAaaa.skeleton"))
-        elif not _belongs(ids, dataset):
+        elif ids.setup > setups or ids.action > actions:
             others += 1
         elif path.stem in excluded:
             skipped.append(Skip(path.stem, "excluded by the list"))
@@ -256,12 +234,6 @@ def open_ntu(folder: str | Path, dataset: Dataset, exclude: str | Path | None = 
 
 def _read(job: Recording) -> Iterable[Recording]:
     yield replace(job, joints=parse_skeleton(read_bytes(job.joints, _MAX_BYTES)).astype(np.float32))
-
-
-def _belongs(ids: Ids, dataset: Dataset) -> bool:
-    """NTU-60 is set-ups 1-17 with actions 1-60, NTU-120 is everything up to set-up 32 and action 120."""
-    setups, actions = (17, 60) if dataset == "ntu60" else (32, 120)
-    return ids.setup <= setups and ids.action <= actions
 
 
 def _read_list(path: Path) -> frozenset[str]:

@@ -4,8 +4,7 @@ splits.
 A skeleton file has one line per frame: 2 bodies x 25 joints x (x, y, z) = 150 numbers in metres, zeros for an
 absent body. A label file has one line per action, "class,start,end,confidence" with classes from 1. An
 action's clip is rows [start:end) counted from 0, as in CMD and ISC (AimCLR counts from 1 and includes the
-end). One that goes on after the end of its video is cut there and counted, or skipped if more than half of it
-is not there. The bodies keep their order.
+end). The bodies keep their order.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from a2mc_fast.data.rules import UnusableError
-from a2mc_fast.data.source import Recording, Skip, Source, existing, not_a_number, read_bytes
+from a2mc_fast.data.source import Recording, Skip, Source, existing, read_bytes, wrong_values
 from a2mc_fast.errors import InputError, require
 
 Part = Literal["pku1", "pku2"]
@@ -43,8 +42,6 @@ EXPECTED: dict[Part, dict[str, int]] = {
     "pku2": {"videos": 1_009, "clips": 6_945, "xsub train": 5_332, "xsub test": 1_613},
 }
 """Published numbers of videos and clips. (Liu et al. 2017)"""
-
-
 BEYOND = "the label goes on after the end of the video; cut there"
 
 
@@ -181,11 +178,7 @@ def _check_lines(lines: list[str]) -> None:
     """Raise `UnusableError` unless all lines have the numbers of the first."""
     count = len(lines[0].split())
     for number, line in enumerate(lines, 1):
-        values = line.split()
-        wrong = f"has {len(values)} numbers, the first line {count}" if len(values) != count else ""
-        for value in values:
-            wrong = wrong or not_a_number(value)
-        if wrong:
+        if wrong := wrong_values(line.split(), count, "the first line", range(count)):
             raise UnusableError("unreadable", f"line {number:,} {wrong}")
 
 

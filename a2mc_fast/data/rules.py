@@ -1,21 +1,12 @@
 """The one rule of what a clip must be to be trained on, and the only place that enforces it.
 
-A clip has
-
-- a name of 1 to 255 printable characters that no other clip of the set has,
-- a label from 0 to 65,535 and below the number of class names, or -1 where it is unknown; beyond 1,999 no
-  more than there are clips (a few clips of one large label would take gigabytes for classes that nobody has),
-- at least one frame, as many joints as the skeleton (1 to 1,000) and the persons of the set,
-- coordinates that are finite and within 1,000 m, not all of them zero.
-
-A protocol has such a name too, and a set has at most 64 of them. `prepare` skips a clip that breaks the rule
-and names it in the report (of several clips with one name it keeps the first that is whole): `check_clip`,
+The README beside states it. `prepare` skips a clip that breaks it and names it in the report: `check_clip`,
 `check_poses`. `Clips` refuses the whole set: `check_set`, `check_ranges`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -121,8 +112,10 @@ def check_set(
         f"{where}: label {highest:,} among {len(labels):,} clips, of which {most:,} classes are the most; "
         "number the classes from 0 without gaps",
     )
-    double = _twice(names)
-    require(double is None, f"{where}: two clips are called {double}")
+    seen: set[str] = set()
+    for name in names:
+        require(name not in seen, f"{where}: two clips are called {name}")
+        seen.add(name)
     for name in (*names, *protocols):
         require(is_name(name), f"{where}: {name!r:.80} cannot be a name: {NAME_RULE}")
     require(
@@ -142,13 +135,3 @@ def check_ranges(where: str, names: Sequence[str], *, outside: Sequence[bool], e
                 f"{where}: {names[bad.index(True)]} {reason} ({sum(bad)} such clips); "
                 "`python -m a2mc_fast.prepare` skips and lists them"
             )
-
-
-def _twice(names: Iterable[str]) -> str | None:
-    """The first name that comes a second time."""
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            return name
-        seen.add(name)
-    return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,12 +100,16 @@ def until_null(joints: np.ndarray) -> np.ndarray:
     return joints[: np.flatnonzero((joints != 0).any((1, 2, 3))).max(initial=-1) + 1]
 
 
-def not_a_number(text: str) -> str:
-    """What to say of `text` where a number belongs; empty if it is one."""
-    try:
-        float(text)
-    except ValueError:
-        return f"has {text[:20]!r} where a number belongs"
+def wrong_values(values: Sequence[str], count: int, against: str, columns: Iterable[int] = ()) -> str:
+    """What is wrong with a line of text: the number of its values, or one in `columns` that is no number. An
+    empty value is one that is missing."""
+    if len(values) != count:
+        return f"has {len(values)} values, {against} {count}"
+    for column in columns:
+        try:
+            float(values[column] or "nan")
+        except ValueError:
+            return f"has {values[column][:20]!r} where a number belongs"
     return ""
 
 

@@ -1,24 +1,23 @@
 """A recording as a table (.csv): one line per frame, or per person and frame.
 
-The first line names the columns: JOINT_x, JOINT_y, JOINT_z if 3-D and JOINT_confidence if known (or x1, y1,
-z1, v1), and `frame` and `person` if lines are not simply the frames of one person. Other columns are passed
-over. Joints are told by their names, which are those of the skeleton; else by their order. An empty value is
-a joint that was not detected.
+Joints are told by their names, which are those of the skeleton; else by their order. An empty value is a
+joint that was not detected, and columns of other names are passed over. The README beside names the columns.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from a2mc_fast.data.folders import open_recordings
 from a2mc_fast.data.rules import UnusableError
 from a2mc_fast.data.skeletons import SKELETONS, skeleton_of
-from a2mc_fast.data.source import Recording, Source, not_a_number, read_bytes
+from a2mc_fast.data.source import Recording, Source, read_bytes, wrong_values
 from a2mc_fast.errors import InputError, require
 from a2mc_fast.skeleton import Skeleton
 
@@ -60,14 +59,11 @@ def _skeleton(path: Path, name: str) -> Skeleton:
     return fitting[0]
 
 
-@dataclass(frozen=True)
-class _Columns:
+class _Columns(NamedTuple):
     """Where a table has what; -1 for nowhere."""
 
     joints: list[str]
-    """Their names, as a skeleton has them, in the order in which they come."""
-    places: np.ndarray
-    """[V, 4]: the columns of x, y, z and confidence."""
+    places: np.ndarray  # [V, 4]: the columns of x, y, z and confidence
     frame: int
     person: int
 
@@ -140,10 +136,7 @@ def _numbers(lines: list[list[str]], width: int, needed: Sequence[int]) -> np.nd
     columns = sorted(set(needed) - {-1})
     values = np.full((len(lines), width), np.nan)
     for number, line in enumerate(lines):
-        wrong = f"has {len(line)} values, the first line {width}" if len(line) != width else ""
-        for column in columns:
-            wrong = wrong or (not_a_number(line[column]) if line[column] else "")
-        if wrong:
+        if wrong := wrong_values(line, width, "the first line", columns):
             raise UnusableError("unreadable", f"line {number + 2:,} {wrong}")
         values[number, columns] = [float(line[column] or "nan") for column in columns]
     return values
