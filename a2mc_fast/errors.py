@@ -1,9 +1,8 @@
 """What a user can get wrong, said in one sentence; ranges of numbers; the exit codes of the command lines.
 
-Library functions raise `InputError` (a `ValueError`) for bad files and values; `exit_on_error` turns it, and
-what the operating system refuses, into one line on standard error and exit code 2. A setting's range is
-declared in its type, `gamma: Annotated[float, Range("[0, 1]")]`, and its class calls `check_ranges(self)` in
-`__post_init__`: NaN, infinities and numbers of any size fail there.
+Library functions raise `InputError` (a `ValueError`) for bad files and values; `exit_on_error` makes one line
+and exit code 2 of it, and of what the operating system refuses. A setting's range is declared in its type,
+`gamma: Annotated[float, Range("[0, 1]")]`; its class calls `check_ranges(self)` in `__post_init__`.
 """
 
 from __future__ import annotations
@@ -20,17 +19,12 @@ from typing import Annotated, Any
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
-
-
 _LONGEST = 500  # characters of a message
 
 
 class InputError(ValueError):
-    """Bad input. The message is one sentence: what, where, and what to do.
-
-    Messages quote files, so a message is made one printable line: no control characters reach the terminal,
-    and of a very long one the middle is left out.
-    """
+    """Bad input. The message is one sentence: what, where, and what to do. It may quote files, so it is made
+    one printable line, of which the middle is left out if it is very long."""
 
     def __init__(self, message: str) -> None:
         super().__init__(one_line(message))
@@ -46,7 +40,6 @@ def one_line(text: str, longest: int = _LONGEST) -> str:
 
 
 def _printable(text: str) -> str:
-    """`text` with unprintable characters escaped as in Python's literals."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
@@ -64,7 +57,6 @@ class Range:
 
     @property
     def ends(self) -> tuple[float, float]:
-        """Lower and upper end, whether or not they belong to it."""
         low, high = map(float, self.interval[1:-1].split(","))
         return low, high
 
@@ -108,10 +100,8 @@ def check_ranges(settings: Any, prefix: str = "") -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What went wrong at the bottom of a library's exception, its kind first.
-
-    Compilers say where in the first line and what in the last, so a first line that ends in a colon gets it.
-    """
+    """What went wrong at the bottom of a library's exception, its kind first. Compilers say where in the
+    first line and what in the last, so a first line that ends in a colon gets it."""
     # torch's compilers keep what they wrap under a name of their own
     while inner := getattr(error, "inner_exception", None) or error.__cause__:
         error = inner
@@ -136,7 +126,7 @@ def launched(name: str, alone: int) -> int:
 
 
 def rank() -> int:
-    """This process's number among those that torchrun started; 0 for a process on its own."""
+    """This process's number among those that torchrun started; 0 for one on its own."""
     return launched("RANK", 0)
 
 
@@ -154,10 +144,8 @@ def one_speaks() -> Iterator[None]:
 
 
 def tell(line: str, *, error: bool = False) -> None:
-    """Lines to standard output, or standard error. If nobody or a full disk takes them, they alone are lost.
-
-    Names that are printed may come from files, so that control characters are escaped.
-    """
+    """Lines to standard output, or standard error, printable ones. If nobody or a full disk takes them, they
+    alone are lost."""
     line = "\n".join(_printable(part) for part in line.split("\n"))
     stream = sys.stderr if error else sys.stdout
     try:
@@ -168,11 +156,8 @@ def tell(line: str, *, error: bool = False) -> None:
 
 
 def open_standard_streams() -> None:
-    """Streams that take whatever is printed.
-
-    Those that were closed at the start (`>&-`) lead to nowhere: else a file would get their number. What a
-    terminal's encoding lacks, and names that are no text, are escaped.
-    """
+    """Streams that take whatever is printed. Those that were closed at the start (`>&-`) lead to nowhere:
+    else a file would get their number. What a terminal's encoding lacks is escaped."""
     for number in range(3):
         try:
             os.fstat(number)

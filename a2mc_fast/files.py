@@ -37,9 +37,8 @@ _LARGEST = sys.float_info.max
 def atomic_path(target: Path) -> Iterator[Path]:
     """Yield a temporary path of the same name; on success it replaces `target`, on any error it is removed.
 
-    The rename is atomic and both the file and its folder are synced, so a crash leaves the old file or the
-    new one, never a part. What a killed process leaves, a hidden `.tmp` folder, the next writer of `target`
-    removes. An `OSError` names `target`.
+    A crash leaves the old file or the new one, never a part. What a killed process leaves, a hidden `.tmp`
+    folder, the next writer of `target` removes. An `OSError` names `target`.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -67,18 +66,13 @@ def atomic_path(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def _refusals(target: Path, folder: Path) -> Iterator[None]:
-    """What the system refuses within `folder`, as an `OSError` about `target`.
-
-    safetensors tells it in words, a write without the file's name.
-    """
+    """What the system refuses within `folder`, as an `OSError` about `target`."""
     try:
         yield
     except SafetensorError as error:
-        refused = re.search(r"\(os error (\d+)\)", str(error))
-        if refused is None:
+        if (refused := re.search(r"\(os error (\d+)\)", str(error))) is None:
             raise
-        number = int(refused[1])
-        raise OSError(number, os.strerror(number), str(target)) from None
+        raise OSError(int(refused[1]), os.strerror(int(refused[1])), str(target)) from None
     except OSError as error:
         if error.errno is None or not str(error.filename or folder).startswith(str(folder)):
             raise
@@ -98,7 +92,6 @@ def remove_leftovers(target: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Flush a file's or a folder's content to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -129,30 +122,29 @@ def read_bytes(path: Path, largest: int) -> bytes:
 
 def parse_json(text: str | bytes, where: str) -> Any:
     """The content of JSON text, all numbers finite; `InputError` begins with `where` if it is none."""
+
+    def finite(number: str) -> float:  # Python's parser would let NaN and infinities through
+        value = float(number)
+        if not math.isfinite(value):
+            raise ValueError(f"the number {number:.40} is not finite")
+        return value
+
     try:
         text = text if isinstance(text, str) else text.decode("utf-8")
-        return json.loads(text, parse_float=_finite, parse_constant=_finite)
+        return json.loads(text, parse_float=finite, parse_constant=finite)
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a number of 5,000 digits, too deep
         raise InputError(f"{where} is not JSON: {error}") from None
-
-
-def _finite(number: str) -> float:
-    """A number of JSON text. Python's parser would let NaN and infinities through."""
-    value = float(number)
-    if not math.isfinite(value):
-        raise ValueError(f"the number {number:.40} is not finite")
-    return value
 
 
 def typed(value: Any, hint: Any, where: str) -> Any:
     """`value` as the type `hint`; `InputError`, naming `where` it is, for anything else.
 
-    Types are dataclasses, which refuse fields that they do not have, TypedDicts, which leave them out, lists,
-    tuples, dictionaries, unions, literals, text, numbers (finite, in their `Range`), bool, None and Any.
+    Dataclasses refuse fields that they do not have, TypedDicts leave them out; numbers are finite and in
+    their `Range`.
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint) or typing.is_typeddict(hint):
-        return _record(value, typing.cast(type, hint), where)
+        return _record(value, hint, where)
     if hint is Any:
         return value
     if origin is Annotated:
@@ -165,7 +157,13 @@ def typed(value: Any, hint: Any, where: str) -> Any:
         require(value in args, f"{where} must be one of {', '.join(map(str, args))}, got {value!r}")
         return value
     if origin in (typing.Union, types.UnionType):
-        return _one_of(value, args, where)
+        refused = []
+        for kind in args:
+            try:
+                return value if value is None and kind is types.NoneType else typed(value, kind, where)
+            except InputError as error:
+                refused.append(error)
+        raise refused[0]
     if origin in (list, tuple):
         return _sequence(value, hint, where)
     if origin is dict:
@@ -187,15 +185,12 @@ def _hints(kind: Any) -> dict[str, tuple[Any, bool]]:
         # its own checks know the ranges
         hints = typing.get_type_hints(kind)
         return {f.name: (hints[f.name], f.default is f.default_factory) for f in dataclasses.fields(kind)}
-    found = {}
-    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
-        optional = typing.get_origin(hint) is NotRequired
-        found[name] = (typing.get_args(hint)[0] if optional else hint, not optional)
-    return found
+    hints = typing.get_type_hints(kind, include_extras=True)
+    optional = {name for name, hint in hints.items() if typing.get_origin(hint) is NotRequired}
+    return {n: (typing.get_args(h)[0] if n in optional else h, n not in optional) for n, h in hints.items()}
 
 
-def _record(value: Any, kind: type, where: str) -> Any:
-    """An object with the fields of a dataclass or a TypedDict."""
+def _record(value: Any, kind: Any, where: str) -> Any:
     require(isinstance(value, dict), f"{where} must be an object, got {type(value).__name__}")
     hints = _hints(kind)
     missing = [name for name, (_, needed) in hints.items() if needed and name not in value]
@@ -208,27 +203,15 @@ def _record(value: Any, kind: type, where: str) -> Any:
 
 
 def _sequence(value: Any, hint: Any, where: str) -> Any:
-    """A list, or a tuple of one type or of a type per place."""
     require(isinstance(value, list | tuple), f"{where} must be a list, got {value!r}")
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    origin: Any = typing.get_origin(hint)
+    args = typing.get_args(hint)
     if origin is tuple and args[-1] is not Ellipsis:
         require(len(value) == len(args), f"{where} must hold {len(args)} values, got {len(value)}")
         return tuple(typed(item, arg, where) for item, arg in zip(value, args))
     if args[0] in (int, str) and all(type(item) is args[0] for item in value):
-        return typing.cast(type, origin)(value)  # a matrix has millions
-    items = (typed(item, args[0], f"{where}[{i}]") for i, item in enumerate(value))
-    return typing.cast(type, origin)(items)
-
-
-def _one_of(value: Any, hints: tuple[Any, ...], where: str) -> Any:
-    """The first of a union's types that fits."""
-    refused = []
-    for hint in hints:
-        try:
-            return value if value is None and hint is types.NoneType else typed(value, hint, where)
-        except InputError as error:
-            refused.append(error)
-    raise refused[0]
+        return origin(value)  # a matrix has millions
+    return origin(typed(item, args[0], f"{where}[{i}]") for i, item in enumerate(value))
 
 
 def read_tensors(path: Path, form: str, what: str) -> tuple[dict[str, str], dict[str, Any]]:
@@ -243,21 +226,16 @@ def read_tensors(path: Path, form: str, what: str) -> tuple[dict[str, str], dict
             place = str(path) if is_text else f"/dev/fd/{file.fileno()}"
             with safe_open(place, framework="pt", device="cpu") as opened:
                 header: dict[str, str] = opened.metadata() or {}
-                _check_format(path, header.get("format", "").strip('"'), form, what)
+                written, kind = header.get("format", "").strip('"'), form.partition("/")[0]
+                require(written.startswith(f"{kind}/"), f"{path} is not {what} ({form})")
+                require(
+                    written == form,
+                    f"{path} has the format {written}, and this version of a2mc_fast reads {form} alone: "
+                    "make it again, or use the version that wrote it",
+                )
                 return header, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise InputError(f"{path} is damaged or not a safetensors file ({error})") from None
-
-
-def _check_format(path: Path, written: str, form: str, what: str) -> None:
-    """`InputError` unless a file says that it is of the format that this version reads."""
-    name, version = form.split("/")
-    require(written.startswith(f"{name}/"), f"{path} is not {what} ({form})")
-    require(
-        written == form,
-        f"{path} has the format {written}, and this version of a2mc_fast reads {name}/{version} alone: make "
-        "it again, or use the version that wrote it",
-    )
 
 
 def sha256(path: Path) -> str:

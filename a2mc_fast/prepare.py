@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def prepare(wanted: Reading | Synthetic, command: str = "") -> None:
     """Read, pack, write the file and the report beside it, and print what was made.
 
-    Raises `InputError` for input of another format, without a usable recording, or an output that exists.
+    `InputError` for input of another format, without a usable recording, or an output that exists.
     """
     # these need torch, for which --help does not wait
     from a2mc_fast.data import pack, preparation
@@ -230,19 +230,19 @@ def _print(report: Mapping[str, Any], path: Path, size: int, speed: str) -> None
         "report": str(path),
         "time": speed,
     }
-    for name, value in rows.items():
-        tell(one_line(f"{name:<10}{value}"))
-    for sentence in (*report.get("differences", ()), *report.get("notes", ())):
-        tell(one_line(sentence))
+    lines = [f"{name:<10}{value}" for name, value in rows.items()]
+    lines += (*report.get("differences", ()), *report.get("notes", ()))
     for name, count in report["repeated"].items():
         tested = report["splits"][name]["test"]
-        tell(one_line(f"{name}: {count:,} of {tested:,} test clips equal a training clip, bit for bit"))
+        lines.append(f"{name}: {count:,} of {tested:,} test clips equal a training clip, bit for bit")
     for what, remark in report.get("remarks", {}).items():
-        tell(one_line(f"{remark['clips']:,} clips, {remark['frames']:,} frames: {what}"))
+        lines.append(f"{remark['clips']:,} clips, {remark['frames']:,} frames: {what}")
     if report["doubt"]:
-        tell(report["doubt"])
+        lines.append(report["doubt"])
     if report.get("shortened"):
-        tell(f"{report['shortened']:,} clips were cut to the frame limit")
+        lines.append(f"{report['shortened']:,} clips were cut to the frame limit")
+    for line in lines:
+        tell(one_line(line))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from a2mc_fast.errors import require
 if TYPE_CHECKING:
     from torch import Tensor
 
-
 MAX_JOINTS = 1000
 """Joints V of any skeleton; the checks below take V^2 steps."""
 MAX_FRAMES = 300
@@ -47,39 +46,28 @@ class Skeleton:
 
     def __post_init__(self) -> None:
         joints = range(len(self.parents))
-        require(
-            0 < len(joints) <= MAX_JOINTS,
-            f"a skeleton has 1 to {MAX_JOINTS:,} joints, got {len(joints):,} parents",
-        )
-        require(
-            all(p in joints for p in self.parents),
-            f"parents must name joints 0..{len(joints) - 1}: {self.parents}",
-        )
-        require(
-            len(self.mirror) == len(joints), f"mirror has {len(self.mirror)} joints, parents {len(joints)}"
-        )
+        count, named = len(self.parents), (self.center, *self.axis_z, *self.axis_x)
+        require(0 < count <= MAX_JOINTS, f"a skeleton has 1 to {MAX_JOINTS:,} joints, got {count:,} parents")
+        known, rotations = f"joints 0..{count - 1}", get_args(Rotation)
+        require(all(p in joints for p in self.parents), f"parents must name {known}: {self.parents}")
+        require(len(self.mirror) == count, f"mirror has {len(self.mirror)} joints, parents {count}")
         require(
             all(m in joints and self.mirror[m] == j for j, m in enumerate(self.mirror)),
-            f"mirror must swap joints in pairs (an involution of 0..{len(joints) - 1}): {self.mirror}",
+            f"mirror must swap joints in pairs (an involution of 0..{count - 1}): {self.mirror}",
         )
         roots = [j for j in joints if self.parents[j] == j]
         require(len(roots) == 1, f"exactly one joint must be its own parent (the root), got {roots}")
         above = list(joints)
         for _ in joints:
             above = [self.parents[j] for j in above]
-        require(above == roots * len(joints), f"parents contain a cycle: {self.parents}")
+        require(above == roots * count, f"parents contain a cycle: {self.parents}")
         require(len(self.axis_z) == len(self.axis_x) == 2, "axis_z and axis_x must be two joints each")
-        named = (self.center, *self.axis_z, *self.axis_x)
+        require(all(j in joints for j in named), f"center and axes must name {known}: {named}")
+        names = len(self.joint_names)
+        require(names in (0, count), f"{names} joint names for {count} joints")
         require(
-            all(j in joints for j in named), f"center and axes must name joints 0..{len(joints) - 1}: {named}"
-        )
-        require(
-            len(self.joint_names) in (0, len(joints)),
-            f"{len(self.joint_names)} joint names for {len(joints)} joints",
-        )
-        require(
-            self.rotation in get_args(Rotation),
-            f"rotation must be {' or '.join(get_args(Rotation))}, got {self.rotation!r:.40}",
+            self.rotation in rotations,
+            f"rotation must be {' or '.join(rotations)}, got {self.rotation!r:.40}",
         )
         require(
             type(self.max_frames) is int and self.max_frames >= 1,

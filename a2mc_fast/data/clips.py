@@ -75,8 +75,7 @@ class Clips:
     ) -> Clips:
         """Check arrays in the archive's layout, joints [F, M, V, 3], and place them on `device`.
 
-        Raises `InputError`, beginning with `where`, for shapes that disagree and for clips that break the
-        rule of `a2mc_fast.data.rules`.
+        `InputError`, beginning with `where`, for shapes that disagree and clips that break the rule.
         """
         frames = torch.as_tensor(joints)
         length, label = _integers(lengths, f"{where}: lengths"), _integers(labels, f"{where}: labels")
@@ -92,14 +91,7 @@ class Clips:
         masked = all(mask.dtype == torch.bool for mask in masks.values())
         require(masked, f"{where}: split masks must be boolean")
         names = tuple(names) or tuple(f"clip {i}" for i in range(count))
-        rules.check_set(
-            where,
-            lengths=length.tolist(),
-            labels=label.tolist(),
-            names=names,
-            class_names=class_names,
-            protocols=masks,
-        )
+        rules.check_set(where, length.tolist(), label.tolist(), names, class_names, masks)
         _check_frames(where, frames, length, skeleton)
         clips = cls(
             frames=memory.placed(frames, torch.device(device), where),
@@ -239,12 +231,10 @@ class Clips:
         """Clip numbers of a protocol: (train_index, test_index), int64 on the clips' device."""
         if name not in self.splits:
             have = ", ".join(sorted(self.splits))
-            raise InputError(
-                f"the data has no protocol {name!r} (it has: {have}); choose one with --split"
-                if have
-                else f"the data has no protocol {name!r}, nor any other: add split_NAME to what was prepared "
-                "(true for training clips), and prepare it again"
-            )
+            known = f" (it has: {have}); choose one with --split"
+            none = ", nor any other: add split_NAME to what was prepared (true for training clips)"
+            wrong = known if have else f"{none}, and prepare it again"
+            raise InputError(f"the data has no protocol {name!r}{wrong}")
         mask = self.splits[name]
         return mask.nonzero().flatten(), (~mask).nonzero().flatten()
 

@@ -1,9 +1,5 @@
 """2-D keypoints as joints in metres, so that all that follows is as for 3-D recordings.
 
-Estimators give pixels (or shares of a picture) and a confidence. Here z becomes zero, joints below a
-confidence are missing (exactly zero), and the recording is scaled so that its larger body has the size of a
-standing person: views, noise and attack count in metres. Flat clips are not turned by the normalisation.
-
 Legend: T frames · M persons · V joints.
 """
 
@@ -15,8 +11,6 @@ from a2mc_fast.data.rules import UnusableError
 
 BODY = 1.7
 """Metres: what the diagonal of the box around the larger body becomes, in the median frame."""
-
-
 LEAST = 0.3
 """The confidence below which a joint is missing, unless told otherwise."""
 

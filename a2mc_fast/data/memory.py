@@ -1,7 +1,4 @@
-"""Sets as large as a memory: frames pass by blocks, so that little else is held beside the set itself.
-
-Joints are [F, M, V, C] in files, and frames [F, C, V, M] on the device.
-"""
+"""Sets as large as a memory: frames pass by blocks, [F, M, V, C] in files and [F, C, V, M] on the device."""
 
 from __future__ import annotations
 

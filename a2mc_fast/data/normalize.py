@@ -1,14 +1,10 @@
 """The pre-normalisation of 2s-AGCN that ISC, CMD and A²MC train on, one clip at a time, in numpy.
 
-Null frames are filled, every frame is centred on person 0, and one rotation per clip turns the spine of the
-first frame to +z and then the shoulders to +x. The public conversion takes for null whatever sums to zero,
-joint by joint. Here a person is absent from a frame if all of its joints are exactly zero; a single joint
-that is exactly zero was not detected and stays so, unless the person's coordinates are counted from it
-(`_counted_from`). Frames without centre or axes take those of the nearest frame. On clips without such joints
-and frames, the result is that of the public conversion.
+The README beside states it. The public conversion takes for null whatever sums to zero, joint by joint; here
+a person is absent from a frame if all of its joints are exactly zero, and a single joint that is exactly zero
+was not detected. On clips without such joints and frames, the result is that of the public conversion.
 
-Legend: T frames · M persons · B bodies seen by the sensor · V joints; coordinates in metres, joints [T, M, V,
-3].
+Legend: T frames · M persons · B bodies seen by the sensor · V joints; coordinates in metres.
 """
 
 from __future__ import annotations
@@ -34,19 +30,18 @@ NO_LENGTH = "{axis} has no length; not turned by it"
 
 
 class Normalized(NamedTuple):
-    """A clip, and what had to be done that a whole recording does not need."""
+    """A clip, and what had to be done that a whole recording does not need -> frames concerned."""
 
     joints: np.ndarray
     remarks: dict[str, int]
-    """What is to be said of the clip -> frames concerned."""
 
 
 def usable(
     joints: np.ndarray, skeleton: Skeleton, persons: int, *, ranked: bool = False, normalize: bool = True
 ) -> Normalized:
     """Joints [T, M, V, 3] of `persons`, normalised or only cut, and held to the rule for clips before and
-    after. If M is another number, or they are to be `ranked`, those that spread most come first. Raises
-    `UnusableError` for a clip that breaks the rule."""
+    after (`UnusableError`). If M is another number, or they are to be `ranked`, those that spread most come
+    first."""
     joints = np.asarray(joints, np.float32)
     check_poses(joints, skeleton.num_joints)
     if ranked or joints.shape[1] != persons:
@@ -65,10 +60,8 @@ def normalize_clip(joints: np.ndarray, skeleton: Skeleton) -> np.ndarray:
 def normalized(joints: np.ndarray, skeleton: Skeleton) -> Normalized:
     """The clip filled, centred and turned. joints float32 [T, M, V, 3] metres.
 
-    Person 0 at `skeleton.center` is the origin of every frame, so the path through the room is removed. The
-    second rotation is the smallest one, hence the spine is only nearly vertical afterwards. A person that is
-    absent all the time stays all zeros. Nothing is turned where `skeleton.rotation` is none, or z is zero
-    everywhere. Raises `UnusableError` for a clip in which no frame has the centre or the joints of an axis.
+    The second rotation is the smallest one, hence the spine is only nearly vertical afterwards. Raises
+    `UnusableError` for a clip in which no frame has the centre or the joints of an axis.
     """
     joints = np.array(joints[: skeleton.max_frames], np.float32)
     there = _not_zero(joints)
@@ -76,8 +69,7 @@ def normalized(joints: np.ndarray, skeleton: Skeleton) -> Normalized:
     seen: np.ndarray = np.asarray(there.any(2))  # [T, M]
     if not seen.any():
         return Normalized(joints, {})
-    never: np.ndarray = np.asarray(~there.any(0))  # [M, V]
-    for person in np.flatnonzero(seen.any(0) & never.any(1)):
+    for person in np.flatnonzero(seen.any(0) & ~np.all(there.any(0), 1)):
         frames = np.flatnonzero(seen[:, person])
         for joint in _counted_from(joints[frames, person], skeleton):
             there[frames, person, joint] = True
@@ -113,17 +105,10 @@ def choose_bodies(joints: np.ndarray, keep: int = 2) -> np.ndarray:
     """
     bodies = joints.shape[1]
     if bodies > 1:
-        spread = [_spread(joints[:, body]) for body in range(bodies)]
+        seen = (joints[:, body][_not_zero(joints[:, body])] for body in range(bodies))
+        spread = [float(points.std(0).sum()) if len(points) else 0.0 for points in seen]
         joints = joints[:, np.argsort(spread, kind="stable")[::-1][:keep]]
-    if bodies < keep:
-        joints = np.pad(joints, ((0, 0), (0, keep - bodies), (0, 0), (0, 0)))
-    return joints
-
-
-def _spread(body: np.ndarray) -> float:
-    """Sum of the standard deviations of x, y and z, null joints apart; 0 if all are null. body [T, V, 3]."""
-    seen = body[_not_zero(body)]
-    return float(seen.std(0).sum()) if len(seen) else 0.0
+    return np.pad(joints, ((0, 0), (0, keep - bodies), (0, 0), (0, 0))) if bodies < keep else joints
 
 
 def _not_zero(joints: np.ndarray) -> np.ndarray:
@@ -195,11 +180,7 @@ def _fill_null_frames(joints: np.ndarray, there: np.ndarray) -> None:
 
 def _rotation_onto(vector: np.ndarray, target: np.ndarray) -> np.ndarray:
     """The smallest rotation that makes `vector` parallel to the unit vector `target`: float64 [3, 3]
-    (Rodrigues).
-
-    The identity when they are parallel already, when they are opposite (no smallest rotation) or `vector` is
-    zero.
-    """
+    (Rodrigues). The identity if they are parallel, opposite (there is no smallest), or `vector` is zero."""
     (a, b, c), (x, y, z) = vector.tolist(), target.tolist()
     axis = np.array([b * z - c * y, c * x - a * z, a * y - b * x])
     angle = math.atan2(math.hypot(*axis), a * x + b * y + c * z)

@@ -178,9 +178,8 @@ class Archive:
         with self.rows(name) as rows:
             count = math.prod(rows.shape)
         require(count <= most, f"{self.path}: {name} has {count:,} entries, expected up to {most:,}")
+        array = self.array(name, "U", ndim=1)
         try:
-            return texts(self.array(name, "U", ndim=1))
-        except InputError:
-            raise
+            return texts(array)
         except ValueError as error:
             raise InputError(f"{self.path}: {name} holds {error}") from None

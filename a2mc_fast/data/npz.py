@@ -5,12 +5,11 @@ The clips go through the pre-normalisation, all persons are kept in their order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import compress
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from a2mc_fast.data.npy import Archive
 from a2mc_fast.data.rules import MAX_LABEL
@@ -31,43 +30,23 @@ def open_npz(file: str | Path, skeleton_name: str = "") -> Source:
     skeleton = skeleton_of(skeleton_name) if skeleton_name else _skeleton(archive)
     lengths, labels = (archive.array(key, "iu", ndim=1).tolist() for key in ("lengths", "labels"))
     count = len(lengths)
-    with archive.rows("joints") as frames:
-        shape, dtype = frames.shape, frames.dtype
-    require(
-        dtype.kind == "f" and len(shape) == 4 and shape[1] > 0 and shape[3] in (2, 3),
-        f"{path}: joints is {dtype} {list(shape)}, expected floats [F, M, V, 3], or [F, M, V, 2] if 2-D",
-    )
-    require(
-        shape[2] == skeleton.num_joints,
-        f"{path}: joints has {shape[2]} joints, {skeleton_name or 'parents'} {skeleton.num_joints}",
-    )
     axes = _texts(archive, "axes", 3)
-    require(
-        not axes or _AXES.get(axes) == shape[3],
-        f"{path}: axes is {', '.join(axes)} for joints {list(shape)}; expected x, y or x, y, z or x, y, "
-        "confidence",
-    )
-    _check_lengths(path, lengths, shape[0])
-    about = _About(
-        names=_texts(archive, "names", count) or tuple(f"clip {number}" for number in range(count)),
-        lengths=lengths,
-        labels=labels,
-        confidence=axes[2:] == ("confidence",),
-        columns={
-            key: archive.array(key, "iu", ndim=1) if key in archive else np.full(count, -1)
-            for key in ("subjects", "cameras", "setups")
-        },
-        masks={
-            key.removeprefix("split_"): archive.array(key, "b", ndim=1)
-            for key in sorted(archive)
-            if key.startswith("split_")
-        },
-    )
-    for key, values in about.columns.items():
-        require(int(values.max(initial=0)) < 1 << 63, f"{path}: {key} holds a number of 64 bits")
+    persons = _check_joints(archive, lengths, axes, skeleton_name or "parents", skeleton.num_joints)
+    names = _texts(archive, "names", count) or tuple(f"clip {number}" for number in range(count))
+    numbers = {
+        key: archive.array(key, "iu", ndim=1).tolist() if key in archive else [-1] * count
+        for key in ("subjects", "cameras", "setups")
+    }
+    masks = {
+        key.removeprefix("split_"): archive.array(key, "b", ndim=1).tolist()
+        for key in sorted(archive)
+        if key.startswith("split_")
+    }
+    for key, values in numbers.items():
+        require(max(values, default=0) < 1 << 63, f"{path}: {key} holds a number of 64 bits")
     class_names = _texts(archive, "class_names", MAX_LABEL + 1)
-    for key, size in about.sizes().items():
-        require(size == count, f"{path}: {key} has {size:,} entries for {count:,} clips")
+    for key, entries in {"labels": labels, "names": names, **numbers, **masks}.items():
+        require(len(entries) == count, f"{path}: {key} has {len(entries):,} entries for {count:,} clips")
     known = [label for label in labels if label >= 0]
     from_one = bool(known) and min(known) == 1
     require(
@@ -75,65 +54,67 @@ def open_npz(file: str | Path, skeleton_name: str = "") -> Source:
         f"{path}: labels go from 1 to {len(class_names)} for {len(class_names)} class names, but count "
         "from 0; subtract 1 from the labels",
     )
+    clips = (
+        Recording(
+            name=name,
+            label=label,
+            joints=length,
+            subject=subject,
+            camera=camera,
+            setup=setup,
+            train_in=tuple(compress(masks, trains)),
+        )
+        for name, label, length, subject, camera, setup, *trains in zip(
+            names, labels, lengths, *numbers.values(), *masks.values()
+        )
+    )
     return Source(
         name="npz",
-        jobs=_clips(archive, about),
+        jobs=_read(archive, clips, axes[2:] == ("confidence",)),
         total=count,
-        protocols=tuple(about.masks),
-        persons=shape[1],
+        protocols=tuple(masks),
+        persons=persons,
         skeleton=skeleton,
         class_names=class_names,
         notes=("no clip has label 0: do the labels count from 1?",) if from_one else (),
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _About:
-    """What an archive says of its N clips, joints apart."""
-
-    names: Sequence[str]
-    lengths: Sequence[int]
-    labels: Sequence[int]
-    confidence: bool
-    """Whether the third coordinate is one."""
-    columns: Mapping[str, np.ndarray]
-    """subjects, cameras and setups, [N]; -1 where unknown."""
-    masks: Mapping[str, np.ndarray]
-    """Protocol -> [N] bool."""
-
-    def sizes(self) -> dict[str, int]:
-        """The number of entries of each array."""
-        counted: dict[str, Sized] = {"labels": self.labels, "names": self.names, **self.columns, **self.masks}
-        return {key: len(values) for key, values in counted.items()}
-
-
-def _check_lengths(path: Path, lengths: Sequence[int], frames: int) -> None:
+def _check_joints(
+    archive: Archive, lengths: list[int], axes: tuple[str, ...], told_by: str, count: int
+) -> int:
+    """M of the joints, which must be `count` of these axes, and as many frames as the clips have."""
+    path = archive.path
+    with archive.rows("joints") as rows:
+        shape, dtype = rows.shape, rows.dtype
+    require(
+        dtype.kind == "f" and len(shape) == 4 and shape[1] > 0 and shape[3] in (2, 3),
+        f"{path}: joints is {dtype} {list(shape)}, expected floats [F, M, V, 3], or [F, M, V, 2] if 2-D",
+    )
+    require(shape[2] == count, f"{path}: joints has {shape[2]} joints, {told_by} {count}")
+    require(
+        not axes or _AXES.get(axes) == shape[3],
+        f"{path}: axes is {', '.join(axes)} for joints {list(shape)}; expected x, y or x, y, z or x, y, "
+        "confidence",
+    )
     require(min(lengths, default=0) >= 0, f"{path}: a length is negative")
     # empty clips are skipped one by one, but they take no space in the file
-    require(
-        len(lengths) <= 2 * frames + _FEW,
-        f"{path}: lengths holds {len(lengths):,} clips, joints {frames:,} frames in all",
-    )
-    require(
-        sum(lengths) == frames,
-        f"{path}: lengths sum to {sum(lengths):,}, joints holds {frames:,} frames",
-    )
+    clips, frames, total = len(lengths), shape[0], sum(lengths)
+    most = 2 * frames + _FEW
+    require(clips <= most, f"{path}: lengths holds {clips:,} clips, joints {frames:,} frames in all")
+    require(total == frames, f"{path}: lengths sum to {total:,}, joints holds {frames:,} frames")
+    return shape[1]
 
 
-def _clips(archive: Archive, about: _About) -> Iterator[Recording]:
+def _read(archive: Archive, clips: Iterable[Recording], confident: bool) -> Iterator[Recording]:
+    """Clips of which so far the number of frames is known, with their joints."""
     with archive.rows("joints") as frames:
-        for number, (name, length, label) in enumerate(zip(about.names, about.lengths, about.labels)):
-            joints = frames.take(length)
-            yield Recording(
-                name=name,
-                label=label,
-                joints=joints[..., :2] if about.confidence else joints,
-                confidence=joints[..., 2] if about.confidence else None,
-                subject=int(about.columns["subjects"][number]),
-                camera=int(about.columns["cameras"][number]),
-                setup=int(about.columns["setups"][number]),
-                train_in=tuple(protocol for protocol, mask in about.masks.items() if mask[number]),
-            )
+        for clip in clips:
+            joints = frames.take(clip.joints)
+            if confident:
+                yield replace(clip, joints=joints[..., :2], confidence=joints[..., 2])
+            else:
+                yield replace(clip, joints=joints)
 
 
 def _skeleton(archive: Archive) -> Skeleton:

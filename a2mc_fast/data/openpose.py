@@ -59,10 +59,9 @@ def _bodies(file: Path, joints: int) -> np.ndarray:
     """The bodies of a frame, float32 [B, V, 3]: x, y, confidence."""
     try:
         content = parse_json(read_bytes(file, _MAX_BYTES), file.name)
-    except UnusableError as error:
-        raise UnusableError("unreadable", f"{file.name}: {error.detail}") from None
     except InputError as error:
-        raise UnusableError("unreadable", str(error)) from None
+        told = f"{file.name}: {error.detail}" if isinstance(error, UnusableError) else str(error)
+        raise UnusableError("unreadable", told) from None
     people = content.get("people") if isinstance(content, dict) else None
     if not isinstance(people, list):
         raise UnusableError("unreadable", f"{file.name} has no list of people")

@@ -1,8 +1,6 @@
 """From a reader's recordings to packed `Clips`: every recording is checked, normalised and kept, or named
-and skipped.
-
-A reader describes what it found as a `Source`; `collect` reads its jobs in worker processes, in order, and
-lets the frames wait in an unnamed file, so memory holds only the jobs in flight.
+and skipped. Jobs are read in worker processes, in order, and frames wait in an unnamed file, so memory holds
+only the jobs in flight.
 """
 
 from __future__ import annotations
@@ -59,10 +57,8 @@ class Collected:
 
     clips: Clips
     skipped: tuple[Skip, ...]
-    shortened: int
-    """Clips cut to the frame limit."""
-    remarks: Mapping[str, Remark]
-    """What is to be said of some of the clips, in the words of the readers and the normalisation."""
+    shortened: int  # clips cut to the frame limit
+    remarks: Mapping[str, Remark]  # what is said of some clips, by the readers and the normalisation
 
 
 def collect(
@@ -87,9 +83,8 @@ def collect(
     source = replace(source, persons=handling.persons or source.persons)
     # what workers need of it
     work = _Work(replace(source, jobs=(), skipped=(), notes=(), class_names=()), handling, classes)
-    bar = tqdm(
-        total=source.total, unit=f" {source.unit}", desc=source.name, disable=None if progress else True
-    )
+    quiet = None if progress else True
+    bar = tqdm(total=source.total, unit=f" {source.unit}", desc=source.name, disable=quiet)
     with tempfile.TemporaryFile(dir=folder) as waiting, bar:
         for jobs, results in _in_order(work, source.jobs, workers):
             bar.update(jobs)
@@ -110,9 +105,8 @@ def collect(
                 kept[result.name] = replace(result, joints=None)  # they have been written out
         if not kept:
             why = [f"the first skipped: {most_frequent(skipped[:1])}"] if skipped else source.notes[:1]
-            raise InputError(
-                "; ".join((f"{source.name}: no usable recording, {len(skipped):,} skipped", *why))
-            )
+            none = f"{source.name}: no usable recording, {len(skipped):,} skipped"
+            raise InputError("; ".join((none, *why)))
         waiting.flush()
         shape = (sum(lengths), source.persons, source.skeleton.num_joints, 3)
         joints = np.memmap(waiting, np.float32, "c", shape=shape)
@@ -159,11 +153,9 @@ def most_frequent(skipped: Sequence[Skip]) -> str:
 class _Work:
     """What a worker does with a batch of jobs."""
 
-    source: Source
-    """Without its jobs."""
+    source: Source  # without its jobs
     handling: Handling
-    classes: int
-    """How many there may be."""
+    classes: int  # how many there may be
 
     def __call__(self, jobs: list[Any]) -> list[tuple[Recording | Skip, int]]:
         """Each result with the number of frames it was recorded with."""
@@ -177,13 +169,8 @@ class _Work:
             check_clip(result.name, result.label, self.classes)
             joints, remarks = self._metres(result)
             source = self.source
-            made = usable(
-                joints,
-                source.skeleton,
-                source.persons,
-                ranked=source.ranked,
-                normalize=not source.normalized,
-            )
+            how = {"ranked": source.ranked, "normalize": not source.normalized}
+            made = usable(joints, source.skeleton, source.persons, **how)
         except UnusableError as error:
             return Skip(result.name, error.reason, error.detail), 0
         remarks = {**result.remarks, **remarks, **made.remarks}

@@ -146,13 +146,9 @@ def read_video(video: Recording) -> Iterable[Recording | Skip]:
             detail = f"the actions before have {_MAX_OVERLAP} times the {len(frames):,} frames of the video"
             yield Skip(clip, "unreadable", detail)
         else:
-            yield replace(
-                video,
-                name=clip,
-                label=action - 1,
-                joints=frames[start : max(start, end)],
-                remarks={BEYOND: end - len(frames)} if end > len(frames) else {},
-            )
+            joints, beyond = frames[start : max(start, end)], end - len(frames)
+            remarks = {BEYOND: beyond} if beyond > 0 else {}
+            yield replace(video, name=clip, label=action - 1, joints=joints, remarks=remarks)
 
 
 def parse_frames(text: bytes) -> np.ndarray:
@@ -167,19 +163,14 @@ def parse_frames(text: bytes) -> np.ndarray:
     try:
         values = np.loadtxt(lines, comments=None, ndmin=2)
     except ValueError as error:
-        _check_lines(lines)
+        count = len(lines[0].split())
+        for number, line in enumerate(lines, 1):
+            if wrong := wrong_values(line.split(), count, "the first line", range(count)):
+                raise UnusableError("unreadable", f"line {number:,} {wrong}") from None
         raise UnusableError("unreadable", str(error).splitlines()[0]) from None
     if values.shape[1] != _NUMBERS:
         raise UnusableError("wrong joint count", f"{values.shape[1]} numbers per line, expected {_NUMBERS}")
     return values.reshape(-1, 2, 25, 3).astype(np.float32)
-
-
-def _check_lines(lines: list[str]) -> None:
-    """Raise `UnusableError` unless all lines have the numbers of the first."""
-    count = len(lines[0].split())
-    for number, line in enumerate(lines, 1):
-        if wrong := wrong_values(line.split(), count, "the first line", range(count)):
-            raise UnusableError("unreadable", f"line {number:,} {wrong}")
 
 
 def read_split(path: Path) -> tuple[frozenset[str], frozenset[str]]:
@@ -204,7 +195,9 @@ def _training_videos(
     training: dict[str, frozenset[str]] = {}
     notes: list[str] = []
     for protocol, usual in _SPLIT_FILES.items():
-        path = given.get(protocol) or _find(folder, usual)
+        # the first of these in the folder or one level below
+        places = (place for name in usual for place in (folder / name, *sorted(folder.glob(f"*/{name}"))))
+        path = given.get(protocol) or next((place for place in places if place.is_file()), None)
         if path is None:
             continue
         train, validation = read_split(Path(path))
@@ -219,26 +212,22 @@ def _training_videos(
             notes.append(f"{len(unlisted):,} videos are not in {path} and count as test")
     if part == "pku2":
         ids = {name: found for name in videos if (found := parse_name(name, part))}
-        for protocol, names in {
+        by_name = {
             "xsub": frozenset(n for n, i in ids.items() if i.subject not in _TEST_SUBJECTS),
             "xview": frozenset(n for n, i in ids.items() if i.camera != _CAMERAS["L"]),
-        }.items():
-            if protocol not in training:
-                training[protocol] = names
-                notes.append(f"no split file for {protocol}; split by the performer and view in the names")
+        }
+        notes += [
+            f"no split file for {protocol}; split by the performer and view in the names"
+            for protocol in by_name
+            if protocol not in training
+        ]
+        training = by_name | training
     if not training:
         raise InputError(
             f"{folder} has no split files, and the names of part I do not tell performers; give the official "
             "cross-subject.txt with --xsub-file or cross-view.txt with --xview-file"
         )
-    return {protocol: training[protocol] for protocol in _SPLIT_FILES if protocol in training}, notes
-
-
-def _find(folder: Path, names: Iterable[str]) -> Path | None:
-    """The first of these files in the folder or one level below."""
-    return next(
-        (p for name in names for p in (folder / name, *sorted(folder.glob(f"*/{name}"))) if p.is_file()), None
-    )
+    return training, notes
 
 
 def _subfolder(folder: Path, word: str, flag: str) -> Path:

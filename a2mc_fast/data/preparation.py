@@ -31,15 +31,13 @@ _NO_FAULT: tuple[Reason, ...] = ("excluded by the list", "listed twice")  # says
 
 @dataclass(frozen=True, kw_only=True)
 class Packed:
-    """Clips ready to be written, and what is to be reported of how they came about."""
+    """Clips ready to be written, how much was read, and what else is to be reported of it."""
 
     clips: Clips
     total: int
-    """How much was read, in `unit`."""
     unit: str
     skipped: tuple[Skip, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
-    """Entries of the report that other data do not have."""
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:
@@ -71,10 +69,12 @@ def pack_source(
     Frames wait in the folder of `output`. Raises `InputError` without a usable recording, and if most are
     not, unless that is allowed.
     """
+    # those that this process may use
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     made = collect(
         source,
         handling,
-        workers=workers or _cores(),
+        workers=workers or cores,
         folder=next(folder for folder in output.absolute().parents if folder.is_dir()),
         command=command,
         progress=True,
@@ -105,6 +105,10 @@ def write(packed: Packed, output: Path, started: float) -> tuple[dict[str, Any],
     clips, skipped = packed.clips, packed.skipped
     clips.save(output)
     sizes = measure(clips)
+    # test clips that equal a training clip bit for bit
+    repeated = {
+        name: int(copies(clips.frames, clips.lengths, *clips.split(name)).sum()) for name in clips.splits
+    }
     report = {
         "source": clips.source,
         "command": clips.command,
@@ -114,7 +118,7 @@ def write(packed: Packed, output: Path, started: float) -> tuple[dict[str, Any],
         "frames": len(clips.frames),
         "classes": clips.num_classes,
         "splits": _splits(clips),
-        "repeated": _repeated(clips),
+        "repeated": {name: count for name, count in repeated.items() if count},
         "rotation": clips.skeleton.rotation,
         "median_bone": float(f"{sizes.bone:.3g}"),
         "median_body": float(f"{sizes.body:.3g}"),
@@ -136,14 +140,6 @@ def _splits(clips: Clips) -> dict[str, dict[str, int]]:
     }
 
 
-def _repeated(clips: Clips) -> dict[str, int]:
-    """Test clips that equal a training clip bit for bit, for each protocol that has any."""
-    found = {
-        name: int(copies(clips.frames, clips.lengths, *clips.split(name)).sum()) for name in clips.splits
-    }
-    return {name: count for name, count in found.items() if count}
-
-
 def _differences(source: Source, clips: Clips) -> list[str]:
     """How the counts differ from the published ones, one sentence each."""
     found = {source.unit: source.total + len(source.skipped), "clips": len(clips)}
@@ -154,8 +150,3 @@ def _differences(source: Source, clips: Clips) -> list[str]:
         for what, count in source.expected.items()
         if found.get(what, 0) != count
     ]
-
-
-def _cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -20,14 +20,10 @@ Reason = Literal[
 ]  # fmt: skip
 """Why a recording is left out, as the report says it."""
 
-MAX_COORDINATE = 1e3
-"""Metres; anything beyond is not a pose."""
-MAX_LABEL = 65_535
-"""The class layer and every count per class are made for the largest label."""
-FEW_CLASSES = 2000
-"""So many classes a set may have however few its clips are."""
-MAX_NAME = 255
-"""Characters, as in a file's name."""
+MAX_COORDINATE = 1e3  # metres; anything beyond is not a pose
+MAX_LABEL = 65_535  # the class layer and every count per class are made for the largest label
+FEW_CLASSES = 2000  # so many classes a set may have however few its clips are
+MAX_NAME = 255  # characters, as in a file's name
 MAX_PROTOCOLS = 64
 NAME_RULE = f"a name is 1 to {MAX_NAME} printable characters"
 
@@ -89,7 +85,6 @@ def check_poses(joints: np.ndarray, num_joints: int) -> None:
 
 def check_set(
     where: str,
-    *,
     lengths: Sequence[int],
     labels: Sequence[int],
     names: Sequence[str],
@@ -102,14 +97,13 @@ def check_set(
     lowest, highest = min(labels), max(labels)
     require(lowest >= -1, f"{where}: labels must be -1 (unknown) or from 0, got {lowest}")
     require(highest <= MAX_LABEL, f"{where}: label {highest} is beyond {MAX_LABEL:,}")
-    require(
-        not class_names or highest < len(class_names),
-        f"{where}: label {highest} has no name, there are {len(class_names)} class names",
-    )
-    most = most_classes(len(labels), len(class_names))
+    clips, named = len(labels), len(class_names)
+    unnamed = class_names and highest >= named
+    require(not unnamed, f"{where}: label {highest} has no name, there are {named} class names")
+    most = most_classes(clips, named)
     require(
         highest < most,
-        f"{where}: label {highest:,} among {len(labels):,} clips, of which {most:,} classes are the most; "
+        f"{where}: label {highest:,} among {clips:,} clips, of which {most:,} classes are the most; "
         "number the classes from 0 without gaps",
     )
     seen: set[str] = set()
@@ -118,10 +112,8 @@ def check_set(
         seen.add(name)
     for name in (*names, *protocols):
         require(is_name(name), f"{where}: {name!r:.80} cannot be a name: {NAME_RULE}")
-    require(
-        len(protocols) <= MAX_PROTOCOLS,
-        f"{where}: {len(protocols)} protocols, {MAX_PROTOCOLS} are the most",
-    )
+    count = len(protocols)
+    require(count <= MAX_PROTOCOLS, f"{where}: {count} protocols, {MAX_PROTOCOLS} are the most")
 
 
 def check_ranges(where: str, names: Sequence[str], *, outside: Sequence[bool], empty: Sequence[bool]) -> None:

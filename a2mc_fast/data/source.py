@@ -17,21 +17,20 @@ from a2mc_fast.skeleton import NTU25, Skeleton
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recording:
-    """One clip as a reader yields it, and as a job, before its joints are read."""
+    """One clip as a reader yields it, and as a job, before its joints are read.
+
+    joints are float32 [T, M, V, 3], metres, an absent person all zeros, or 2-D keypoints [T, M, V, 2]; of a
+    job, whatever its source reads them from.
+    """
 
     name: str
-    label: int = -1
-    """Class from 0, or -1 where unknown."""
+    label: int = -1  # class from 0, or -1 where unknown
     joints: Any
-    """[T, M, V, 3] float32, metres; an absent person is all zeros. Or 2-D keypoints [T, M, V, 2]. Of a job,
-    whatever its source reads them from."""
-    confidence: np.ndarray | None = None
-    """[T, M, V], where it is known, as of 2-D keypoints."""
+    confidence: np.ndarray | None = None  # [T, M, V], where it is known, as of 2-D keypoints
     subject: int = -1
     camera: int = -1
     setup: int = -1
-    train_in: tuple[str, ...] = ()
-    """The protocols whose training set holds this clip; in all others it is a test clip."""
+    train_in: tuple[str, ...] = ()  # the protocols that train on this clip; in all others it is a test clip
     remarks: Mapping[str, int] = field(default_factory=dict)
     """What is to be said of the clip, in words that many clips may share -> frames concerned."""
 
@@ -63,27 +62,19 @@ class Source:
     """What a reader found: jobs in their final order, and how to read one."""
 
     name: str
-    jobs: Iterable[Recording]
-    """They must pass between processes."""
-    total: int
-    """Number of jobs."""
+    jobs: Iterable[Recording]  # they must pass between processes
+    total: int  # number of jobs
     read: Callable[[Recording], Iterable[Recording | Skip]] = as_it_is
     """What a job holds. Raises `UnusableError` if it cannot be read."""
     protocols: tuple[str, ...]
-    persons: int = 2
-    """M of every clip; of a recording with more those that spread most are kept."""
-    ranked: bool = False
-    """Whether those that spread most come first, as where bodies have no order of their own."""
+    persons: int = 2  # M of every clip; of a recording with more those that spread most are kept
+    ranked: bool = False  # whether those that spread most come first, as where bodies have no order
     skeleton: Skeleton = NTU25
-    normalized: bool = False
-    """Whether the joints have been through the pre-normalisation already."""
-    unit: str = "clips"
-    """What a job is."""
+    normalized: bool = False  # whether the joints have been through the pre-normalisation already
+    unit: str = "clips"  # what a job is
     class_names: tuple[str, ...] = ()
-    skipped: tuple[Skip, ...] = ()
-    """Recordings left out before any was read."""
-    notes: tuple[str, ...] = ()
-    """What the user should know about the input, one sentence each."""
+    skipped: tuple[Skip, ...] = ()  # recordings left out before any was read
+    notes: tuple[str, ...] = ()  # what the user should know about the input, one sentence each
     expected: Mapping[str, int] = field(default_factory=dict)
     """Published counts of the whole data set: `unit`, "clips", and "PROTOCOL train" and "PROTOCOL test"."""
 

@@ -1,9 +1,8 @@
 """The built-in set: NTU-25 clips of named actions, made by forward kinematics of joint-angle trajectories.
 
-What the actions are is in `actions`; here each is performed, eased from move to move. Everything else
-(resting posture, idle limbs, side, tempo, repetitions, onset, amplitude, body, camera, sensor) is drawn
-independently of the class and covers it up: actions share limbs and postures, and some are each other's time
-reversal, so telling them apart needs the trajectory.
+What the actions are is in `actions`. Everything else (resting posture, idle limbs, side, tempo, repetitions,
+onset, amplitude, body, camera, sensor) is drawn independently of the class and covers it up, so telling
+actions apart needs the trajectory.
 
 Performer's axes: x right, y forward, z up; angles in degrees, lengths in metres, 30 frames/s.
 Legend: N clips · B bodies (a clip has one or two) · F frames of all bodies · A angles · V joints.
@@ -59,7 +58,7 @@ _GESTURE = np.where(_IS_ARM, 30, np.where(_LIMB < 4, 22, 10)[:, None])
 
 
 class _Cast:
-    """Body and style of every performer, and the distortion of every camera: fixed for the whole set."""
+    """Body and style of every performer, and the distortion of every camera."""
 
     def __init__(self, rng: np.random.Generator) -> None:
         size = rng.uniform(0.87, 1.1, (1, PERFORMERS)) * rng.uniform(0.92, 1.08, (len(PARTS), PERFORMERS))
@@ -76,7 +75,7 @@ class _Cast:
 
 @dataclass
 class _Bodies:
-    """Everyone in a chunk of clips: first persons, then the second persons of those clips that have one."""
+    """Everyone in a chunk of clips: first persons, then the second ones of those clips that have one."""
 
     clip: NDArray  # [B] clip of the chunk
     second: NDArray  # [B] 1 for the second person of a clip
@@ -94,16 +93,12 @@ class _Bodies:
         return np.repeat(values, self.lengths, axis=-1)
 
     def spread(self, values: NDArray) -> Array:
-        """The same in float32."""
         return self.repeat(values.astype(_F32))
 
 
 def _clock(rng: np.random.Generator, label: NDArray, total: NDArray, tempo: NDArray) -> NDArray:
     """When a clip's action starts, how long one takes, how often it comes, and its sway of tempo: [6, N].
-
-    total: seconds of each clip [N]. Repeated actions may be under way in the first frame and in the last; the
-    others happen around the middle.
-    """
+    total: seconds of each clip [N]. Repeated actions may be under way in the first frame and in the last."""
     clips = len(label)
     span = np.minimum(PROGRAMS.seconds[label] / (tempo * rng.uniform(0.75, 1.4, clips)), 0.8 * total)
     repeats = PROGRAMS.repeats[label]
@@ -172,10 +167,8 @@ def _idle(rng: np.random.Generator, bodies: _Bodies) -> Array:
 
 
 def _pose(angles: Array, bones: Array) -> Array:
-    """Forward kinematics. angles [A, F] degrees, bones [3, V, F] metres -> joints, the lowest at z = 0.
-
-    The bones are overwritten.
-    """
+    """Forward kinematics. angles [A, F] degrees, bones [3, V, F] metres, which become the joints, the lowest
+    at z = 0."""
     for name, axis, factor, joints in HINGES:
         radians = angles[INDEX[name]] * _F32(np.deg2rad(factor))
         s, c = np.sin(radians), np.cos(radians)
@@ -190,10 +183,8 @@ def _pose(angles: Array, bones: Array) -> Array:
 
 
 def _sense(rng: np.random.Generator, bodies: _Bodies, joints: Array, lens: NDArray, noise: float) -> Array:
-    """Joints [3, V, F] as a sensor reports them: seen from somewhere, skewed, trembling. lens [3, 3, N].
-
-    Most joints of a clip are a centimetre off and drift slowly, some are badly tracked.
-    """
+    """Joints [3, V, F] as a sensor reports them: seen from somewhere, skewed, trembling. lens [3, 3, N]. Most
+    joints of a clip are a centimetre off and drift slowly, some are badly tracked."""
     clips = lens.shape[-1]
     yaw, tilt = rng.uniform(-1.7, 1.7, clips), rng.normal(-0.1, 0.1, clips)
     one, zero = np.ones(clips), np.zeros(clips)
@@ -263,10 +254,9 @@ def _recorded(rng: np.random.Generator, cast: _Cast, every: dict[str, NDArray], 
     for first in range(0, len(every["label"]), _CHUNK):
         chunk = {name: values[first : first + _CHUNK] for name, values in every.items()}
         seen = _simulate(rng, cast, chunk, noise)
-        ends = np.cumsum(chunk["length"])
-        for begin, end in zip(ends - chunk["length"], ends):
-            joints[at + begin : at + end] = normalize_clip(seen[begin:end], NTU25)
-        at += len(seen)
+        for clip in np.split(seen, np.cumsum(chunk["length"])[:-1]):
+            joints[at : at + len(clip)] = normalize_clip(clip, NTU25)
+            at += len(clip)
     return joints
 
 
@@ -284,11 +274,10 @@ def synthetic_clips(
     performers and cameras are balanced; xsub trains on two thirds of the performers, xview of the cameras.
     `noise` scales what the sensor adds (0: rigid bones). Raises `InputError` outside 2..26 classes.
     """
-    most = len(ACTIONS)
+    most, least = len(ACTIONS), CAMERAS * classes  # clips in every split
     require(2 <= classes <= most, f"synthetic: classes must be 2 to {most}, got {classes}")
     require(
-        clips >= CAMERAS * classes,
-        f"synthetic: {classes} classes need at least {CAMERAS * classes} clips (every split), got {clips}",
+        clips >= least, f"synthetic: {classes} classes need at least {least} clips (every split), got {clips}"
     )
     require(seed >= 0, f"synthetic: seed must not be negative, got {seed}")
     require(noise >= 0, f"synthetic: noise must not be negative, got {noise}")

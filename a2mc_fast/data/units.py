@@ -20,11 +20,8 @@ class Sizes(NamedTuple):
     """Medians over frames, in the set's unit; 0 where there is nothing to measure."""
 
     bone: float
-    """Length of a bone."""
-    body: float
-    """Diagonal of the box around a body."""
-    thickness: float
-    """The box's shortest side."""
+    body: float  # diagonal of the box around a body
+    thickness: float  # the box's shortest side
 
 
 def measure(clips: Clips) -> Sizes:
@@ -40,10 +37,8 @@ def measure(clips: Clips) -> Sizes:
 
 
 def doubt(sizes: Sizes, times: str = "--scale") -> str:
-    """One sentence for bodies of a size that metres do not give; empty for all others.
-
-    `times` is how a factor is applied there.
-    """
+    """One sentence for bodies of a size that metres do not give; empty for all others. `times` is how a
+    factor is applied there."""
     lowest, highest = _PLAUSIBLE
     if sizes.body == 0 or lowest <= sizes.body <= highest:
         return ""

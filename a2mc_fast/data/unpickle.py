@@ -115,12 +115,10 @@ def _array(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
 
 
 def _frombuffer(data: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> _Array:
-    array = _Array()
-    if order == "K":  # numpy 2.3 and later: the memory's shape, then the order of the axes
-        array.content = _array(data, dtype, shape, "C").transpose(axes)
-    else:
-        array.content = _array(data, dtype, shape, order)
-    return array
+    # K, of numpy 2.3 and later: the memory's shape, then the order of the axes
+    array, made = _array(data, dtype, shape, "C" if order == "K" else order), _Array()
+    made.content = array.transpose(axes) if order == "K" else array
+    return made
 
 
 def _scalar(dtype: Any, data: Any) -> Any:
@@ -133,31 +131,24 @@ def _bytes(text: str = "", encoding: str = "latin1") -> bytes:
     return str.encode(text, "latin1")
 
 
-def _elements(values: Any = None) -> list[Any]:
-    if values is None:
+def _elements(values: Any = ()) -> list[Any]:
+    if values == ():
         return []
     if not isinstance(values, list):
         raise TypeError("a set of something else than a list")
     return values  # not a copy
 
 
+_SETS = [f"{module} {kind}" for module in ("__builtin__", "builtins") for kind in ("set", "frozenset")]
 _ALLOWED = {
     "numpy ndarray": _Array,
     "numpy dtype": _DType,
     "_codecs encode": _bytes,
     "__builtin__ bytes": _bytes,  # how old protocols write b""
-    **dict.fromkeys(
-        ("__builtin__ set", "__builtin__ frozenset", "builtins set", "builtins frozenset"), _elements
-    ),
-    **{
-        f"numpy.{core}.{name}": ours
-        for core in ("core", "_core")
-        for name, ours in (
-            ("multiarray _reconstruct", _Array),
-            ("multiarray scalar", _scalar),
-            ("numeric _frombuffer", _frombuffer),
-        )
-    },
+    **dict.fromkeys(_SETS, _elements),
+    **{f"numpy.{core}.multiarray _reconstruct": _Array for core in ("core", "_core")},
+    **{f"numpy.{core}.multiarray scalar": _scalar for core in ("core", "_core")},
+    **{f"numpy.{core}.numeric _frombuffer": _frombuffer for core in ("core", "_core")},
 }
 """What a pickle may name, and what it gets instead."""
 
