@@ -288,9 +288,10 @@ def _integers(values: Any, where: str) -> Tensor:
 def _skeleton(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Skeleton:
     """The skeleton of a packed file; those written before it said how clips are normalised have the usual."""
     tree: dict[str, Any] = {
-        name: tuple(_integers(tensors[name].flatten(), f"{path}: {name}").tolist()) for name in TREE
+        name: tuple(_integers(torch.atleast_1d(tensors[name]), f"{path}: {name}").tolist()) for name in TREE
     }
-    require(len(tree["center"]) == 1, f"{path}: center must be one joint")
+    single = len(tree["center"]) == 1
+    require(single, f"{path}: axis_z and axis_x must be two joints each, center one")
     return Skeleton(
         **tree | {"center": tree["center"][0]},
         joint_names=_texts(header, "joint_names", path),
