@@ -25,8 +25,8 @@ Array = NDArray[np.float32]
 LIMBS = tuple(f"{side}{angle}" for side in "lr" for angle in "fatehok")
 ANGLES = LIMBS + ("bend", "lean", "turn", "nod", "facing", "gap")
 INDEX = {name: i for i, name in enumerate(ANGLES)}
-MIRROR = [INDEX[{"l": "r", "r": "l"}[n[0]] + n[1:] if n in LIMBS else n] for n in ANGLES]
-MIRROR_SIGN = np.array([-1 if n in ("lean", "turn", "facing") else 1 for n in ANGLES], _F32)[:, None]
+_MIRROR = [INDEX[{"l": "r", "r": "l"}[n[0]] + n[1:] if n in LIMBS else n] for n in ANGLES]
+_MIRROR_SIGN = np.array([-1 if n in ("lean", "turn", "facing") else 1 for n in ANGLES], _F32)[:, None]
 
 # joint -> (joint it hangs from, bone in the standing pose, proportion it follows), from the base of the spine
 _LEFT = {
@@ -169,3 +169,8 @@ class Programs:
 
 
 PROGRAMS = Programs()
+
+
+def mirrored(angles: Array) -> Array:
+    """Left and right exchanged. angles [A, F]"""
+    return angles[_MIRROR] * _MIRROR_SIGN

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import numpy as np
 from a2mc_fast.data.names import named
 from a2mc_fast.data.npy import map_npy
 from a2mc_fast.data.skeletons import SKELETONS
-from a2mc_fast.data.source import Recording, Source, existing, until_null
+from a2mc_fast.data.source import Recording, Source, existing, filled, until_null
 from a2mc_fast.data.unpickle import as_numbers, as_texts, load_pickle
 from a2mc_fast.errors import InputError, require
 
@@ -141,11 +140,7 @@ def _frames(path: Path, count: int, longest: int) -> np.ndarray:
 def _read(job: Recording) -> Iterable[Recording]:
     path, row, frames = job.joints
     joints = _mapped(path)[row].transpose(1, 3, 2, 0)  # [T, M, V, C]
-    joints = joints[:frames] if frames >= 0 else until_null(joints)
-    if joints.shape[2] == 18:
-        yield replace(job, joints=joints[..., :2], confidence=joints[..., 2])
-    else:
-        yield replace(job, joints=joints)
+    yield filled(job, joints[:frames] if frames >= 0 else until_null(joints), joints.shape[2] == 18)
 
 
 _mapped = lru_cache(maxsize=2)(map_npy)  # one mapping per process and array, not one per clip

@@ -118,7 +118,7 @@ class Clips:
         lowest, highest = self._rows.aminmax(dim=1)
         outside = counted(~rules.within_bounds(lowest, highest))
         there = counted(rules.somebody(lowest, highest))
-        rules.check_ranges(where, self.names, outside=[n > 0 for n in outside], empty=[n == 0 for n in there])
+        rules.check_ranges(where, self.names, outside, there)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Clips:

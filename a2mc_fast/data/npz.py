@@ -6,7 +6,6 @@ The clips go through the pre-normalisation, all persons are kept in their order.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from a2mc_fast.data.npy import Archive
 from a2mc_fast.data.rules import MAX_LABEL
 from a2mc_fast.data.skeletons import SKELETONS, skeleton_of
-from a2mc_fast.data.source import Recording, Source
+from a2mc_fast.data.source import Recording, Source, filled
 from a2mc_fast.errors import InputError, require
 from a2mc_fast.skeleton import TREE, Skeleton
 
@@ -110,11 +109,7 @@ def _read(archive: Archive, clips: Iterable[Recording], confident: bool) -> Iter
     """Clips of which so far the number of frames is known, with their joints."""
     with archive.rows("joints") as frames:
         for clip in clips:
-            joints = frames.take(clip.joints)
-            if confident:
-                yield replace(clip, joints=joints[..., :2], confidence=joints[..., 2])
-            else:
-                yield replace(clip, joints=joints)
+            yield filled(clip, frames.take(clip.joints), confident)
 
 
 def _skeleton(archive: Archive) -> Skeleton:

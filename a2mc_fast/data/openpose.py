@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy as np
 from a2mc_fast.data.folders import open_recordings
 from a2mc_fast.data.rules import UnusableError
 from a2mc_fast.data.skeletons import skeleton_of
-from a2mc_fast.data.source import Recording, Source, existing, read_bytes
+from a2mc_fast.data.source import Recording, Source, existing, filled, read_bytes
 from a2mc_fast.errors import InputError, require
 from a2mc_fast.files import parse_json
 from a2mc_fast.skeleton import Skeleton
@@ -46,7 +45,7 @@ def _read(job: Recording, skeleton: Skeleton) -> Iterable[Recording]:
     if len(files) > _MAX_FRAMES:
         raise UnusableError("unreadable", f"more than {_MAX_FRAMES:,} frames")
     placed = track([_bodies(file, skeleton.num_joints) for file in files], skeleton.num_joints)
-    yield replace(job, joints=placed[..., :2], confidence=placed[..., 2])
+    yield filled(job, placed, True)
 
 
 def _frame_number(file: Path) -> tuple[int, str]:

@@ -116,14 +116,17 @@ def check_set(
     require(count <= MAX_PROTOCOLS, f"{where}: {count} protocols, {MAX_PROTOCOLS} are the most")
 
 
-def check_ranges(where: str, names: Sequence[str], *, outside: Sequence[bool], empty: Sequence[bool]) -> None:
-    """Raise `InputError`, naming the first, if clips are not `within_bounds` or nobody is in them."""
+def check_ranges(where: str, names: Sequence[str], outside: Sequence[int], there: Sequence[int]) -> None:
+    """Raise `InputError`, naming the first, unless no frame of a clip is beyond `within_bounds`, and somebody
+    is there in one. outside and there are such frames of each clip."""
+    far = [name for name, count in zip(names, outside) if count]
+    empty = [name for name, count in zip(names, there) if not count]
     for bad, reason in (
-        (outside, "holds coordinates that are not finite or beyond 1,000 m"),
+        (far, "holds coordinates that are not finite or beyond 1,000 m"),
         (empty, "is all zeros"),
     ):
-        if any(bad):
+        if bad:
             raise InputError(
-                f"{where}: {names[bad.index(True)]} {reason} ({sum(bad)} such clips); "
+                f"{where}: {bad[0]} {reason} ({len(bad)} such clips); "
                 "`python -m a2mc_fast.prepare` skips and lists them"
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,13 @@ class Source:
             yield from self.read(job)
         except UnusableError as error:
             yield Skip(job.name, error.reason, error.detail)
+
+
+def filled(job: Recording, values: np.ndarray, confident: bool, **others: Any) -> Recording:
+    """The job with joints [T, M, V, C]; the last of the values is a confidence if they are `confident`."""
+    if confident:
+        others["confidence"], values = values[..., -1], values[..., :-1]
+    return replace(job, joints=values, **others)
 
 
 def until_null(joints: np.ndarray) -> np.ndarray:

@@ -16,19 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from a2mc_fast.data.actions import (
-    ACTIONS,
-    ANGLES,
-    BONES,
-    HINGES,
-    INDEX,
-    LIMBS,
-    MIRROR,
-    MIRROR_SIGN,
-    PARTS,
-    PROGRAMS,
-    Array,
-)
+from a2mc_fast.data.actions import ACTIONS, ANGLES, BONES, HINGES, INDEX, LIMBS, PARTS, PROGRAMS, mirrored
 from a2mc_fast.data.clips import Clips
 from a2mc_fast.data.normalize import normalize_clip
 from a2mc_fast.errors import require
@@ -43,6 +31,7 @@ _DRIFT, _JITTER = 0.012, 0.006  # metres a joint is off: slowly (the median join
 _KNOT = 8  # frames between independent values of the slow error
 _CHUNK = 128  # clips simulated at once: the working set stays near the cache
 _F32 = np.float32
+Array = NDArray[np.float32]
 
 # resting arms (f, a, t, e) and their shares
 _ARM_RESTS = {
@@ -232,7 +221,7 @@ def _simulate(rng: np.random.Generator, cast: _Cast, clips: dict[str, NDArray], 
     angles += (1 - 0.6 * gate) * _idle(rng, bodies)
     bent = [INDEX[side + angle] for side in "lr" for angle in "ek"]
     angles[bent] = np.maximum(angles[bent], 0)  # elbows and knees bend one way
-    angles = np.where(bodies.repeat(left), angles[MIRROR] * MIRROR_SIGN, angles)
+    angles = np.where(bodies.repeat(left), mirrored(angles), angles)
 
     # second persons face the first across the gap, which the first person's angles hold
     second = bodies.repeat(bodies.second)

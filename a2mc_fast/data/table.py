@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ import numpy as np
 from a2mc_fast.data.folders import open_recordings
 from a2mc_fast.data.rules import UnusableError
 from a2mc_fast.data.skeletons import SKELETONS, skeleton_of
-from a2mc_fast.data.source import Recording, Source, read_bytes, wrong_values
+from a2mc_fast.data.source import Recording, Source, filled, read_bytes, wrong_values
 from a2mc_fast.errors import InputError, require
 from a2mc_fast.skeleton import Skeleton
 
@@ -50,13 +49,13 @@ def _skeleton(path: Path, name: str) -> Skeleton:
         names = set(_columns(_lines(path)[0]).joints)
     except UnusableError as error:
         raise InputError(f"{path}: {error.detail}") from None
-    fitting = [skeleton for skeleton in SKELETONS.values() if set(skeleton.joint_names) == names]
-    require(
-        bool(fitting),
+    for skeleton in SKELETONS.values():
+        if set(skeleton.joint_names) == names:
+            return skeleton
+    raise InputError(
         f"{path}: its {len(names)} joints are not named like a built-in skeleton's; tell which it is with "
-        f"--skeleton {' or '.join(SKELETONS)}",
+        f"--skeleton {' or '.join(SKELETONS)}"
     )
-    return fitting[0]
 
 
 class _Columns(NamedTuple):
@@ -119,14 +118,10 @@ def _read(job: Recording, skeleton: Skeleton) -> Iterable[Recording]:
     places = columns.places[order]
     values = _numbers(lines, len(header), [*places[places >= 0].tolist(), columns.frame, columns.person])
     frame, person = _rows(values, columns)
-    joints = values[:, places[:, [0, 1, 2] if places[0, 2] >= 0 else [0, 1]]]
-    out = np.zeros((frame.max() + 1, person.max() + 1, *joints.shape[1:]), np.float32)
-    out[frame, person] = joints
-    confidence = None
-    if places[0, 3] >= 0:
-        confidence = np.zeros(out.shape[:3], np.float32)
-        confidence[frame, person] = values[:, places[:, 3]]
-    yield replace(job, joints=out, confidence=confidence, remarks=remarks)
+    axes = np.flatnonzero(places[0] >= 0)
+    out = np.zeros((frame.max() + 1, person.max() + 1, len(places), len(axes)), np.float32)
+    out[frame, person] = values[:, places[:, axes]]
+    yield filled(job, out, axes[-1] == 3, remarks=remarks)
 
 
 def _numbers(lines: list[list[str]], width: int, needed: Sequence[int]) -> np.ndarray:

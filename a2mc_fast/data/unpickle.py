@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from a2mc_fast.data.npy import damaged, texts
-from a2mc_fast.errors import InputError, require
+from a2mc_fast.errors import require
 
 _MAX_ARGUMENTS = 8
 _DTYPE = re.compile(r"[<>|=]?([fiu][1248]|b1|[US]\d{1,6})", re.ASCII)
@@ -34,11 +34,8 @@ _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": (
 
 
 def load_pickle(path: Path) -> Any:
-    """The content of a pickle. Arrays in it are to be taken out with `as_array`.
-
-    Raises `InputError` naming the class, if the file asks for one that is not allowed; nothing of it is
-    executed.
-    """
+    """The content of a pickle; arrays in it are to be taken out with `as_array`. Raises `InputError` naming
+    the class, if the file asks for one that is not allowed."""
     with path.open("rb") as file:
         require(path.stat().st_size > 0, f"{path} is empty")
         # a mapped file returns no more than there is, whatever length is asked for
@@ -154,8 +151,7 @@ _ALLOWED = {
 
 
 class _Machine:
-    """The stack machine: `run` executes a program, each method below one instruction (its name in small
-    letters, numbers apart).
+    """The stack machine: `run` executes a program, each method below one instruction.
 
     Time and memory are bounded by a multiple of the file's size: nothing that is in the file once is copied
     again and again, and no index or key is of a kind of which colliding ones are easily found.
@@ -261,11 +257,11 @@ class _Machine:
 
 
 def _allowed(name: str, path: Path) -> Any:
-    if name not in _ALLOWED:
-        raise InputError(
-            f"{path} asks for {name.replace(' ', '.')[:80]}; only lists, dicts, numbers, strings and numpy "
-            "arrays are read, and nothing was executed"
-        )
+    require(
+        name in _ALLOWED,
+        f"{path} asks for {name.replace(' ', '.')[:80]}; only lists, dicts, numbers, strings and numpy "
+        "arrays are read, and nothing was executed",
+    )
     return _ALLOWED[name]
 
 
