@@ -22,10 +22,7 @@ from a2mc_fast.errors import InputError, require
 _KINDS = "fiubUS"  # numbers, booleans and strings; no objects, no structures
 _WORDS = {"f": "floats", "i": "integers", "u": "unsigned integers", "b": "booleans", "U": "text"}
 _NPZ = "a .npz file"
-_READ_HEADER = {
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
-}
+_READ_HEADER = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 _MAX_RATIO, _SLACK = 100, 1 << 20  # an archive may unpack to this many times its size, plus this many bytes
 _MAX_MEMBERS = 1000  # each is looked up in the list of all
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # what numpy writes; others unpack without a bound
@@ -70,8 +67,7 @@ def _header(stream: IO[bytes], size: int, where: str) -> tuple[tuple[int, ...], 
     )
     claimed, held = math.prod(shape) * dtype.itemsize, size - stream.tell()
     require(
-        claimed == held,
-        f"{where} claims {list(shape)} of {dtype}, {claimed:,} bytes, but holds {held:,}",
+        claimed == held, f"{where} claims {list(shape)} of {dtype}, {claimed:,} bytes, but holds {held:,}"
     )
     return shape, fortran, dtype
 
