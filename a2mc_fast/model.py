@@ -85,26 +85,6 @@ class A2MC(nn.Module):
         with frozen(self.query):
             return semantic_attack(classify or self.classify, x, lr=attack.lr, radius=attack.radius)
 
-    @property
-    def key_rides(self) -> bool:
-        """Whether the key encoder's recurrent layers can run in the launches of the attack's, which by
-        themselves leave half of a GPU idle: the fused kernels can, in one type for both."""
-        forms = (self.query.encoder.recurrence, self.key.encoder.recurrence)
-        return not {None, "torch"} & {*forms} and self.config.precision != "fp16"
-
-    def attack_with_key(self, x: Tensor, x0: Tensor) -> tuple[Tensor, Tensor | None]:
-        """`attack` of whole clips, and the key encoder's feature of their view x0, if it rides along."""
-        if not self.key_rides:
-            return self.attack(x), None
-        found = []
-
-        def classify(x: Tensor) -> Tensor:
-            feature, key = self.query.feature_beside(x, self.key, x0)
-            found.append(key)
-            return self.classifier(feature.float())
-
-        return self.attack(x, classify), found[0]
-
     def classify(self, x: Tensor) -> Tensor:
         """Class logits of the attack. x [N, T, C, V, M] -> [N, classes] float32"""
         return self.classifier(self.query.feature(x, wide=True).float())

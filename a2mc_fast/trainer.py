@@ -27,6 +27,8 @@ from a2mc_fast.ranks import ALONE, World
 
 Body = Callable[[], dict[str, Tensor]]
 """A step's work. It reads what changes from tensors, and gives what to log."""
+Attack = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
+"""Whole clips, and their view x0 -> rho, and the key encoder's feature of x0 if that came along."""
 
 
 class Trainer:
@@ -49,8 +51,9 @@ class Trainer:
         self.scaler = torch.amp.GradScaler("cuda", enabled=scaled)
         self.fault = torch.full((1,), -1, device=self.device)
         """The first step whose loss or gradient was not finite, or -1. From it on no weight moves."""
-        # as written; `run.parts` puts what it compiles and captures in these places
+        # as written; `run.parts` puts what it compiles, combines and captures in these places
         self.view: Callable[..., Tensor] = self.views.make
+        self.attack: Attack = lambda x, x0: (self.model.attack(x), None)
         self.losses: Callable[..., tuple[Losses, Sums]] = self.model.losses
         self.captured: Callable[[Body], Body] = lambda body: body
 
@@ -110,7 +113,7 @@ class Trainer:
         x1 = x2 = rho = key = None
         if config.attack.radius:
             with record_function("attack"):
-                rho, key = model.attack_with_key(self.views.whole(index), x0)
+                rho, key = self.attack(self.views.whole(index), x0)
         with record_function("views"):
             if config.loss.weak != "off":
                 x1 = self.view(index, "weak" if config.views.augment else "none", draw1, time, rho)

@@ -65,20 +65,11 @@ class BiGRU(Encoder):
 
     def forward(self, x: Tensor, views: int = 1) -> Tensor:
         """x [N, T, C, V, M], or several views one after another, each normalised by its own statistics."""
-        sequence = self._normed(x, views)
-        with self._arithmetic(sequence) as dtype:
+        sequence = self.normed(x, views)
+        with self.arithmetic(sequence) as dtype:
             return self.recur(sequence, dtype)
 
-    def beside(self, x: Tensor, other: Encoder, constant: Tensor) -> tuple[Tensor, Tensor]:
-        assert isinstance(other, BiGRU)
-        with torch.no_grad():
-            also = other._normed(constant, 1)
-        sequence = self._normed(x, 1)
-        with self._arithmetic(sequence) as dtype:
-            mine, others = fused((self, other), (sequence, also), dtype)
-        return mine, others.detach()
-
-    def _normed(self, x: Tensor, views: int) -> Tensor:
+    def normed(self, x: Tensor, views: int = 1) -> Tensor:
         """The layers' input. -> [N, T, C*V*M]"""
         sequence = x.flatten(2)
         if self.input_norm is not None:
@@ -86,7 +77,7 @@ class BiGRU(Encoder):
         return sequence
 
     @contextmanager
-    def _arithmetic(self, sequence: Tensor) -> Iterator[torch.dtype]:
+    def arithmetic(self, sequence: Tensor) -> Iterator[torch.dtype]:
         """Inside, the layers run in this type.
 
         Autocast itself would run cuDNN's recurrent layers in float16, whatever it was asked for, where the

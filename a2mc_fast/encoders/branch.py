@@ -54,11 +54,6 @@ class Encoder(nn.Module):
         """x [N, T, C, V, M] -> [N, feature_dim]"""
         raise NotImplementedError
 
-    def beside(self, x: Tensor, other: Encoder, constant: Tensor) -> tuple[Tensor, Tensor]:
-        """This encoder's feature of x and, in the same launches, another's of a constant of the same shape,
-        without a gradient. Fused recurrent layers alone can."""
-        raise NotImplementedError
-
 
 class Branch(nn.Module):
     """An encoder and the projection head of each of its levels."""
@@ -84,14 +79,10 @@ class Branch(nn.Module):
         `wide` computes it in float32 where fp16 is set, for gradients that it cannot hold.
         """
         with autocast(self.config, x.device, wide):
-            return self.encoder(self._stream(x), views)
+            return self.encoder(self.stream(x), views)
 
-    def feature_beside(self, x: Tensor, other: Branch, constant: Tensor) -> tuple[Tensor, Tensor]:
-        """`feature` of clips x, wide, and in the same launches another branch's of a constant."""
-        with autocast(self.config, x.device, wide=True):
-            return self.encoder.beside(self._stream(x), other.encoder, other._stream(constant))
-
-    def _stream(self, x: Tensor) -> Tensor:
+    def stream(self, x: Tensor) -> Tensor:
+        """What the encoder sees of joints. x [N, T, C, V, M] -> like x"""
         if self.config.stream == "motion":
             return motion_stream(x)
         return bone_stream(x, self.parents) if self.config.stream == "bone" else x

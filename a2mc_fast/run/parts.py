@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from a2mc_fast.encoders.branch import Encoder, Recurrence, set_arithmetic
 from a2mc_fast.encoders.recurrence import choose_recurrence, no_triton, require_kernels
 from a2mc_fast.errors import require
 from a2mc_fast.model import A2MC
+from a2mc_fast.run.beside import attack_with_key, key_rides
 from a2mc_fast.run.capture import Captured, Part, Say
 from a2mc_fast.trainer import Body, Trainer
 
@@ -45,6 +47,8 @@ class Parts:
         if refused:
             self.notes.append(f"random numbers in plain torch, because their kernel was refused: {refused}")
         self._choose_recurrence(device, before)
+        if key_rides(model):
+            trainer.attack = partial(attack_with_key, model)
         self._compiles = run.compile == "on" or (run.compile == "auto" and cuda)
         trainer.view = view = self._part("views", trainer.view)
         trainer.losses = losses = self._part("losses", trainer.losses)
