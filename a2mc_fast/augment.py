@@ -77,13 +77,6 @@ def crop_positions(draws: Draws, lengths: Tensor, config: ViewConfig) -> Tensor:
     return resize_positions(start, span, config.frames)
 
 
-def center_positions(lengths: Tensor, frames: int) -> Tensor:
-    """Where the centre crop of evaluation, 95 % of a clip, reads. lengths [N] -> [N, T]."""
-    # the reference computes this in double precision, where (1 - 0.95) n / 2 falls just above the integer
-    start = torch.floor((1 - 0.95) * lengths.double() / 2).long()
-    return resize_positions(start, lengths - 2 * start, frames)
-
-
 def resize_positions(start: Tensor, span: Tensor, frames: int) -> Tensor:
     """Half-pixel positions of `frames` samples over span frames from start, edges clamped. [N] -> [N, T]"""
     grid = torch.arange(frames, device=start.device, dtype=torch.float32) + 0.5
@@ -207,10 +200,6 @@ class Views:
         position = resize_positions(torch.zeros_like(lengths), lengths, self.config.frames)
         return self.clips.read(index, position)
 
-    def cropped(self, index: Tensor, draws: Draws) -> Tensor:
-        """A random temporal crop-resize and nothing else. index [N] -> [N, T, C, V, M]"""
-        return self.clips.read(index, crop_positions(draws, self.clips.lengths[index], self.config))
-
     def make(
         self, index: Tensor, kind: Kind, draws: Draws, step: Tensor | int, rho: Tensor | None = None
     ) -> Tensor:
@@ -219,14 +208,9 @@ class Views:
         rho [N, T, C, V, M] belongs to the resized whole clips; it is resampled to the times the crop reads.
         Views of flat clips are flat.
         """
-        return self._make(index, kind, draws, step, rho) * self.axes
-
-    def _make(
-        self, index: Tensor, kind: Kind, draws: Draws, step: Tensor | int, rho: Tensor | None
-    ) -> Tensor:
         if kind == "none":
             x = self.whole(index)
-            return x if rho is None else x + rho
+            return (x if rho is None else x + rho) * self.axes
         lengths = self.clips.lengths[index]
         position = crop_positions(draws, lengths, self.config)
         x = self.clips.read(index, position)
@@ -235,8 +219,4 @@ class Views:
         noise = None
         if kind == "strong":
             noise = rng.normal(self.seed, step, rng.STREAM_NOISE, x.shape, x.device, draws.first)
-        return spatial(x, kind, draws, noise, self.config, self.mirror)
-
-    def centered(self, index: Tensor) -> Tensor:
-        """The centre crop of evaluation. index [N] -> [N, T, C, V, M]"""
-        return self.clips.read(index, center_positions(self.clips.lengths[index], self.config.frames))
+        return spatial(x, kind, draws, noise, self.config, self.mirror) * self.axes

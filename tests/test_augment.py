@@ -14,7 +14,6 @@ import torch
 from a2mc_fast.augment import (
     Draws,
     Views,
-    center_positions,
     crop_positions,
     draw,
     resize_positions,
@@ -22,6 +21,7 @@ from a2mc_fast.augment import (
 )
 from a2mc_fast.config import ViewConfig
 from a2mc_fast.data import Clips
+from a2mc_fast.evaluation.crops import center_positions, random_crop
 from a2mc_fast.skeleton import NTU25
 
 MIRROR = torch.tensor(NTU25.mirror)
@@ -133,7 +133,7 @@ def test_make_is_crop_then_spatial(make_clips: Callable[..., Clips]) -> None:
     views = Views(clips, ViewConfig(), 3)
     index = torch.tensor([2, 0])
     choices = views.draw(5, 2, views=1)[0]
-    x = views.cropped(index, choices)
+    x = random_crop(views, index, choices)
     expected = spatial(x, "weak", choices, None, views.config, MIRROR)
     torch.testing.assert_close(views.make(index, "weak", choices, 5), expected)
     rho = torch.ones(2, 64, 3, 25, 2)

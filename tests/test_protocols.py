@@ -21,6 +21,7 @@ from a2mc_fast.config import ViewConfig, demo
 from a2mc_fast.data import Clips
 from a2mc_fast.encoders.branch import Branch
 from a2mc_fast.encoders.build import build_branch
+from a2mc_fast.evaluation.crops import center_crop, random_crop
 from a2mc_fast.evaluation.finetune import finetune, learning_rate, semi_supervised, subset
 from a2mc_fast.evaluation.protocols import (
     LinearClassifier,
@@ -127,7 +128,7 @@ def test_random_crops_are_those_of_the_draws(views: Views, monkeypatch: pytest.M
     got = encode(branch, crops, index, draws)
     branch.eval()
     for clip in range(12):
-        one = branch.feature(crops.cropped(index[clip : clip + 1], Draws(draws.values[clip : clip + 1])))
+        one = branch.feature(random_crop(crops, index[clip : clip + 1], Draws(draws.values[clip : clip + 1])))
         torch.testing.assert_close(got[clip : clip + 1], one)
     assert not torch.allclose(got, encode(branch, crops, index))
     assert (crops.config.min_ratio, crops.config.frames) == (0.5, 8)
@@ -260,7 +261,9 @@ def test_finetuning_takes_plain_steps(views: Views) -> None:
     crops, count = training_crops(views, 4), len(train)
     order = rng.permutation(4, 0, rng.STREAM_EVALUATE, count, torch.device("cpu"))
     draws = crops.draw(0, count, views=1)[0].values
-    clips = torch.cat([crops.cropped(train[o].view(1), Draws(draws[i : i + 1])) for i, o in enumerate(order)])
+    clips = torch.cat(
+        [random_crop(crops, train[o].view(1), Draws(draws[i : i + 1])) for i, o in enumerate(order)]
+    )
     head = nn.Linear(plain.encoder.feature_dim, CLASSES)
     nn.init.normal_(head.weight, std=0.01, generator=torch.Generator().manual_seed(4))
     nn.init.zeros_(head.bias)
@@ -271,7 +274,7 @@ def test_finetuning_takes_plain_steps(views: Views) -> None:
         F.cross_entropy(head(plain.feature(x)), y).backward()
         optimizer.step()
     plain.eval()
-    torch.testing.assert_close(scores, head(plain.feature(views.centered(test))).detach())
+    torch.testing.assert_close(scores, head(plain.feature(center_crop(views, test))).detach())
 
 
 def test_learning_rate_rises_and_drops() -> None:

@@ -18,6 +18,7 @@ from a2mc_fast import rng
 from a2mc_fast.augment import Draws, Views
 from a2mc_fast.encoders.branch import Branch
 from a2mc_fast.errors import require
+from a2mc_fast.evaluation.crops import random_crop
 from a2mc_fast.evaluation.protocols import check_classes, encode, labelled_split, training_crops
 from a2mc_fast.evaluation.scores import Outcome, Progress
 from a2mc_fast.evaluation.settings import Finetune, Semi
@@ -62,7 +63,7 @@ def finetune(
         order = train[rng.permutation(config.seed, epoch, rng.STREAM_EVALUATE, len(train), device)]
         draws = crops.draw(epoch, len(train), views=1)[0]
         for batch, values in zip(order.split(config.batch_size), draws.values.split(config.batch_size)):
-            feature = branch.feature(crops.cropped(batch, Draws(values)))
+            feature = branch.feature(random_crop(crops, batch, Draws(values)))
             loss = F.cross_entropy(classifier(feature.float()), labels[batch])
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from a2mc_fast.augment import center_positions
 from a2mc_fast.data.normalize import MARGIN, PARALLEL
 from a2mc_fast.errors import InputError
+from a2mc_fast.evaluation.crops import center_positions
 from a2mc_fast.evaluation.inference import ClipEncoder
 from a2mc_fast.files import atomic_path
 

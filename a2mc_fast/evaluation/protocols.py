@@ -16,6 +16,7 @@ from a2mc_fast.config import ViewConfig
 from a2mc_fast.data import Clips
 from a2mc_fast.encoders.branch import Branch
 from a2mc_fast.errors import require
+from a2mc_fast.evaluation.crops import center_crop, random_crop
 from a2mc_fast.evaluation.scores import Outcome, Progress, accuracy
 from a2mc_fast.evaluation.settings import LinearConfig
 
@@ -32,8 +33,8 @@ def encode(branch: Branch, views: Views, index: Tensor, draws: Draws | None = No
 
     def crop(place: Tensor) -> Tensor:
         if draws is None:
-            return views.centered(index[place])
-        return views.cropped(index[place], Draws(draws.values[place]))
+            return center_crop(views, index[place])
+        return random_crop(views, index[place], Draws(draws.values[place]))
 
     def features(places: Tensor) -> Tensor:
         return torch.cat([branch.feature(crop(place)).float() for place in places.split(_CHUNK)])
