@@ -15,7 +15,6 @@ pairs deep.
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Callable
 from typing import Literal
 
@@ -54,9 +53,11 @@ class A2MC(nn.Module):
         self.key = copy.deepcopy(self.query).requires_grad_(False)
         join_batch_norms(self, world)
         encoder, bank, dim = self.query.encoder, config.bank, config.encoder.projection
-        self.pairs = encoder.pairs
-        # how many of them meet at each bank
-        self.depth = dict(Counter(key for _, key in self.pairs))
+        # the query levels that meet at each bank, which is a key level's, and their number
+        self.meeting: dict[str, list[str]] = {}
+        for query, key in encoder.pairs:
+            self.meeting.setdefault(key, []).append(query)
+        self.depth = {bank: len(levels) for bank, levels in self.meeting.items()}
         # the whole feature's level comes last
         self.main = list(encoder.levels)[-1]
 
@@ -101,22 +102,17 @@ class A2MC(nn.Module):
         """
         with torch.no_grad(), record_function("key"):
             keys = self.key(x0) if key is None else self.key.projected(key)
-        views = [x for x in (x3, x1, x2) if x is not None]
+        views = {"basic": x3, "weak": x1, "strong": x2}
+        given = {name: x for name, x in views.items() if x is not None}
         with record_function("query"):
-            together = self.query(torch.cat(views), views=len(views))
-            queries = {level: f.chunk(len(views)) for level, f in together.items()}
-        places = iter(range(len(views)))
-        at = [None if x is None else next(places) for x in (x3, x1, x2)]
-
-        def stacked(bank: str, view: int) -> Tensor:
-            return _stack([queries[query][view] for query, key in self.pairs if key == bank])
-
+            together = self.query(torch.cat(list(given.values())), views=len(given))
+        queries = {level: dict(zip(given, f.chunk(len(given)))) for level, f in together.items()}
         return {
             bank: Features(
-                _stack([keys[key] for _, key in self.pairs if key == bank]),
-                *(None if view is None else stacked(bank, view) for view in at),
+                _stack([keys[bank]] * len(levels)),
+                **{view: _stack([queries[level][view] for level in levels]) for view in given},
             )
-            for bank in self.banks
+            for bank, levels in self.meeting.items()
         }
 
     def losses(self, features: dict[str, Features], *, warmup: bool = False) -> tuple[Losses, Sums]:

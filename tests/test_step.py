@@ -232,7 +232,7 @@ def test_the_loss_is_summed_over_pairs_of_levels(halves: None) -> None:
         f0, (f3, f1, f2) = model.key(x[0]), (model.query(v) for v in x[1:])
     expected = [
         mixing_contrast(f0[key], f3[query], f1[query], f2[query], F.normalize(model.bank(key).rows, dim=1))
-        for query, key in model.pairs
+        for query, key in model.query.encoder.pairs
     ]
     assert len({round(float(part.total), 4) for part in expected}) == 4
     for got, *parts in zip(losses, *expected, strict=True):
@@ -254,7 +254,7 @@ def test_each_bank_climbs_the_pairs_that_meet_at_it(halves: None, backend: str) 
     for level in model.banks:
         rows = model.bank(level).rows.double().requires_grad_()
         unit, total = F.normalize(rows, dim=1), torch.zeros((), dtype=torch.float64)
-        for query, key in model.pairs:
+        for query, key in model.query.encoder.pairs:
             if key == level:
                 features = [f.double() for f in (f0[key], f3[query], f1[query], f2[query])]
                 total = total + mixing_contrast(*features, unit, temperature=0.03).total
