@@ -564,7 +564,8 @@ def test_the_file_is_plain_safetensors(data: Path, tmp_path: Path) -> None:
 def test_files_are_as_readable_as_any_other(data: Path, tmp_path: Path) -> None:
     """safetensors writes files that only their owner reads, under names of its own."""
     path = tmp_path / "x.safetensors"
-    checkpoint.write(path, Trainer(tiny(data, tmp_path), Clips.load(data)).state(3, {}))
+    trainer = Trainer(tiny(data, tmp_path), Clips.load(data))
+    checkpoint.write(path, snapshot.state(trainer, 3, {}))
     (tmp_path / "other").touch()
     assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
 
