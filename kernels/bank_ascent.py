@@ -1,7 +1,7 @@
 """One ascent step of the bank on the whole loss (A²MC Eq. 7), without storing its gradient.
 
 `bank_pass_kernel` and `row_softmax_kernel` find, per clip and term, what normalises the softmax over the
-positive and all K rows; where the loss has met the same rows, its pass has left the sums. Then each program
+positive and all K rows; where the loss has met the same rows, it has left that. Then each program
 of `ascent_kernel` owns a block of bank rows W: with unit rows m = W / |W|,
 
     g = dL/dm = 1/(N τ) sum_n [w1_n f1_n + (w2_n - wT_n) f2_n + w3_n f3_n]   w: (1-λ)-weighted probabilities
@@ -26,7 +26,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .bank_pass import (
-    PLANES,
     Tile,
     has_target,
     inverse_norm,
@@ -84,6 +83,7 @@ def ascent_kernel(
     DEPTH: tl.constexpr,
     EARLY: tl.constexpr,
 ):
+    wait_for_the_last(EARLY)
     block = tl.program_id(0)
     start = block.to(tl.int64) * BLOCK_K
     k = tl.arange(0, BLOCK_K)
@@ -96,8 +96,8 @@ def ascent_kernel(
     at = k[:, None] * D + d[None, :]
     rows = tl.load(rows_ptr + at, mask=inside, other=0.0)
     inverse = inverse_norm(rows)
-    # the launch before, which normalises the softmax, does not touch the rows
-    wait_for_the_last(EARLY)
+    # lest the compiler takes the reading behind the loop for this one, and holds the rows
+    tl.debug_barrier()
     gradient = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     for begin in range(0, N, BLOCK_N):
         n = begin + tl.arange(0, BLOCK_N)
@@ -178,18 +178,18 @@ def summary_kernel(
 
 def plan(
     rows: Tensor, velocity: Tensor, features: Features, settings: Contrast, step: Step,
-    stats: Tensor | None = None,
+    softmax: Tensor | None = None,
 ) -> tuple[list[Call], Tensor]:  # fmt: skip
     """The launches for contiguous inputs, and the summary [3] that they fill."""
-    shared, calls, total = shared_arguments(features, settings), [], 4
-    if stats is None:
+    shared, calls = shared_arguments(features, settings), []
+    if softmax is None:
         bank_pass = plan_pass(features, rows, settings._replace(normalize=True, climb=0), with_sums=False)
-        calls, stats, total = [bank_pass.call], bank_pass.stats, 2
-    normalise, softmax = plan_softmax(shared, features.key, stats, total)
+        normalise, softmax = plan_softmax(shared, features.key, bank_pass.stats)
+        calls = [bank_pass.call, normalise]
     (n, d), k = features.key.shape, len(rows)
     tile = _TILES[settings.precision, width(d)]
     if settings.precision == "tf32" and not shared["EARLY"]:  # before Hopper, operands take registers
-        tile = tile._replace(rows=32, bank=32 if width(d) <= 128 else 16, warps=8)
+        tile = tile._replace(rows=32, bank=32 if width(d) <= 128 else 16, warps=8, registers=255)
     elif settings.precision == "tf32" and not shared["EVEN"]:  # as each exponential by itself does
         tile = tile._replace(rows=32, bank=32, warps=4 if width(d) <= 128 else tile.warps)
     blocks = triton.cdiv(k, tile.bank)
@@ -223,7 +223,6 @@ def plan(
         "EARLY": shared["EARLY"],
     }
     calls += [
-        normalise,
         Call(ascent_kernel, (blocks,), ascend, *tile[3:]),
         Call(summary_kernel, (1,), summarise),
     ]
@@ -271,7 +270,7 @@ def bank_ascent(
     )
     jobs = len(shared_arguments(features, settings)["QUERY"])
     require(
-        sums is None or sums.shape[1:] == (jobs, PLANES.value, len(features.key)),
+        sums is None or sums.shape == (jobs, ROW_PLANES.value, len(features.key)),
         "bank_ascent: the sums are of another loss: its features must be these",
     )
     ready = [None if f is None else f.contiguous() for f in features]

@@ -2,7 +2,8 @@
 
 `bank_pass` reads the bank. `combine_kernel` adds its slabs in a fixed order and forms losses and gradients.
 With the (1-λ)-weighted sums w come the probabilities of the mixed features, because sum(λ e) = e - w, and the
-mean of f2's similarity under the target, because sum_k w_k (m_k·f2) = (w @ bank)·f2.
+mean of f2's similarity under the target, because sum_k w_k (m_k·f2) = (w @ bank)·f2. Beside them it leaves
+what normalises the softmaxes that the bank climbs.
 
 Losses and gradients are those of the batch mean. Legend: N batch · K bank rows · D feature dim · S slabs ·
 J jobs · T terms present, in the order basic, weak, strong.
@@ -24,7 +25,7 @@ from torch import Tensor
 from .bank_pass import LN2, LOW, PLANES, SHIFT, has_target, level, plan_pass, present
 from .common import Call, check_problem, launch_all, require, wait_for_the_last, width
 from .problem import Contrast, Contrasted, Features, contrast_from
-from .row_softmax import merged_stats
+from .row_softmax import ROW_PLANES, merged_stats, store_softmax
 
 _CHUNK = 32  # slabs that are read at once; 64 spill on sm_80 at a width of 64
 
@@ -84,12 +85,16 @@ def combine_kernel(
     means_ptr,  # [S, J, N, D]
     losses_ptr,  # [3, N]
     gradients_ptr,  # [T, N, D] of the mean over clips
+    softmax_ptr,  # [J, ROW_PLANES, N] of the ascent, with CLIMB
     N,
     S,
     scale,
+    second,  # the scale of the ascent's temperature
     D: tl.constexpr,
     TERMS: tl.constexpr,  # which feature each term's anchor is
+    QUERY: tl.constexpr,  # which feature each job's query is
     DISTILL: tl.constexpr,  # whether the strong term has a target, which is the last job
+    CLIMB: tl.constexpr,
     LARGEST: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -127,33 +132,52 @@ def combine_kernel(
             tl.store(losses_ptr + (n + TERMS[term] * N), loss)
             out = gradients_ptr + (n + term * N) * D + d
             tl.store(out, gradient * (scale * LN2 / N), mask=d < D)
+    if CLIMB:
+        for job in tl.static_range(JOBS):
+            if tl.program_id(0) == len(TERMS) + job:
+                query_ptr = basic_ptr if QUERY[job] == 0 else weak_ptr if QUERY[job] == 1 else strong_ptr
+                query = tl.load(query_ptr + at, mask=d < D, other=0.0).to(tl.float32)
+                store_softmax(
+                    softmax_ptr, stats_ptr, query, key, n, job, N, S, second, 4, JOBS, LARGEST, BLOCK_S
+                )
 
 
 def plan(features: Features, bank: Tensor, settings: Contrast) -> tuple[list[Call], Tensor, Tensor, Tensor]:
-    """The launches for contiguous inputs, and what they fill: losses [3, N], gradients [T, N, D], and the
-    pass's sums [S, J, PLANES, N]."""
+    """The launches for contiguous inputs, and what they fill: losses [3, N], gradients [T, N, D], and with a
+    `climb` the ascent's sums [J, ROW_PLANES, N]."""
     terms = present(features)
     bank_pass = plan_pass(features, bank, settings, with_sums=True)
     n, d = features.key.shape
     losses = bank.new_empty(3, n) if len(terms) == 3 else bank.new_zeros(3, n)
     gradients = bank.new_empty(len(terms), n, d)
     known = bank_pass.call.arguments
-    names = ("basic_ptr", "weak_ptr", "strong_ptr", "N", "scale", "D", "LARGEST", "EARLY")
-    combine = {name: known[name] for name in (*names, "stats_ptr", "means_ptr")} | {
+    sums, jobs = _sums(features, bank, settings), len(known["QUERY"])
+    names = ("basic_ptr", "weak_ptr", "strong_ptr", "stats_ptr", "means_ptr", "N", "scale", "second", "D")
+    combine = {name: known[name] for name in (*names, "QUERY", "LARGEST", "EARLY")} | {
         "key_ptr": features.key,
         "losses_ptr": losses,
         "gradients_ptr": gradients,
+        "softmax_ptr": sums,
         "S": len(bank_pass.stats),
         "TERMS": terms,
         "DISTILL": has_target(features, settings),
+        "CLIMB": settings.climb > 0,
         "BLOCK_S": triton.next_power_of_2(len(bank_pass.stats)),
         "BLOCK_D": width(d),
         "CHUNK": _CHUNK,
     }
     # one warp, if it can hold a row, adds its columns without meeting others
     warps = 1 if width(d) <= 128 else 4
-    calls = [bank_pass.call, Call(combine_kernel, (len(terms), n), combine, num_warps=warps)]
-    return calls, losses, gradients, bank_pass.stats
+    programs = len(terms) + jobs * (settings.climb > 0)
+    calls = [bank_pass.call, Call(combine_kernel, (programs, n), combine, num_warps=warps)]
+    return calls, losses, gradients, sums
+
+
+def _sums(features: Features, bank: Tensor, settings: Contrast) -> Tensor:
+    """Room for what the ascent needs of the loss; empty without a `climb`."""
+    jobs = len(present(features)) + has_target(features, settings)
+    shape = (jobs, ROW_PLANES.value, len(features.key)) if settings.climb else (0,)
+    return bank.new_empty(shape)
 
 
 @torch.library.custom_op("a2mc::mixing_contrast", mutates_args=())
@@ -162,21 +186,18 @@ def _op(
     settings: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Mean losses [3] and their gradients [T, N, D], of the terms present, both float32, and with a `climb`
-    the pass's sums [S, J, PLANES, N]."""
-    features, contrast = Features(key, basic, weak, strong), contrast_from(settings)
-    calls, losses, gradients, sums = plan(features, bank, contrast)
+    the ascent's sums [J, ROW_PLANES, N]."""
+    calls, losses, gradients, sums = plan(Features(key, basic, weak, strong), bank, contrast_from(settings))
     launch_all(calls, bank.device)
-    return losses.mean(1), gradients, sums if contrast.climb else sums.new_empty(0)
+    return losses.mean(1), gradients, sums
 
 
 @_op.register_fake
 def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     *features, bank, settings = inputs
-    given, contrast = Features(*features), contrast_from(settings)
-    sums = bank.new_empty(0)
-    if contrast.climb:
-        sums = plan_pass(given, bank, contrast, with_sums=True).stats
-    return bank.new_empty(3), bank.new_empty(len(present(given)), *given.key.shape), sums
+    given = Features(*features)
+    gradients = bank.new_empty(len(present(given)), *given.key.shape)
+    return bank.new_empty(3), gradients, _sums(given, bank, contrast_from(settings))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

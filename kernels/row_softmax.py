@@ -46,6 +46,22 @@ def merged_stats(
 
 
 @triton.jit
+def store_softmax(
+    softmax_ptr, stats_ptr, query, key, n, job, N, S, scale,
+    TOTAL: tl.constexpr, JOBS: tl.constexpr, LARGEST: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """What normalises one row's softmax, from its query and key [D]; see `merged_stats`."""
+    top, a, reach, high, first, z = merged_stats(
+        stats_ptr, n, job, tl.sum(query * key, 0), N, S, scale, TOTAL, JOBS, LARGEST, BLOCK_S
+    )
+    out = softmax_ptr + job * ROW_PLANES * N + n
+    tl.store(out, top)
+    tl.store(out + N, a)
+    tl.store(out + 2 * N, (reach - top) * scale + high + tl.log2(z) - UP)
+    tl.store(out + 3 * N, first / z)
+
+
+@triton.jit
 def row_softmax_kernel(
     basic_ptr,
     weak_ptr,
@@ -59,7 +75,6 @@ def row_softmax_kernel(
     D: tl.constexpr,
     QUERY: tl.constexpr,
     LARGEST: tl.constexpr,
-    TOTAL: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
     EARLY: tl.constexpr,
@@ -70,14 +85,7 @@ def row_softmax_kernel(
     d = tl.arange(0, BLOCK_D)
     query = tl.load(query_ptr + n * D + d, mask=d < D, other=0.0).to(tl.float32)
     key = tl.load(key_ptr + n * D + d, mask=d < D, other=0.0).to(tl.float32)
-    top, a, reach, high, first, z = merged_stats(
-        stats_ptr, n, job, tl.sum(query * key, 0), N, S, scale, TOTAL, len(QUERY), LARGEST, BLOCK_S
-    )
-    out = softmax_ptr + job * ROW_PLANES * N + n
-    tl.store(out, top)
-    tl.store(out + N, a)
-    tl.store(out + 2 * N, (reach - top) * scale + high + tl.log2(z) - UP)
-    tl.store(out + 3 * N, first / z)
+    store_softmax(softmax_ptr, stats_ptr, query, key, n, job, N, S, scale, 2, len(QUERY), LARGEST, BLOCK_S)
 
 
 @triton.jit
@@ -97,8 +105,8 @@ def row_weights(
     return w
 
 
-def plan_softmax(shared: dict[str, Any], key: Tensor, stats: Tensor, total: int) -> tuple[Call, Tensor]:
-    """Plan `row_softmax_kernel` after the pass, whose sums of e lie in the plane `total` -> (call, softmax
+def plan_softmax(shared: dict[str, Any], key: Tensor, stats: Tensor) -> tuple[Call, Tensor]:
+    """Plan `row_softmax_kernel` after a pass at the ascent's temperature -> (call, softmax
     [J, ROW_PLANES, N])."""
     (n, d), jobs = key.shape, len(shared["QUERY"])
     softmax = stats.new_empty(jobs, ROW_PLANES.value, n)
@@ -107,7 +115,6 @@ def plan_softmax(shared: dict[str, Any], key: Tensor, stats: Tensor, total: int)
         "stats_ptr": stats,
         "softmax_ptr": softmax,
         "S": len(stats),
-        "TOTAL": total,
         "BLOCK_S": triton.next_power_of_2(len(stats)),
         "BLOCK_D": width(d),
     }
