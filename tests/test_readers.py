@@ -191,6 +191,10 @@ BROKEN_TEXT: dict[str, tuple[Callable[[str], str], str]] = {
         lambda text: re.sub(r" (\S+)\r\n(\S+ \S+ \S+ )", r"\r\n\1 \2", first_joint(text, "0 0 3"), count=1),
         "unreadable",
     ),
+    "thirteen, and nine of the body": (
+        lambda text: first_joint(text.replace(" -0.05745083 2\r\n", " -0.05745083\r\n", 1), "0 0 3 3"),
+        "unreadable",
+    ),
     "twelve by a space that is none": (lambda text: first_joint(text, "0.5\xa00.5 3"), "unreadable"),
     "more frames than it says": (lambda text: other_frames(text, 2), "unreadable"),
     "fewer frames than it says": (lambda text: other_frames(text, 4), "unreadable"),

@@ -22,7 +22,7 @@ from a2mc_fast.errors import require
 
 Dataset = Literal["ntu60", "ntu120"]
 _JOINTS = 25
-_VALUES, _BODY_VALUES = 12, 10  # in the line of a joint, of a body
+_VALUES = 12  # in the line of a joint
 _MAX_BODIES = 4  # bodies read per frame
 _MAX_BYTES = 64 << 20  # a recording of 300 frames with four bodies takes under 4 MB of text
 _MAX_FRAMES = 20_000  # eleven minutes; that many with four bodies would not fit into _MAX_BYTES
@@ -129,12 +129,10 @@ def parse_skeleton(text: bytes) -> np.ndarray:
     except ValueError as error:
         _check_values(rows, bodies)
         raise UnusableError("unreadable", str(error).splitlines()[0]) from None
-    # every line has enough values, so if the file has the usual number of them, parted by blanks, none has
-    # too many
-    blank = np.frombuffer(b" " + text, np.uint8) <= ord(" ")
+    # every line has enough values, so if they have the usual number, parted by blanks, none has too many
+    blank = np.frombuffer(" ".join(("", *rows)).encode("latin1"), np.uint8) <= ord(" ")
     found = np.count_nonzero(blank[:-1] > blank[1:])
-    usual = 1 + frames + len(rows) // _JOINTS * (_BODY_VALUES + 1 + _JOINTS * _VALUES)
-    if not text.isascii() or found != usual or len(values) != len(rows):
+    if not text.isascii() or found != len(rows) * _VALUES or len(values) != len(rows):
         _check_values(rows, bodies)
     return _placed(bodies, values.reshape(-1, _JOINTS, 3))
 
