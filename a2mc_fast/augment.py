@@ -58,14 +58,6 @@ _FLIP, _AXIS, _NOISE, _FILTER, _SIGMA, _MASK, _MASK_AXIS = 13, 15, 19, 20, 21, 2
 _ANGLES = slice(16, 19)
 
 
-def draw(
-    seed: int, step: Tensor | int, views: int, clips: int, joints: int, device: torch.device
-) -> list[Draws]:
-    """The random choices of `views` views of `clips` clips at one step."""
-    shape = (views, clips, _NUM_DRAWS + joints)
-    return [Draws(v) for v in rng.uniform(seed, step, rng.STREAM_VIEWS, shape, device)]
-
-
 def crop_positions(draws: Draws, lengths: Tensor, config: ViewConfig) -> Tensor:
     """Where a random temporal crop-resize reads: frames of the clip, fractional. lengths [N] -> [N, T].
 
@@ -191,8 +183,8 @@ class Views:
 
     def draw(self, step: Tensor | int, clips: int, views: int = 4) -> list[Draws]:
         """The random choices of all views of one step."""
-        joints = self.clips.skeleton.num_joints
-        return draw(self.seed, step, views, clips, joints, self.clips.device)
+        shape = (views, clips, _NUM_DRAWS + self.clips.skeleton.num_joints)
+        return [Draws(v) for v in rng.uniform(self.seed, step, rng.STREAM_VIEWS, shape, self.clips.device)]
 
     def whole(self, index: Tensor) -> Tensor:
         """Whole clips resized to T frames, as the attack sees them. index [N] -> [N, T, C, V, M]"""

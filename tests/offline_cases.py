@@ -28,8 +28,8 @@ import a2mc_fast.trainer
 from a2mc_fast.augment import Draws, Views
 from a2mc_fast.config import EncoderConfig, RunConfig, preset
 from a2mc_fast.data import Clips
-from a2mc_fast.encoders.branch import set_arithmetic
 from a2mc_fast.model import A2MC
+from a2mc_fast.run.machine import set_arithmetic
 from a2mc_fast.run.parts import Parts
 from a2mc_fast.skeleton import NTU25
 from a2mc_fast.trainer import Trainer

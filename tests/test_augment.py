@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from a2mc_fast import rng
 from a2mc_fast.augment import (
     Draws,
     Views,
     crop_positions,
-    draw,
     resize_positions,
     spatial,
 )
@@ -196,7 +196,7 @@ def test_crop_length_statistics(length: int, full: float, mean: float) -> None:
     """Chance of a crop of min(64, n) frames, and the mean length; 20,000 draws err by less than these
     margins."""
     config = ViewConfig()
-    choices = draw(0, 0, 1, 20_000, 25, torch.device("cpu"))[0]
+    choices = Draws(rng.uniform(0, 0, rng.STREAM_VIEWS, (20_000, 24 + 25), "cpu"))
     position = crop_positions(choices, torch.full((20_000,), length), config)
     span = (position[:, 32] - position[:, 31]) * 64  # far from the edges, which clamp
     assert abs((span <= min(64, length) + 0.01).float().mean().item() - full) < 0.015

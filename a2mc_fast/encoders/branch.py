@@ -154,11 +154,3 @@ def autocast(config: Config, device: torch.device, wide: bool) -> AbstractContex
     if device.type != "cuda" or config.precision not in lower:
         return nullcontext()
     return torch.autocast("cuda", lower[config.precision])
-
-
-def set_arithmetic(config: Config) -> None:
-    """Have torch multiply float32 on a GPU as the run asks, and repeat its results to the bit."""
-    torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
-    # what lower precisions leave in float32 of convolutions and recurrent layers may be rounded, too
-    torch.backends.cudnn.allow_tf32 = config.precision != "fp32"
-    torch.backends.cudnn.deterministic = True

@@ -14,7 +14,6 @@ import torch
 
 from a2mc_fast import __version__
 from a2mc_fast.config import Config
-from a2mc_fast.encoders.branch import set_arithmetic
 from a2mc_fast.errors import InputError, require
 
 
@@ -35,6 +34,14 @@ def pick_device(config: Config) -> torch.device:
         )
     set_arithmetic(config)
     return torch.device("cuda" if available and config.run.device != "cpu" else "cpu")
+
+
+def set_arithmetic(config: Config) -> None:
+    """Have torch multiply float32 on a GPU as the run asks, and repeat its results to the bit."""
+    torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
+    # what lower precisions leave in float32 of convolutions and recurrent layers may be rounded, too
+    torch.backends.cudnn.allow_tf32 = config.precision != "fp32"
+    torch.backends.cudnn.deterministic = True
 
 
 def most_threads() -> int:

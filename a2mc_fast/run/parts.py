@@ -15,12 +15,13 @@ from torch import nn
 
 import a2mc_fast.kernels as kernels
 from a2mc_fast import rng
-from a2mc_fast.encoders.branch import Encoder, Recurrence, set_arithmetic
+from a2mc_fast.encoders.branch import Encoder, Recurrence
 from a2mc_fast.encoders.recurrence import choose_recurrence, no_triton, require_kernels
 from a2mc_fast.errors import require
 from a2mc_fast.model import A2MC
 from a2mc_fast.run.beside import attack_with_key, key_rides
 from a2mc_fast.run.capture import Captured, Part, Say
+from a2mc_fast.run.machine import set_arithmetic
 from a2mc_fast.trainer import Body, Trainer
 
 
