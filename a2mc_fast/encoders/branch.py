@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from a2mc_fast.config import Config
 from a2mc_fast.skeleton import Skeleton, bone_stream, motion_stream
+
+if TYPE_CHECKING:
+    from a2mc_fast.config import Config
 
 Recurrence = Literal["torch", "fused", "wide", "resident"]
 """Recurrent layers by torch, which is cuDNN on a GPU, or by a form of the fused kernels."""
