@@ -238,6 +238,15 @@ def read_tensors(path: Path, form: str, what: str) -> tuple[dict[str, str], dict
         raise InputError(f"{path} is damaged or not a safetensors file ({error})") from None
 
 
+def format_of(path: Path) -> str:
+    """What a safetensors file of ours says it holds, as "a2mc-clips/1"; "" where there is no such file."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as opened:
+            return (opened.metadata() or {}).get("format", "").strip('"')
+    except (SafetensorError, OSError):
+        return ""
+
+
 def sha256(path: Path) -> str:
     """Of a file's content, in hexadecimal."""
     with path.open("rb") as file:

@@ -249,10 +249,13 @@ def test_bad_input_is_one_sentence(folder: Path, tmp_path: Path, capsys: pytest.
     from tests.test_protocols import class_clips
 
     class_clips().save(tmp_path / "one.safetensors")
+    clips = (tmp_path / "one.safetensors").read_bytes()
     for args, words in (
         ([run, str(tmp_path / "one.safetensors"), out], "has 5 joints and 1 persons"),
         ([run, str(tmp_path / "none.safetensors"), out], "or make it with"),
         ([str(tmp_path), str(folder / "data.safetensors"), out], "is this the folder of a run"),
+        # an OUT that was forgotten
+        ([run, str(tmp_path / "one.safetensors")], "one.safetensors holds a2mc-clips/1, not features"),
     ):
         error = refused(main, args, capsys)
         assert words in error and error.count("\n") == 1, error
@@ -261,4 +264,4 @@ def test_bad_input_is_one_sentence(folder: Path, tmp_path: Path, capsys: pytest.
         assert "give RUN [DATA] OUT.safetensors for features" in said
     for args in ([run, "f.txt"], [run, "--export", "e.pth"]):
         assert "the suffix must be" in " ".join(refused(main, args, capsys).replace("│", " ").split())
-    assert not Path(out).exists()
+    assert not Path(out).exists() and (tmp_path / "one.safetensors").read_bytes() == clips

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from a2mc_fast.config.settings import Device
 from a2mc_fast.data import Clips
-from a2mc_fast.errors import tell
+from a2mc_fast.errors import require, tell
 from a2mc_fast.evaluation.inference import ClipEncoder, embed_clips, load_encoder
 from a2mc_fast.evaluation.program import export
 from a2mc_fast.evaluation.protocols import classes_of
 from a2mc_fast.evaluation.scores import write_tensors
 from a2mc_fast.evaluation.tables import write_csv
-from a2mc_fast.files import atomic_path, sha256
+from a2mc_fast.files import atomic_path, format_of, sha256
 from a2mc_fast.run.opened import open_run
 
 FORMAT = "a2mc-features/1"
@@ -29,6 +29,11 @@ FORMAT = "a2mc-features/1"
 
 def embed(source: Path, data: str, out: Path, *, untrained: bool, device: Device) -> None:
     """Write the features of a run's encoder, or of the untrained one, for packed clips, and say so."""
+    there = format_of(out)
+    require(
+        there in ("", FORMAT),
+        f"{out} holds {there}, not features, and is not written over: give RUN [DATA] OUT with another OUT",
+    )
     run = open_run(source, data, device=device)
     encoder = ClipEncoder(run.untrained() if untrained else run.trained(), run.saved)
     features = embed_clips(encoder, run.clips)

@@ -42,7 +42,11 @@ def confusion(results: Sequence[Path], classes: Sequence[int] = ()) -> Figure:
         require(bool(found), f"{path} holds no result with a confusion matrix")
         files += found
     number = len(files)
-    require(1 <= number <= _MOST_RESULTS, f"confusion shows 1 to {_MOST_RESULTS} results, got {number}")
+    require(
+        1 <= number <= _MOST_RESULTS,
+        f"confusion shows 1 to {_MOST_RESULTS} results, got {number}: "
+        f"name some of {', '.join(map(str, files))}",
+    )
     loaded = [read_confusion(path) for path in files]
     for path, one in zip(files, loaded):
         for label in classes:
