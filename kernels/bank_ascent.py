@@ -35,7 +35,7 @@ from .bank_pass import (
     product,
     shared_arguments,
 )
-from .common import Call, check_problem, launch_all, require, wait_for_the_last, width
+from .common import Call, before_hopper, check_problem, launch_all, require, wait_for_the_last, width
 from .problem import Ascent, Contrast, Features, Step, contrast_from
 from .row_softmax import ROW_PLANES, UP, plan_softmax, row_weights
 
@@ -188,7 +188,7 @@ def plan(
         calls = [bank_pass.call, normalise]
     (n, d), k = features.key.shape, len(rows)
     tile = _TILES[settings.precision, width(d)]
-    if settings.precision == "tf32" and not shared["EARLY"]:  # before Hopper, operands take registers
+    if settings.precision == "tf32" and before_hopper(rows.device):  # where operands take registers
         tile = tile._replace(rows=32, bank=32 if width(d) <= 128 else 16, warps=8, registers=255)
     elif settings.precision == "tf32" and not shared["EVEN"]:  # as each exponential by itself does
         tile = tile._replace(rows=32, bank=32, warps=4 if width(d) <= 128 else tile.warps)

@@ -66,11 +66,16 @@ def launch_all(calls: Sequence[Call], device: torch.device) -> None:
             call.launch()
 
 
-def starts_early(device: torch.device) -> bool:
-    """Whether launches can start early on a device: from Hopper on."""
+def before_hopper(device: torch.device) -> bool:
+    """Whether a GPU, or the one that plans on the meta device are for, is older than Hopper."""
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (9, 0)
-    return device.type == "meta" and MODEL_CHIP >= 90
+        return torch.cuda.get_device_capability(device) < (9, 0)
+    return device.type == "meta" and MODEL_CHIP < 90
+
+
+def starts_early(device: torch.device) -> bool:
+    """Whether launches can start early on a device."""
+    return device.type != "cpu" and not before_hopper(device)
 
 
 @triton.jit

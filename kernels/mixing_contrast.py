@@ -151,7 +151,7 @@ def plan(features: Features, bank: Tensor, settings: Contrast) -> tuple[list[Cal
     losses = bank.new_empty(3, n) if len(terms) == 3 else bank.new_zeros(3, n)
     gradients = bank.new_empty(len(terms), n, d)
     known = bank_pass.call.arguments
-    sums, jobs = _sums(features, bank, settings), len(known["QUERY"])
+    sums = _sums(features, bank, settings)
     names = ("basic_ptr", "weak_ptr", "strong_ptr", "stats_ptr", "means_ptr", "N", "scale", "second", "D")
     combine = {name: known[name] for name in (*names, "QUERY", "LARGEST", "EARLY")} | {
         "key_ptr": features.key,
@@ -168,8 +168,8 @@ def plan(features: Features, bank: Tensor, settings: Contrast) -> tuple[list[Cal
     }
     # one warp, if it can hold a row, adds its columns without meeting others
     warps = 1 if width(d) <= 128 else 4
-    programs = len(terms) + jobs * (settings.climb > 0)
-    calls = [bank_pass.call, Call(combine_kernel, (programs, n), combine, num_warps=warps)]
+    grid = len(terms) + len(sums), n
+    calls = [bank_pass.call, Call(combine_kernel, grid, combine, num_warps=warps)]
     return calls, losses, gradients, sums
 
 

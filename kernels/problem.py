@@ -51,7 +51,7 @@ class Contrasted(NamedTuple):
     """What features and bank say of each other."""
 
     losses: Tensor  # [3] batch means of L3, L1 and L2, of basic, weak and strong; zero where a term is off
-    sums: Tensor | None = None  # of the pass over the bank, for an ascent at the temperature `climb`
+    sums: Tensor | None = None  # what normalises the softmaxes of an ascent at the temperature `climb`
 
 
 class Step(NamedTuple):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -19,9 +20,10 @@ from a2mc_fast.config import Config, EncoderConfig, preset
 from a2mc_fast.data import Clips
 from a2mc_fast.encoders import recurrence
 from a2mc_fast.encoders.bigru import BiGRU
-from a2mc_fast.encoders.branch import frozen, weights_held
+from a2mc_fast.encoders.branch import Recurrence, frozen, weights_held
 from a2mc_fast.encoders.recurrence import choose_recurrence
 from a2mc_fast.run import checkpoint, snapshot
+from a2mc_fast.run.beside import key_rides
 from a2mc_fast.run.parts import Parts
 from a2mc_fast.trainer import Trainer
 from tests.conftest import SMALL
@@ -201,6 +203,17 @@ def test_wide_layers_are_timed_in_larger_pieces_too(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(gru_plan, "_WIDE_FROM", 16)
     for clips, chosen in ((21, "fused"), (22, "wide")):  # three views of them are 63 and 66
         assert choose_recurrence(small(), encoder(), torch.device("cuda"), clips)[0] == chosen
+
+
+@pytest.mark.parametrize("form", [*get_args(Recurrence), None])
+def test_the_key_rides_with_every_form_of_the_kernels(form: Any) -> None:
+    def rides(precision: str) -> bool:
+        branch = SimpleNamespace(encoder=SimpleNamespace(recurrence=form))
+        return key_rides(
+            SimpleNamespace(query=branch, key=branch, config=SimpleNamespace(precision=precision))
+        )  # type: ignore[arg-type]
+
+    assert rides("bf16") is (form not in ("torch", None)) and not rides("fp16")
 
 
 OTHERS = "until now it was the other, so from here on the run's last bits are not those it would have had"

@@ -17,7 +17,7 @@ from a2mc_fast.model import A2MC
 def key_rides(model: A2MC) -> bool:
     """Whether the launches can be shared: by fused kernels, in one type for both."""
     forms = {model.query.encoder.recurrence, model.key.encoder.recurrence}
-    return forms <= {"fused", "resident"} and model.config.precision != "fp16"
+    return not forms & {"torch", None} and model.config.precision != "fp16"
 
 
 def attack_with_key(model: A2MC, x: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
