@@ -104,6 +104,22 @@ def test_every_protocol_writes_and_prints(
     assert torch.equal(counted, confusion)
 
 
+def test_another_checkpoint_has_a_result_of_its_own(folder: Path, tmp_path: Path) -> None:
+    run, older = tmp_path / "run", "checkpoint-000000001"
+    run.mkdir()
+    for name in ("checkpoint", older):
+        shutil.copyfile(folder / "joint" / "checkpoint.safetensors", run / f"{name}.safetensors")
+    main(["knn", str(run)])
+    newest = (run / "knn.json").read_bytes()
+    main(["linear", str(run / f"{older}.safetensors"), *SHORT])
+    main(["knn", str(run / f"{older}.linear.classifier.safetensors")])
+    assert (run / "knn.json").read_bytes() == newest
+    left = {f"{older}.linear{end}" for end in (".json", ".scores.safetensors", ".classifier.safetensors")}
+    left |= {f"{older}.linear.classifier.knn.json", "knn.json"}
+    left |= {f"{name}.safetensors" for name in ("checkpoint", older)}
+    assert {path.name for path in run.iterdir()} == left
+
+
 def test_ensemble_is_the_weighted_sum_of_the_saved_scores(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

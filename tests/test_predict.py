@@ -125,6 +125,11 @@ def test_a_window_slides_over_long_recordings(folder: Path, tmp_path: Path) -> N
         assert row["class_1"] == name and float(row["probability_1"]) == pytest.approx(probability, abs=1e-4)
 
 
+def _predicted(run: Path, data: Path, out: Path) -> list[dict[str, str]]:
+    main([str(run), str(data), str(out)])
+    return rows(out)
+
+
 def test_keypoints_are_scaled_as_prepared_ones_are(folder: Path, tmp_path: Path) -> None:
     points = 300 + 100 * recording(folder, 3)[..., :2]
     sure = np.ones((*points.shape[:3], 1), np.float32)
@@ -132,10 +137,14 @@ def test_keypoints_are_scaled_as_prepared_ones_are(folder: Path, tmp_path: Path)
     missing = np.where(sure < 0.3, 0, points)
     np.savez(tmp_path / "a.npz", joints=missing)
     np.savez(tmp_path / "b.npz", joints=np.concatenate((points, sure), 3), axes=["x", "y", "confidence"])
-    main([str(folder / "run"), str(tmp_path), str(tmp_path / "k.csv")])
-    a, b = rows(tmp_path / "k.csv")
+    never_turned, run = tmp_path / "packed.safetensors", tmp_path / "run"
+    prepare(["npz", str(folder / "raw.npz"), str(never_turned), "--workers", "1", "--rotation", "none"])
+    pretrain(tiny_config(never_turned, run))
+    evaluate(["linear", str(run), *SHORT])
+    files = tmp_path / "a.npz", tmp_path / "b.npz"
+    a, b = (row for file in files for row in _predicted(run, file, tmp_path / "k.csv"))
     assert {**a, "name": ""} == {**b, "name": ""}
-    said = a2mc_fast.classify_recording(a2mc_fast.load_classifier(folder / "run"), as_joints(missing), top=1)
+    said = a2mc_fast.classify_recording(a2mc_fast.load_classifier(run), as_joints(missing), top=1)
     assert said == [(a["class_1"], pytest.approx(float(a["probability_1"]), abs=1e-4))]
 
 
@@ -161,9 +170,11 @@ def test_bad_input_is_one_sentence(folder: Path, tmp_path: Path, capsys: pytest.
     np.save(tmp_path / "wide.npy", np.ones((9, 2, 7, 3), np.float32))
     (tmp_path / "broken.npz").write_bytes(b"no")
     (tmp_path / "empty").mkdir()
+    np.savez(tmp_path / "plane.npz", joints=np.ones((9, 2, 5, 2), np.float32))
     np.savez(tmp_path / "sum.npz", joints=np.ones((9, 2, 5, 3), np.float32), lengths=np.array([4, 4]))
     for args, words in (
         ([run, str(tmp_path / "wide.npy"), out], "a recording is joints [T, M, 5, 3], got [9, 2, 7, 3]"),
+        ([run, str(tmp_path / "plane.npz"), out], "are in a plane, the encoder knows joints in space"),
         ([run, str(tmp_path / "broken.npz"), out], "is damaged or not a .npz file"),
         ([run, str(tmp_path / "empty"), out], "holds no .npz or .npy file"),
         ([run, str(tmp_path / "sum.npz"), out], "lengths sum to 8, joints holds 9 frames"),

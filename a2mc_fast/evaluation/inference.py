@@ -121,6 +121,9 @@ def prepared(encoder: ClipEncoder, recording: np.ndarray | Tensor, *, normalize:
     """A recording [T, M, V, 3], as `embed_recording` takes it, cut, normalised, of the encoder's persons."""
     joints = np.asarray(recording, np.float32)
     if joints.ndim == 4 and joints.shape[3] == 2:
+        # packed keypoints are never turned
+        known = encoder.skeleton.rotation == "none"
+        require(known, f"keypoints {list(joints.shape)} are in a plane, the encoder knows joints in space")
         joints = as_joints(joints)
     require(
         joints.ndim == 4 and joints.shape[2:] == (encoder.skeleton.num_joints, 3),

@@ -92,7 +92,7 @@ def _evaluate(options: Evaluation, run: Opened) -> dict[str, Any]:
     result |= {"checkpoint_sha256": sha256(saved.path), "config": to_dict(saved.config), **machine()}
     if not run.views.world.main:
         return result
-    path = Path(options.out) if options.out else saved.path.parent / f"{options.protocol}.json"
+    path = Path(options.out) if options.out else _place(options, saved.path)
     if outcome is not None:
         test = run.labelled("test")
         names = tuple(run.clips.names[number] for number in test.tolist())
@@ -110,6 +110,14 @@ def _evaluate(options: Evaluation, run: Opened) -> dict[str, Any]:
         fresh = f"{fresh:.2f} % on the {result['fresh_test_clips']} test clips that equal no training clip\n"
     tell(f"{table([result])}\n{fresh or ''}wrote {path}")
     return result
+
+
+def _place(options: Evaluation, opened: Path) -> Path:
+    """PROTOCOL.json beside a run's newest checkpoint, beside any other CHECKPOINT.PROTOCOL.json."""
+    newest = options.run.is_dir() or opened.name == checkpoint.FILE
+    return opened.with_name(
+        f"{options.protocol}.json" if newest else f"{opened.stem}.{options.protocol}.json"
+    )
 
 
 # what a protocol measures
