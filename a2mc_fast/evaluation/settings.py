@@ -43,7 +43,7 @@ class Evaluation(OfRun):
     untrained: bool = False
     """Also evaluate the encoder as it was before training."""
     out: str = ""
-    """JSON file to write; empty = RUN/PROTOCOL.json, or beside an older checkpoint CHECKPOINT.PROTOCOL.json."""
+    """JSON file to write; empty = RUN/PROTOCOL.json, or beside an older one CHECKPOINT.PROTOCOL.json."""
 
     @property
     def protocol(self) -> str:
