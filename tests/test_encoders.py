@@ -77,7 +77,7 @@ def test_bidirectional_is_the_true_time_reversal() -> None:
 
 
 @pytest.mark.parametrize("time_mode", ["forward_pair", "bidirectional"])
-def test_mean_pool_averages_what_the_layers_put_out(time_mode: str) -> None:
+def test_the_feature_is_pooled_from_what_the_layers_put_out(time_mode: str) -> None:
     gru = nn.GRU(75, 12, bidirectional=True, batch_first=True)
     encoder = BiGRU(
         NTU25,
@@ -85,19 +85,24 @@ def test_mean_pool_averages_what_the_layers_put_out(time_mode: str) -> None:
         hidden=12,
         layers=1,
         time_mode=time_mode,  # type: ignore[arg-type]
-        pool="mean",
+        pool="mean+last",
         input_norm=False,
     )
+    assert encoder.feature_dim == 48
     ahead, also_ahead = encoder.directions[0]  # type: ignore[misc]
     for name, weight in gru.named_parameters():
         one = also_ahead if name.endswith("_reverse") else ahead
         weight.data = one.get_parameter(name.removesuffix("_reverse")).data
     x = torch.randn(4, 16, 3, 25, 1)
     sequence = x.flatten(2)
-    expected = gru(sequence)[0].mean(1)
+    states = gru(sequence)[0]
+    last = torch.cat((states[:, -1, :12], states[:, 0, 12:]), 1)
     if time_mode == "forward_pair":
-        expected = torch.cat((ahead(sequence)[0], also_ahead(sequence)[0]), 2).mean(1)
-    torch.testing.assert_close(encoder(x), expected)
+        states = torch.cat((ahead(sequence)[0], also_ahead(sequence)[0]), 2)
+        last = states[:, -1]
+    pooled = {"mean": states.mean(1), "last": last, "mean+last": torch.cat((states.mean(1), last), 1)}
+    for encoder.pool, expected in pooled.items():  # type: ignore[assignment]
+        torch.testing.assert_close(encoder(x), expected)
 
 
 def test_parameter_and_mac_counts() -> None:

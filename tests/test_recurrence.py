@@ -50,7 +50,14 @@ def small(**options: Any) -> Config:
 
 
 @pytest.mark.parametrize(
-    "time_mode, pool", [("forward_pair", "last"), ("bidirectional", "last"), ("bidirectional", "mean")]
+    "time_mode, pool",
+    [
+        ("forward_pair", "last"),
+        ("forward_pair", "mean+last"),
+        ("bidirectional", "last"),
+        ("bidirectional", "mean"),
+        ("bidirectional", "mean+last"),
+    ],
 )
 def test_the_fused_encoder_is_the_same_encoder(time_mode: str, pool: str) -> None:
     model = encoder(time_mode=time_mode, pool=pool)

@@ -61,8 +61,8 @@ class EncoderConfig:
     """BiGRU: layers."""
     time_mode: Literal["forward_pair", "bidirectional"] = "forward_pair"
     """BiGRU: two passes forward in time, as in the reference code, or true time reversal."""
-    pool: Literal["last", "mean"] = "last"
-    """BiGRU: what of its outputs is the feature, that of the last time step or their mean over time."""
+    pool: Literal["last", "mean", "mean+last"] = "last"
+    """BiGRU: what of its outputs is the feature: the last time step's, their mean over time, or both."""
     input_norm: bool = True
     """BiGRU: BatchNorm over the input coordinates (CMD, PCM3 yes; ISC no)."""
     recurrence: Literal["auto", "cudnn", "fused", "wide", "resident"] = "auto"

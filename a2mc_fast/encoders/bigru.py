@@ -6,7 +6,8 @@ outputs concatenated, which is how `time_mode="forward_pair"` computes it: six c
 `"bidirectional"` is the true time reversal, with the feature [last forward ; first backward].
 
 With `pool="mean"` the feature is the mean output over time. The last output of a GRU that nothing has trained
-tells clips hardly apart, so that short runs on small sets would spend their steps on leaving that start.
+tells clips hardly apart, so that short runs on small sets would spend their steps on leaving that start. The
+mean in turn knows little of the order in time; "mean+last" is both, one beside the other.
 
 The layers are torch's, which are cuDNN's on a GPU, or fused kernels that run both directions at once.
 """
@@ -32,7 +33,7 @@ warnings.filterwarnings("ignore", "RNN module weights are not part of single con
 
 
 class BiGRU(Encoder):
-    """x [N, T, C, V, M] -> [N, 2 hidden], for any number of frames."""
+    """x [N, T, C, V, M] -> [N, feature_dim], 2 hidden or twice that, for any number of frames."""
 
     recurrence: Recurrence = "torch"
 
@@ -45,14 +46,14 @@ class BiGRU(Encoder):
         hidden: int = 1024,
         layers: int = 3,
         time_mode: Literal["forward_pair", "bidirectional"] = "forward_pair",
-        pool: Literal["last", "mean"] = "last",
+        pool: Literal["last", "mean", "mean+last"] = "last",
         input_norm: bool = True,
     ) -> None:
         super().__init__()
         self.persons = persons
         self.input_dim = 3 * skeleton.num_joints * persons
-        self.feature_dim = 2 * hidden
-        self.time_mode, self.pool = time_mode, pool
+        self.hidden, self.time_mode, self.pool = hidden, time_mode, pool
+        self.feature_dim = 2 * hidden * len(pool.split("+"))
         self.input_norm = nn.BatchNorm1d(self.input_dim) if input_norm else None
         # one module per layer and direction; "bidirectional" runs the second one over reversed time
         self.directions = nn.ModuleList(
@@ -90,20 +91,26 @@ class BiGRU(Encoder):
             yield dtype
 
     def recur(self, sequence: Tensor, dtype: torch.dtype) -> Tensor:
-        """The layers over a sequence [N, T, W], computed in `dtype` -> [N, 2 hidden]"""
+        """The layers over a sequence [N, T, W], computed in `dtype` -> [N, feature_dim]"""
         if self.recurrence != "torch":
             return fused((self,), (sequence,), dtype).squeeze(0)
         if self.time_mode == "forward_pair":
             for ahead, also_ahead in self._pairs():
                 sequence = torch.cat([outputs(gru, sequence, dtype) for gru in (ahead, also_ahead)], 2)
-            return sequence.mean(1) if self.pool == "mean" else sequence[:, -1]
-        for ahead, back in self._pairs():
-            reverse = outputs(back, sequence.flip(1), dtype).flip(1)
-            sequence = torch.cat((outputs(ahead, sequence, dtype), reverse), 2)
+        else:
+            for ahead, back in self._pairs():
+                reverse = outputs(back, sequence.flip(1), dtype).flip(1)
+                sequence = torch.cat((outputs(ahead, sequence, dtype), reverse), 2)
+        return self.pooled(sequence)
+
+    def pooled(self, states: Tensor) -> Tensor:
+        """The feature. states [N, T, 2 hidden], or [G, T, N, 2 hidden] -> without T"""
         if self.pool == "mean":
-            return sequence.mean(1)
-        hidden = self.feature_dim // 2
-        return torch.cat((sequence[:, -1, :hidden], sequence[:, 0, hidden:]), 1)
+            return states.mean(1)
+        last = states[:, -1]
+        if self.time_mode == "bidirectional":
+            last = torch.cat((last[..., : self.hidden], states[:, 0, ..., self.hidden :]), -1)
+        return last if self.pool == "last" else torch.cat((states.mean(1), last), -1)
 
     def _pairs(self) -> list[tuple[nn.GRU, nn.GRU]]:
         """The two directions of each layer."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def fused(encoders: Sequence[BiGRU], sequences: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """The layers of encoders of one shape by the fused kernels, in the same launches, each over its sequence
-    [N, T, W] -> [encoders, N, 2 hidden]. Gradients reach the first."""
+    [N, T, W] -> [encoders, N, feature_dim]. Gradients reach the first."""
     first = encoders[0]
     states = torch.stack([sequence.transpose(0, 1).to(dtype) for sequence in sequences])
     for layer in range(len(first.directions)):
@@ -36,7 +36,7 @@ def fused(encoders: Sequence[BiGRU], sequences: Sequence[Tensor], dtype: torch.d
             precision="tf32" if torch.backends.cudnn.allow_tf32 else "ieee",
             form=cast(kernels.gru_plan.Form, first.recurrence),
         )
-    return states.mean(1) if first.pool == "mean" else states
+    return states if first.pool == "last" else first.pooled(states)
 
 
 def _operands(

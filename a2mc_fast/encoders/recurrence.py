@@ -70,7 +70,7 @@ def choose_recurrence(
     if before == "torch":
         return "torch", "recurrent layers by cuDNN, as until now"
     forms: list[Recurrence] = [before] if before else ["fused", "resident"]
-    if not before and kernels.gru_plan.has_wide(encoder.feature_dim // 2, 3 * clips):
+    if not before and kernels.gru_plan.has_wide(encoder.hidden, 3 * clips):
         forms.insert(1, "wide")
     reasons = {form: _mismatch(config, encoder, device, clips, form) for form in forms}
     right = [form for form in forms if not reasons[form]]
@@ -98,7 +98,7 @@ def _mismatch(config: Config, encoder: BiGRU, device: torch.device, clips: int, 
     for dtype in dict.fromkeys(_dtypes(config, form)):
         reason = kernels.verify.recurrence_mismatch(
             device,
-            encoder.feature_dim // 2,
+            encoder.hidden,
             (clips, 3 * clips),
             dtype,
             reverse=encoder.time_mode == "bidirectional",
