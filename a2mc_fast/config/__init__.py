@@ -125,13 +125,14 @@ def own_data() -> Config:
     """Any skeleton's clips, from a hundred on, as for a thousand; `derive` fits it to those at hand.
 
     The feature is the mean over time, which tells clips apart before any step, so that a short warm-up is
-    enough. Keys replace the rows every few steps, because the encoder of a short run outruns them.
+    enough, beside the last output, which learns their order in time. Keys replace the rows every few steps,
+    because the encoder of a short run outruns them.
     """
     return Config(
         preset="own",
         data="clips.safetensors",
         views=ViewConfig(frames=32),
-        encoder=EncoderConfig(hidden=64, layers=1, pool="mean"),
+        encoder=EncoderConfig(hidden=64, layers=1, pool="mean+last"),
         loss=LossConfig(mix=(0.1,)),
         bank=BankConfig(size=296, lr=12.0, temperature=0.07, warmup_steps=300, refresh=30),
         optim=OptimConfig(lr=0.3, epochs=113, milestones=(), ramp_steps=40, ema=0.99),
