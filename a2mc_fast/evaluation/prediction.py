@@ -26,6 +26,7 @@ from a2mc_fast.run.machine import pick_device
 from a2mc_fast.run.opened import check_skeleton
 
 _TOGETHER = 256  # clips classified at a time
+_NAMED = 20  # of those left out
 Piece = tuple[dict[str, Any], np.ndarray]
 
 
@@ -67,9 +68,11 @@ def predict(
             tell(doubted, error=True)
         found = most_probable(classifier, clips, top)
         rows += [{**about, "classes": classes} for (about, _), classes in zip(some, found)]
-    for reason in refused:
+    require(bool(rows), f"nothing in {data} can be used, {len(refused):,} skipped: {', '.join(refused[:1])}")
+    for reason in refused[:_NAMED]:
         tell(f"skipped {reason}", error=True)
-    require(bool(rows), f"nothing in {data} can be used: {', '.join(refused[:1])}")
+    if more := refused[_NAMED:]:
+        tell(f"skipped {len(more):,} more", error=True)
     _write(out, rows)
     known = [row for row in rows if row["label"]]
     right = sum(row["label"] == row["classes"][0][0] for row in known)
