@@ -181,11 +181,15 @@ def test_bad_input_is_one_sentence(folder: Path, tmp_path: Path, capsys: pytest.
     np.save(tmp_path / "wide.npy", np.ones((9, 2, 7, 3), np.float32))
     (tmp_path / "broken.npz").write_bytes(b"no")
     (tmp_path / "empty").mkdir()
-    np.savez(tmp_path / "plane.npz", joints=np.ones((9, 2, 5, 2), np.float32))
+    points = {"joints": np.ones((9, 2, 5, 3), np.float32), "axes": ["x", "y", "confidence"]}
+    points["joints"][..., 0, 0] = 2
+    np.savez(tmp_path / "plane.npz", joints=points["joints"][..., :2])
+    np.savez(tmp_path / "sure.npz", **points)
     np.savez(tmp_path / "sum.npz", joints=np.ones((9, 2, 5, 3), np.float32), lengths=np.array([4, 4]))
     for args, words in (
         ([run, str(tmp_path / "wide.npy"), out], "a recording is joints [T, M, 5, 3], got [9, 2, 7, 3]"),
-        ([run, str(tmp_path / "plane.npz"), out], "are in a plane, the encoder knows joints in space"),
+        ([run, str(tmp_path / "plane.npz"), out], "lies in a plane, and the encoder knows joints in space"),
+        ([run, str(tmp_path / "sure.npz"), out], "lies in a plane, and the encoder knows joints in space"),
         ([run, str(tmp_path / "broken.npz"), out], "is damaged or not a .npz file"),
         ([run, str(tmp_path / "empty"), out], "holds no .npz or .npy file"),
         ([run, str(tmp_path / "sum.npz"), out], "lengths sum to 8, joints holds 9 frames"),

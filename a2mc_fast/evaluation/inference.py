@@ -92,9 +92,9 @@ def embed_clips(encoder: ClipEncoder, clips: Clips) -> Tensor:
 def embed_recording(encoder: ClipEncoder, joints: np.ndarray | Tensor, *, normalize: bool = True) -> Tensor:
     """Feature of one recording as it comes from the sensor. joints [T, M, V, 3] metres -> [feature_dim]
 
-    2-D keypoints [T, M, V, 2] are scaled as `prepare` does. Of more persons than the encoder knows the ones
-    that spread most are kept, missing ones count as absent.
-    The recording is pre-normalised, unless `normalize` is off, cropped and resized like a clip of the packed
+    2-D keypoints [T, M, V, 2], for an encoder of such, are scaled as `prepare` does. Of more persons than the
+    encoder knows the ones that spread most are kept, missing ones count as absent. The recording is
+    pre-normalised, unless `normalize` is off, cropped and resized like a clip of the packed
     file. `InputError` for another shape, for coordinates that are not finite, and for a recording without
     anybody.
     """
@@ -121,15 +121,15 @@ def prepared(encoder: ClipEncoder, recording: np.ndarray | Tensor, *, normalize:
     """A recording [T, M, V, 3], as `embed_recording` takes it, cut, normalised, of the encoder's persons."""
     joints = np.asarray(recording, np.float32)
     if joints.ndim == 4 and joints.shape[3] == 2:
-        # packed keypoints are never turned
-        known = encoder.skeleton.rotation == "none"
-        require(known, f"keypoints {list(joints.shape)} are in a plane, the encoder knows joints in space")
         joints = as_joints(joints)
     require(
         joints.ndim == 4 and joints.shape[2:] == (encoder.skeleton.num_joints, 3),
         f"a recording is joints [T, M, {encoder.skeleton.num_joints}, 3], got {list(joints.shape)}",
     )
     require(joints.shape[0] > 0 and joints.shape[1] > 0, f"the recording is empty: {list(joints.shape)}")
+    # packed keypoints are never turned
+    known = encoder.skeleton.rotation == "none" or joints[..., 2].any() or not joints.any()
+    require(bool(known), "the recording lies in a plane, and the encoder knows joints in space")
     return usable(joints, encoder.skeleton, encoder.persons, normalize=normalize).joints
 
 
