@@ -60,6 +60,7 @@ def main(args: list[str] | None = None) -> None:
             description="Train and evaluate the paper's ablations: python -m a2mc_fast.ablate DATA ... "
             f"[PRESET] [options]. Presets: {', '.join(BASE_PRESETS)}; default own.",
         )
+        require(options.config.data == files[0], "the packed clips come first, without --data")
         from a2mc_fast.evaluation.ablation import ablate, study
         from a2mc_fast.run.derive import fitted
 

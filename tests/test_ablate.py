@@ -219,6 +219,7 @@ def test_bad_input_is_one_sentence(
             "was run with another configuration (optim.lr: 0.3 -> 0.2)",
         ),
         ([*args, "--rows", "b2", "--split", "xview"], "no protocol 'xview'"),
+        ([*args, "--rows", "b2", "--data", "other.safetensors"], "come first, without --data"),
         ([str(tmp_path / "none.safetensors"), *args[1:], "--rows", "b2"], "none.safetensors not found"),
     ):
         error = refused(main, wrong, capsys)
