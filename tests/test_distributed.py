@@ -24,10 +24,11 @@ import torch
 from safetensors.torch import load_file
 
 from a2mc_fast import evaluate, train
-from a2mc_fast.config import Config, RunConfig, preset
+from a2mc_fast.config import BankConfig, Config, RunConfig, preset
 from a2mc_fast.data import Clips
 from a2mc_fast.encoders import build_encoder
 from a2mc_fast.errors import InputError
+from a2mc_fast.losses import PAPER_MIX
 from a2mc_fast.ranks import ALONE, World
 from a2mc_fast.ranks import joining as distributed
 from a2mc_fast.ranks.batch_norm import join_batch_norms
@@ -126,8 +127,10 @@ def small(name: str = "demo", **changes: Any) -> Config:
         views=replace(config.views, frames=8),
         encoder=replace(config.encoder, hidden=8, layers=1, projection=16),
         # temperatures at which rounding grows little
-        loss=replace(config.loss, temperature=0.3),
-        bank=replace(config.bank, size=30, warmup_steps=WARMUP, lr=0.5 * 16384 / 30, temperature=0.3),
+        loss=replace(config.loss, temperature=0.3, mix=config.loss.mix and PAPER_MIX),
+        bank=BankConfig(
+            kind=config.bank.kind, size=30, warmup_steps=WARMUP, lr=0.5 * 16384 / 30, temperature=0.3
+        ),
         optim=replace(config.optim, batch_size=12, lr=0.05),
     )
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch._inductor.config
 
-from a2mc_fast.config import Config, EncoderConfig, RunConfig, preset
+from a2mc_fast.config import BankConfig, Config, EncoderConfig, LossConfig, RunConfig, preset
 from a2mc_fast.data import Clips
 from a2mc_fast.encoders.bigru import recurrent_dtype
 from a2mc_fast.run.parts import Parts
@@ -38,7 +38,8 @@ def equipped(
         precision=precision,  # type: ignore[arg-type]
         views=replace(config.views, frames=16),
         encoder=ENCODERS[encoder],
-        bank=replace(config.bank, size=512, warmup_steps=WARMUP),
+        loss=LossConfig(),
+        bank=BankConfig(size=512, lr=12.0, warmup_steps=WARMUP),
         optim=replace(config.optim, batch_size=16, lr=0.05),
         attack=replace(config.attack, classes=4),
         run=RunConfig(**run),  # type: ignore[arg-type]

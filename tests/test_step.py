@@ -20,7 +20,7 @@ from a2mc_fast.config import BankConfig, Config, EncoderConfig, RunConfig, prese
 from a2mc_fast.data import Clips
 from a2mc_fast.encoders import build
 from a2mc_fast.encoders.bigru import BiGRU
-from a2mc_fast.losses import mixing_contrast
+from a2mc_fast.losses import PAPER_MIX, mixing_contrast
 from a2mc_fast.model import A2MC
 from a2mc_fast.ranks import ALONE, World
 from a2mc_fast.run.parts import Parts
@@ -37,7 +37,8 @@ def small(name: str = "demo", **changes: Any) -> Config:
         config,
         views=replace(config.views, frames=8),
         encoder=EncoderConfig(hidden=8, layers=1, projection=16),
-        bank=replace(config.bank, size=24, warmup_steps=2),
+        loss=replace(config.loss, mix=config.loss.mix and PAPER_MIX),
+        bank=replace(config.bank, size=24, warmup_steps=2, refresh=0),
         optim=replace(config.optim, batch_size=4),
     )
 

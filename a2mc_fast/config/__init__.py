@@ -154,7 +154,7 @@ def demo() -> Config:
         encoder=EncoderConfig(hidden=64, layers=1),
         loss=LossConfig(mix=(0.1,)),
         bank=BankConfig(size=256, temperature=0.07, warmup_steps=300, refresh=64),
-        optim=OptimConfig(lr=0.3, epochs=85, milestones=(), ramp_steps=40, ema=0.99),
+        optim=OptimConfig(lr=0.3, epochs=70, milestones=(), ramp_steps=40, ema=0.99),
         run=RunConfig(threads=1),
     )
 
