@@ -234,7 +234,8 @@ def concerns(record: dict[str, Any]) -> list[str]:
     if record["stage"] == "train" and record.get("feature_rank", math.inf) < _COLLAPSED:
         found.append(
             f"features collapse: those of a batch vary in fewer than {_COLLAPSED:g} directions; "
-            "start again with a lower --optim.lr, a longer --bank.warmup-steps, or --encoder.pool mean"
+            "start again with a lower --optim.lr, a longer --bank.warmup-steps or, of a BiGRU, "
+            "--encoder.pool mean"
         )
     return found
 
