@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from a2mc_fast.config import Config, EncoderConfig, RunConfig, demo, preset
+from a2mc_fast.config import BankConfig, Config, EncoderConfig, LossConfig, RunConfig, demo, preset
 from a2mc_fast.data import Clips
 from a2mc_fast.data.synthetic import synthetic_clips
 from a2mc_fast.encoders.bigru import BiGRU
@@ -66,7 +66,8 @@ def setting(case: str) -> Config:
         return replace(preset("ntu60-xsub"), data="", synthetic=builtin, encoder=ENCODERS[case])
     recurrent = case == "bigru"
     frames, batch = sized((0, 0), (64, 64) if recurrent else (16, 4), (8, 2))
-    return _narrow(demo(), ENCODERS[case], frames, batch)
+    paper = replace(demo(), loss=LossConfig(), bank=BankConfig(lr=12.0))
+    return _narrow(paper, ENCODERS[case], frames, batch)
 
 
 def _narrow(config: Config, encoder: EncoderConfig, frames: int, batch: int) -> Config:

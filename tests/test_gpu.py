@@ -40,7 +40,7 @@ def equipped(
         encoder=ENCODERS[encoder],
         loss=LossConfig(),
         bank=BankConfig(size=512, lr=12.0, warmup_steps=WARMUP),
-        optim=replace(config.optim, batch_size=16, lr=0.05),
+        optim=replace(config.optim, batch_size=16, lr=0.05, milestones=(18,), ramp_steps=0),
         attack=replace(config.attack, classes=4),
         run=RunConfig(**run),  # type: ignore[arg-type]
     )

@@ -94,9 +94,8 @@ def embed_recording(encoder: ClipEncoder, joints: np.ndarray | Tensor, *, normal
 
     2-D keypoints [T, M, V, 2], for an encoder of such, are scaled as `prepare` does. Of more persons than the
     encoder knows the ones that spread most are kept, missing ones count as absent. The recording is
-    pre-normalised, unless `normalize` is off, cropped and resized like a clip of the packed
-    file. `InputError` for another shape, for coordinates that are not finite, and for a recording without
-    anybody.
+    pre-normalised, unless `normalize` is off, cropped and resized like a clip of the packed file.
+    `InputError` for another shape, for coordinates that are not finite, and for a recording without anybody.
     """
     return embed_clips(encoder, packed(encoder, [prepared(encoder, joints, normalize=normalize)]))[0]
 
