@@ -23,7 +23,6 @@ from a2mc_fast.ranks import ALONE, World
 
 Kind = Literal["weak", "strong", "none"]
 _FILTER_REACH = 7  # frames on either side: the Gaussian filter has 15 taps
-_JITTER_SHARE = 0.6  # of the joints: 15 of 25 (ISC)
 _NUM_DRAWS = 24  # uniform numbers of a view besides one per joint; `_Draws` names them
 
 
@@ -102,7 +101,7 @@ def pose_or_jitter(x: Tensor, draws: Draws, config: ViewConfig) -> Tensor:
     is_jitter, to_zero = draws[_POSE_OR_JITTER] < 0.5, draws[_JITTER_KIND] < 0.5
     jitter = random * (~to_zero).view(-1, 1, 1)
     matrix = torch.where(is_jitter.view(-1, 1, 1), jitter, shear)
-    chosen = round(_JITTER_SHARE * draws.joints.shape[1])
+    chosen = round(config.jitter * draws.joints.shape[1])
     hit = (~is_jitter).float().unsqueeze(1).repeat(1, draws.joints.shape[1])
     hit.scatter_(1, draws.joints.topk(chosen, 1).indices, 1.0)
     # written out over persons, so that the innermost loop runs over V*M

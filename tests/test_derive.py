@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from a2mc_fast.config import PRESETS, differences, preset
-from a2mc_fast.run.derive import DERIVED, Facts, derive, facts, fitted, given_flags
+from a2mc_fast.config import PRESETS, EncoderConfig, ViewConfig, differences, preset
+from a2mc_fast.run.derive import DERIVED, Facts, derive, facts, fitted, given_flags, sentence
 from a2mc_fast.train import main
 from tests.test_protocols import class_clips
 
@@ -38,6 +39,33 @@ def test_clips_in_a_plane_are_sheared_less() -> None:
     assert (deep.flat, flat.flat) == (False, True)
     assert derive(own, deep).views.shear == own.views.shear > derive(own, flat).views.shear > 0
     assert derive(own, flat, {"views.shear"}).views.shear == own.views.shear
+
+
+@pytest.mark.parametrize("name", ["stgcn", "dsta", "scd"])
+def test_convolutions_get_easier_views_and_sizes_of_small_sets(name: str) -> None:
+    own = preset("own")
+    own = replace(own, encoder=replace(own.encoder, name=name))
+    config, paper = derive(own, Facts(270, 112, 15, 1)), ViewConfig()
+    assert (config.views.shear, config.views.jitter) == (0.5, 0.3)
+    assert (
+        config.views.frames == 16 and config.optim.lr < derive(preset("own"), Facts(270, 112, 15, 1)).optim.lr
+    )
+    assert config.encoder.options in ({"channels": 8}, {"size": "small"}, {"width": 128})
+    flat = derive(own, Facts(270, 112, 15, 1, flat=True))
+    assert flat.views.shear < config.views.shear
+    # at the size of the paper's sets as in the public codes
+    large, full = derive(own, Facts(40091, 80, 25, 2)).encoder, EncoderConfig(name=name)
+    assert large.options == full.options or (name == "scd" and large.width == 1024)
+    kept = derive(own, Facts(270, 112, 15, 1), {"views.shear", "views.jitter", "views.frames"})
+    assert kept.views == own.views == replace(paper, frames=own.views.frames)
+
+
+def test_a_sentence_names_the_sizes_of_its_encoder_alone() -> None:
+    own, known = preset("own"), Facts(270, 112, 15, 1)
+    for name, sizes in (("bigru", ["hidden"]), ("stgcn", ["channels"]), ("nets:Net", [])):
+        said = sentence(derive(replace(own, encoder=replace(own.encoder, name=name)), known), known)
+        found = [size for size in ("hidden", "channels", "size", "width") if f"--encoder.{size} " in said]
+        assert found == sizes
 
 
 def test_flags_win_and_what_follows_from_them_follows() -> None:
@@ -88,8 +116,12 @@ def test_a_run_says_and_stores_what_was_derived(tmp_path: Path, capsys: pytest.C
     main(["own", *args, *small])
     printed = capsys.readouterr().out
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    unread = {"encoder.channels", "encoder.size", "encoder.width"}
     for name in DERIVED:
         part, field = name.split(".")
+        assert (f"--{name.replace('_', '-')} " in printed) == (name not in unread)
+        if name in unread:
+            continue
         value = str(stored[part][field]).strip("[]")
         assert f"--{name.replace('_', '-')} {value}" in printed
     assert (stored["views"]["frames"], stored["bank"]["warmup_steps"]) == (8, 2)

@@ -132,7 +132,7 @@ def own_data() -> Config:
         preset="own",
         data="clips.safetensors",
         views=ViewConfig(frames=32),
-        encoder=EncoderConfig(hidden=64, layers=1, pool="mean+last"),
+        encoder=EncoderConfig(hidden=64, layers=1, pool="mean+last", channels=8, size="small", width=128),
         loss=LossConfig(mix=(0.1,)),
         bank=BankConfig(size=296, lr=12.0, temperature=0.07, warmup_steps=300, refresh=30),
         optim=OptimConfig(lr=0.3, epochs=113, milestones=(), ramp_steps=40, ema=0.99),

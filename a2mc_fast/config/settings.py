@@ -34,6 +34,8 @@ class ViewConfig:
     """Shortest temporal crop, as a share of the clip, in (0, 1]; never below `frames` frames."""
     shear: Annotated[float, Range("[0, 10]")] = 1.0
     """Off-diagonal entries of the pose (shear) matrix are uniform in ±this."""
+    jitter: Share = 0.6
+    """Share of the joints that jittering sets to zero or multiplies by a random matrix: 15 of 25."""
     augment: bool = True
     """Weak and strong views of the attacked clip give f1 and f2, or else the whole clip, only resized."""
     noise_std: Annotated[float, Range("[0, 10]")] = 0.01

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
-from a2mc_fast.config import Config, LossConfig
+from a2mc_fast.config import Config, EncoderConfig, LossConfig
 from a2mc_fast.data import Clips
 from a2mc_fast.errors import tell
 from a2mc_fast.run.opened import load_clips
@@ -27,13 +27,20 @@ _WARMUP, _RAMP = 0.15, 0.02  # of all steps
 _LARGEST_BANK = 16384  # the paper's
 _MIX, _MANY = (0.1,), 10_000  # one share λ below so many clips, and from there on the paper's four
 _FLAT_SHEAR = 0.3  # with two axes only, a shear of 1 is often near to a line
-_RATE = 0.3  # of the BiGRU; the other encoders take a tenth of it
+_RATE, _RATES = 0.03, {"bigru": 0.3, "stgcn": 0.1}
+# BatchNorm sees every joint that jittering hits: under the paper's views these learn nothing in so few steps
+_CONVOLUTIONS = ("stgcn", "dsta", "scd")
+_SHEAR, _JITTER = 0.5, 0.3  # of their views
 
 DERIVED = (
     "views.frames",
     "views.shear",
+    "views.jitter",
     "loss.mix",
     "encoder.hidden",
+    "encoder.channels",
+    "encoder.size",
+    "encoder.width",
     "bank.size",
     "bank.warmup_steps",
     "bank.refresh",
@@ -72,7 +79,9 @@ def derive(config: Config, known: Facts, given: Collection[str] = ()) -> Config:
         return getattr(getattr(config, part), field) if name in given else value
 
     clips = max(known.clips, 1)
-    frames = chosen("views.frames", 32 if known.frames <= 128 else 64)
+    convolves = config.encoder.name in _CONVOLUTIONS
+    # half as many tell clips apart as well, and these encoders take their time
+    frames = chosen("views.frames", (32 if known.frames <= 128 else 64) // (2 if convolves else 1))
     batch = chosen("optim.batch_size", max(2, min(64 if clips >= 512 else 32, clips)))
     rows = chosen("bank.size", max(batch, min(int(_SHARE * clips), _LARGEST_BANK) // 8 * 8))
     refresh = chosen("bank.refresh", min(batch, math.ceil(rows / _LIFE)))
@@ -82,15 +91,17 @@ def derive(config: Config, known: Facts, given: Collection[str] = ()) -> Config:
     epochs = chosen("optim.epochs", max(1, round((total - warmup) / max(clips // batch, 1))))
     # rows without mixing stay so
     mix = LossConfig().mix if clips >= _MANY else _MIX
+    shear = _SHEAR if convolves else config.views.shear
     return replace(
         config,
         loss=replace(config.loss, mix=chosen("loss.mix", mix if config.loss.mix else ())),
         views=replace(
             config.views,
             frames=frames,
-            shear=chosen("views.shear", _FLAT_SHEAR if known.flat else config.views.shear),
+            shear=chosen("views.shear", _FLAT_SHEAR if known.flat else shear),
+            jitter=chosen("views.jitter", _JITTER if convolves else config.views.jitter),
         ),
-        encoder=replace(config.encoder, hidden=chosen("encoder.hidden", _width(clips))),
+        encoder=_sized(config.encoder, clips, chosen),
         bank=replace(
             config.bank,
             size=rows,
@@ -102,7 +113,7 @@ def derive(config: Config, known: Facts, given: Collection[str] = ()) -> Config:
             config.optim,
             batch_size=batch,
             epochs=epochs,
-            lr=chosen("optim.lr", _RATE if config.encoder.name == "bigru" else _RATE / 10),
+            lr=chosen("optim.lr", _RATES.get(config.encoder.name, _RATE)),
             ramp_steps=chosen("optim.ramp_steps", round(_RAMP * total)),
         ),
         run=replace(
@@ -113,16 +124,23 @@ def derive(config: Config, known: Facts, given: Collection[str] = ()) -> Config:
     )
 
 
-def _width(clips: int) -> int:
-    """Hidden units of the BiGRU per direction: twice as many for four times the clips, from 64 to 512."""
-    return min(512, 64 * 2 ** max(0, round(math.log(clips / 1000, 4))))
+def _sized(encoder: EncoderConfig, clips: int, chosen: Callable[[str, Any], Any]) -> EncoderConfig:
+    """The encoder for so many clips: a width is doubled for four times the clips, up to the public codes'."""
+    doubled = 2 ** max(0, round(math.log(clips / 1000, 4)))
+    return replace(
+        encoder,
+        hidden=chosen("encoder.hidden", min(512, 64 * doubled)),
+        channels=chosen("encoder.channels", min(16, 8 * doubled)),
+        size=chosen("encoder.size", "small" if clips < _MANY else "full"),
+        width=chosen("encoder.width", min(2048, 128 * doubled)),
+    )
 
 
 def sentence(config: Config, known: Facts) -> str:
     """What was derived from what, as flags: what a run prints first."""
-    flags = " ".join(
-        f"--{name.replace('_', '-')} {_written(operator.attrgetter(name)(config))}" for name in DERIVED
-    )
+    sizes = {f"encoder.{option}" for option in config.encoder.options}
+    read = [n for n in DERIVED if not n.startswith("encoder.") or n in sizes]
+    flags = " ".join(f"--{n.replace('_', '-')} {_written(operator.attrgetter(n)(config))}" for n in read)
     persons = "one person" if known.persons == 1 else f"{known.persons} persons"
     return (
         f"derived from {known.clips} training clips of {known.frames} frames (median), {known.joints} joints "
