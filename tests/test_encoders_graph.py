@@ -355,7 +355,7 @@ def test_half_precision_stays_near(name: str, options: dict[str, Any]) -> None:
 
 
 def test_dropout_in_all_blocks_but_the_first() -> None:
-    encoder = STGCN(SMALL, channels=2)
+    encoder = STGCN(SMALL)
     assert [m.p for m in encoder.modules() if isinstance(m, nn.Dropout)] == [0] + [0.5] * 9
     x = torch.randn(2, 8, 3, 5, 2)
     assert not torch.equal(encoder(x), encoder(x))
@@ -384,6 +384,16 @@ def test_compiles_into_one_graph(case: int, views: int, blocks: tuple[int, ...],
 
 
 # initialisation, options
+
+
+def test_a_narrow_stgcn_keeps_what_random_weights_tell_apart() -> None:
+    encoder = STGCN(NTU25, channels=8)
+    assert not any(m.p for m in encoder.modules() if isinstance(m, nn.Dropout))
+    assert encoder.feature_dim == 128 and encoder(torch.randn(2, 8, 3, 25, 1)).shape == (2, 128)
+    for module in encoder.modules():
+        if isinstance(module, nn.Conv2d) and module.weight.numel() > 1000:
+            expected = math.sqrt(2 / module.weight[0].numel())
+            assert module.weight.std().item() == pytest.approx(expected, rel=0.1)
 
 
 def test_initialisation_of_stgcn() -> None:

@@ -7,6 +7,8 @@ batched matrix product per frame without a copy, and the convolutions need no ch
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -17,12 +19,17 @@ from a2mc_fast.skeleton import Skeleton
 _TEMPORAL_KERNEL = 9
 _DROPOUT = 0.5
 _INIT_STD = 0.02
+_PUBLIC = 16  # the narrowest base width of the public codes, which the constants above are of
 
 
 class STGCN(Encoder):
-    """x [N, T, C, V, M] -> [N, 256], the mean over frames, joints and persons; an absent person counts."""
+    """x [N, T, C, V, M] -> [N, F], the mean over frames, joints and persons; an absent person counts.
 
-    feature_dim = 256
+    F is 256, or 16 times a base width below 16, the public codes'. So narrow a network, which is for small
+    sets, drops nothing, and its convolutions start at He's scale and not at a deviation of 0.02: behind them
+    is a BatchNorm, so the rate counts relative to the weights, and the first steps would undo what small
+    random ones tell apart.
+    """
 
     def __init__(
         self,
@@ -33,21 +40,23 @@ class STGCN(Encoder):
         channels: int = 16,
     ) -> None:
         super().__init__()
+        self.feature_dim = min(256, 16 * channels)
         partitions = spatial_partitions(skeleton.parents)
         self.input_norm = nn.BatchNorm1d(3 * skeleton.num_joints)
         # time is halved wherever the base width doubles
         widths = [channels] * 4 + [2 * channels] * 3 + [4 * channels] * 2 + [self.feature_dim]
         strides = [1, 1, 1, 1, 2, 1, 1, 2, 1, 1]
         self.blocks = nn.Sequential(
-            GraphBlock(partitions, 3, channels, residual=False),
+            GraphBlock(partitions, 3, channels, dropout=0, residual=False),
             *(
-                GraphBlock(partitions, width, out, stride)
+                GraphBlock(partitions, width, out, stride, dropout=_DROPOUT if channels >= _PUBLIC else 0)
                 for width, out, stride in zip(widths, widths[1:], strides[1:])
             ),
         )
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, 0, _INIT_STD)
+                std = _INIT_STD if channels >= _PUBLIC else math.sqrt(2 / module.weight[0].numel())
+                nn.init.normal_(module.weight, 0, std)
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
             elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
                 nn.init.normal_(module.weight, 1, _INIT_STD)
@@ -69,7 +78,14 @@ class GraphBlock(nn.Module):
     partitions: Tensor  # [3, V, V]
 
     def __init__(
-        self, partitions: Tensor, width: int, out: int, stride: int = 1, residual: bool = True
+        self,
+        partitions: Tensor,
+        width: int,
+        out: int,
+        stride: int = 1,
+        *,
+        dropout: float,
+        residual: bool = True,
     ) -> None:
         super().__init__()
         self.register_buffer("partitions", partitions, persistent=False)
@@ -80,7 +96,7 @@ class GraphBlock(nn.Module):
             nn.ReLU(),
             nn.Conv2d(out, out, (_TEMPORAL_KERNEL, 1), (stride, 1), (_TEMPORAL_KERNEL // 2, 0)),
             nn.BatchNorm2d(out),
-            nn.Dropout(_DROPOUT if residual else 0),
+            nn.Dropout(dropout),
         )
         self.residual: nn.Module | None = None
         if residual and (width, stride) == (out, 1):
