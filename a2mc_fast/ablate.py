@@ -8,6 +8,7 @@ where it stopped. Flags are those of `a2mc_fast.train`.
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, field, replace
 from typing import Annotated, get_args
@@ -61,6 +62,9 @@ def main(args: list[str] | None = None) -> None:
             f"[PRESET] [options]. Presets: {', '.join(BASE_PRESETS)}; default own.",
         )
         require(options.config.data == files[0], "the packed clips come first, without --data")
+        for file in files:
+            make = f"python -m a2mc_fast.prepare SOURCE INPUT {file}"
+            require(os.path.exists(file), f"{file} not found: name packed clips, or make them with {make}")
         from a2mc_fast.evaluation.ablation import ablate, study
         from a2mc_fast.run.derive import fitted
 

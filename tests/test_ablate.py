@@ -220,7 +220,7 @@ def test_bad_input_is_one_sentence(
         ),
         ([*args, "--rows", "b2", "--split", "xview"], "no protocol 'xview'"),
         ([*args, "--rows", "b2", "--data", "other.safetensors"], "come first, without --data"),
-        ([str(tmp_path / "none.safetensors"), *args[1:], "--rows", "b2"], "none.safetensors not found"),
+        ([str(tmp_path / "none.safetensors"), *args[1:], "--rows", "b2"], "not found: name packed clips"),
     ):
         error = refused(main, wrong, capsys)
         assert words in error and error.startswith("error: ") and error.count("\n") == 1, error
