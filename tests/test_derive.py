@@ -42,7 +42,7 @@ def test_clips_in_a_plane_are_sheared_less() -> None:
 
 
 @pytest.mark.parametrize("name", ["stgcn", "dsta", "scd"])
-def test_convolutions_get_easier_views_and_sizes_of_small_sets(name: str) -> None:
+def test_encoders_of_single_joints_get_easier_views_and_sizes_of_small_sets(name: str) -> None:
     own = preset("own")
     own = replace(own, encoder=replace(own.encoder, name=name))
     config, paper = derive(own, Facts(270, 112, 15, 1)), ViewConfig()

@@ -28,8 +28,8 @@ _LARGEST_BANK = 16384  # the paper's
 _MIX, _MANY = (0.1,), 10_000  # one share λ below so many clips, and from there on the paper's four
 _FLAT_SHEAR = 0.3  # with two axes only, a shear of 1 is often near to a line
 _RATE, _RATES = 0.03, {"bigru": 0.3, "stgcn": 0.1}
-# BatchNorm sees every joint that jittering hits: under the paper's views these learn nothing in so few steps
-_CONVOLUTIONS = ("stgcn", "dsta", "scd")
+# whose BatchNorm sees every joint that jittering hits: the paper's views teach them little in so few steps
+_PER_JOINT = ("stgcn", "dsta", "scd")
 _SHEAR, _JITTER = 0.5, 0.3  # of their views
 
 DERIVED = (
@@ -79,9 +79,9 @@ def derive(config: Config, known: Facts, given: Collection[str] = ()) -> Config:
         return getattr(getattr(config, part), field) if name in given else value
 
     clips = max(known.clips, 1)
-    convolves = config.encoder.name in _CONVOLUTIONS
+    per_joint = config.encoder.name in _PER_JOINT
     # half as many tell clips apart as well, and these encoders take their time
-    frames = chosen("views.frames", (32 if known.frames <= 128 else 64) // (2 if convolves else 1))
+    frames = chosen("views.frames", (32 if known.frames <= 128 else 64) // (2 if per_joint else 1))
     batch = chosen("optim.batch_size", max(2, min(64 if clips >= 512 else 32, clips)))
     rows = chosen("bank.size", max(batch, min(int(_SHARE * clips), _LARGEST_BANK) // 8 * 8))
     refresh = chosen("bank.refresh", min(batch, math.ceil(rows / _LIFE)))
@@ -91,7 +91,7 @@ def derive(config: Config, known: Facts, given: Collection[str] = ()) -> Config:
     epochs = chosen("optim.epochs", max(1, round((total - warmup) / max(clips // batch, 1))))
     # rows without mixing stay so
     mix = LossConfig().mix if clips >= _MANY else _MIX
-    shear = _SHEAR if convolves else config.views.shear
+    shear = _SHEAR if per_joint else config.views.shear
     return replace(
         config,
         loss=replace(config.loss, mix=chosen("loss.mix", mix if config.loss.mix else ())),
@@ -99,7 +99,7 @@ def derive(config: Config, known: Facts, given: Collection[str] = ()) -> Config:
             config.views,
             frames=frames,
             shear=chosen("views.shear", _FLAT_SHEAR if known.flat else shear),
-            jitter=chosen("views.jitter", _JITTER if convolves else config.views.jitter),
+            jitter=chosen("views.jitter", _JITTER if per_joint else config.views.jitter),
         ),
         encoder=_sized(config.encoder, clips, chosen),
         bank=replace(
