@@ -1,5 +1,5 @@
-"""Launch sizes of the kernels: those in use beside others, and beside launches that start when the one before
-has ended, so that a new chip or compiler can be asked.
+"""Launch sizes of the kernels: those in use beside others, and beside launches that start late, when the one
+before has ended, or early, so that a new chip or compiler can be asked.
 
 `pytest bench/bench_sizes.py -s` times the time steps of a pair of directions, forward and backward, with a
 launch per step and with one for all, and loss, gradients and ascent in a row. On a CPU only a rehearsal runs
@@ -9,7 +9,6 @@ it, in Triton's interpreter.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -29,35 +28,37 @@ Sizes = tuple[int, ...]
 STEPS: list[tuple[gru_plan.Kind, gru_plan.Form, int, int, int, list[Sizes]]] = [
     ("forward", "fused", 1, 192, 1024, [(64, 64, 64, 8, 6), (128, 32, 64, 8, 7)]),
     ("forward", "fused", 2, 64, 1024, [(64, 32, 128, 4, 3)]),
-    ("forward", "resident", 1, 64, 1024, [(64, 16, 256, 4, 2)]),
-    ("forward", "resident", 2, 64, 256, [(64, 16, 256, 4, 2)]),
+    ("forward", "wide", 1, 192, 1024, [(64, 64, 128, 8, 3), (64, 64, 64, 8, 8)]),
+    ("forward", "resident", 1, 64, 1024, [(64, 16, 128, 4, 4)]),
+    ("forward", "resident", 2, 64, 256, [(64, 16, 128, 4, 4)]),
     ("backward", "fused", 1, 64, 1024, [(64, 16, 64, 4, 4)]),
-    ("backward", "fused", 1, 192, 1024, [(64, 64, 128, 8, 6), (128, 32, 128, 8, 5)]),
+    ("backward", "fused", 1, 192, 1024, []),
+    ("backward", "wide", 1, 192, 1024, [(64, 64, 64, 8, 8), (64, 64, 128, 4, 6)]),
 ]  # fmt: skip
-ASCENT: list[Sizes] = [(64, 32, 128, 8, 1), (64, 32, 128, 4, 1)]
-LATE: Sizes = ()  # those in use, without an early start
+# of the pass over the bank: clips, rows, depth, warps, stages
+PASS: list[Sizes] = [(64, 64, 128, 8, 2), (64, 32, 128, 8, 2), (64, 32, 128, 4, 3), (64, 64, 128, 4, 2)]
+STARTS = {"late": False, "early": CUDA}
 
 
-_options = Call.options.fget
-
-
-def late_options(call: Call) -> dict[str, Any]:
-    assert _options
-    return {**_options(call), "launch_pdl": False}
+def started(calls: list[Call], form: Sizes | str | None) -> list[Call]:
+    """The launches, starting as a form named in `STARTS` says."""
+    if form not in STARTS:
+        return calls
+    return [call._replace(arguments={**call.arguments, "EARLY": STARTS[form]}) for call in calls]
 
 
 def numbers(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
     return (torch.rand(shape, device=DEVICE) / 10 - 0.05).to(dtype)
 
 
-def name(tile: Sizes | None) -> str:
-    return "ours" if tile is None else " ".join(map(str, tile)) or "late"
+def name(form: Sizes | str | None) -> str:
+    return form if isinstance(form, str) else " ".join(map(str, form or ["ours"]))
 
 
 def time_steps(
-    kind: gru_plan.Kind, how: gru_plan.Form, groups: int, n: int, h: int, tile: Sizes | None
+    kind: gru_plan.Kind, how: gru_plan.Form, groups: int, n: int, h: int, tile: Sizes | str | None
 ) -> Callable[[], object]:
-    """A pass over all frames with these launch sizes; None: as in use."""
+    """A pass over all frames with these launch sizes, or as in use (None), but for how launches start."""
     gates, weight = numbers(groups, FRAMES, n, 2, 3 * h), numbers(groups, 2, 3 * h, h)
     bias, states = numbers(groups, 2, 2, 3 * h, dtype=torch.float32), numbers(groups, FRAMES, n, 2 * h)
     back, inner = weight.transpose(2, 3).contiguous(), numbers(groups, FRAMES, n, 2, h)
@@ -70,17 +71,17 @@ def time_steps(
             ).calls  # fmt: skip
         return gru_plan.plan_backward(
             states, None, back, states, gates, inner, reverse=False, slots=FRAMES, with_bias=n > 64,
-            precision="tf32",
+            precision="tf32", form=how,
         ).calls  # fmt: skip
 
     def run() -> None:
         with pytest.MonkeyPatch.context() as patch:
-            if tile == LATE:
-                patch.setattr(Call, "options", property(late_options))
-            elif tile:
-                patch.setattr(gru_plan, "_RESIDENT", gru_plan.Tile(*tile))
-                patch.setattr(gru_plan, "_TILES", dict.fromkeys(gru_plan._TILES, gru_plan.Tile(*tile)))
-            launch_all(calls(), gates.device)
+            if isinstance(tile, tuple):
+                other = gru_plan.Tile(*tile)
+                patch.setattr(gru_plan, "_RESIDENT", other)
+                for table in ("_TILES", "_WIDE"):
+                    patch.setattr(gru_plan, table, dict.fromkeys(getattr(gru_plan, table), other))
+            launch_all(started(calls(), tile), gates.device)
 
     return run
 
@@ -90,7 +91,7 @@ def test_time_steps(
     record: Recorder, kind: gru_plan.Kind, how: gru_plan.Form, groups: int, n: int, h: int, tiles: list[Sizes]
 ) -> None:
     n, h = (2, 16) if TOY else (n, h)
-    asked = (None, *([] if how == "resident" else [LATE]), *tiles)
+    asked = (None, *([] if how == "resident" else STARTS), *tiles)
     forms = {name(tile): time_steps(kind, how, groups, n, h, tile) for tile in asked}
     for form in forms.values():
         form()
@@ -108,19 +109,24 @@ def test_loss_and_ascent(record: Recorder) -> None:
     features, rows, mix = Features(*(unit(n) for _ in range(4))), 2 * unit(k), (0.4, 0.3, 0.2, 0.1)
     velocity, place = torch.zeros_like(rows), ("tf32", 128)
 
-    def run(tile: Sizes | None) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            if tile == LATE:
-                patch.setattr(Call, "options", property(late_options))
-            elif tile:
-                patch.setitem(bank_ascent._TILES, place, bank_pass.Tile(*tile))
-            loss = Contrast(mix, 0.07, normalize=True, climb=0.03)
-            calls, _, _, sums = mixing_contrast.plan(features, rows, loss)
-            ascent, _ = bank_ascent.plan(rows, velocity, features, Contrast(mix, 0.03), Step(), sums)
-            launch_all([*calls, *ascent], rows.device)
+    def calls() -> list[Call]:
+        """Pass over the bank, combination, and the two launches of the ascent."""
+        loss = Contrast(mix, 0.07, normalize=True, climb=0.03)
+        first, _, _, sums = mixing_contrast.plan(features, rows, loss)
+        return first + bank_ascent.plan(rows, velocity, features, Contrast(mix, 0.03), Step(), sums)[0]
 
-    forms = {name(tile): lambda tile=tile: run(tile) for tile in (None, LATE, *ASCENT)}
+    def run(form: Sizes | str | None) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            if isinstance(form, tuple):
+                patch.setitem(bank_pass._TILES, place, bank_pass.Tile(*form))
+            launch_all(started(calls(), form), rows.device)
+
+    forms = {name(form): lambda form=form: run(form) for form in (None, "late", *PASS)}
+    once = calls()
+    launch_all(once, rows.device)  # each part alone then reads what those before it left
+    for part, own in {"pass": once[:1], "combine": once[1:2], "ascent": once[2:]}.items():
+        forms[part] = lambda own=own: launch_all(own, rows.device)
     for form in forms.values():
         form()
     compiled_all()
-    record(*compare("launch sizes of the ascent", {"N": n, "K": k, "mix": len(mix)}, forms))
+    record(*compare("launch sizes of loss and ascent", {"N": n, "K": k, "mix": len(mix)}, forms))

@@ -35,18 +35,16 @@ from .bank_pass import (
     product,
     shared_arguments,
 )
-from .common import Call, before_hopper, check_problem, launch_all, require, wait_for_the_last, width
+from .common import Call, before_hopper, check_problem, feature_width, launch_all, require, wait_for_the_last
 from .problem import Ascent, Contrast, Features, Step, contrast_from
 from .row_softmax import ROW_PLANES, UP, plan_softmax, row_weights
 
 # the step itself holds rows, velocity and gradient in registers, which is what limits the blocks
 _TILES = {
-    ("tf32", 16): Tile(64, 64, 16, 4, 1),
     ("tf32", 32): Tile(64, 64, 32, 8, 1),
     ("tf32", 64): Tile(32, 64, 64, 4, 1),
     ("tf32", 128): Tile(64, 64, 128, 8, 1),
     ("tf32", 256): Tile(32, 32, 256, 8, 1),
-    ("ieee", 16): Tile(32, 32, 16, 8, 1, 255),
     ("ieee", 32): Tile(32, 32, 32, 8, 1, 255),
     ("ieee", 64): Tile(32, 32, 32, 8, 1, 255),
     ("ieee", 128): Tile(32, 32, 32, 8, 1, 255),
@@ -187,11 +185,11 @@ def plan(
         normalise, softmax = plan_softmax(shared, features.key, bank_pass.stats)
         calls = [bank_pass.call, normalise]
     (n, d), k = features.key.shape, len(rows)
-    tile = _TILES[settings.precision, width(d)]
+    tile = _TILES[settings.precision, feature_width(d)]
     if settings.precision == "tf32" and before_hopper(rows.device):  # where operands take registers
-        tile = tile._replace(rows=32, bank=32 if width(d) <= 128 else 16, warps=8, registers=255)
+        tile = tile._replace(rows=32, bank=32 if feature_width(d) <= 128 else 16, warps=8, registers=255)
     elif settings.precision == "tf32" and not shared["EVEN"]:  # as each exponential by itself does
-        tile = tile._replace(rows=32, bank=32, warps=4 if width(d) <= 128 else tile.warps)
+        tile = tile._replace(rows=32, bank=32, warps=4 if feature_width(d) <= 128 else tile.warps)
     blocks = triton.cdiv(k, tile.bank)
     partial, summary = rows.new_empty(2, blocks), rows.new_empty(3)
     ascend = {name: shared[name] for name in shared if name not in ("QUERY", "PARTNER")} | {
@@ -209,7 +207,7 @@ def plan(
         "PRECISION": settings.precision,
         "BLOCK_N": tile.rows,
         "BLOCK_K": tile.bank,
-        "BLOCK_D": width(d),
+        "BLOCK_D": feature_width(d),
         "DEPTH": tile.depth,
     }
     summarise = {

@@ -100,6 +100,11 @@ def width(dim: int) -> int:
     return max(16, triton.next_power_of_2(dim))
 
 
+def feature_width(dim: int) -> int:
+    """That of a feature: 32 at least, because in tf32 an H100 and an H200 gave NaN at 16 (Triton 3.6)."""
+    return max(32, width(dim))
+
+
 def check_problem(name: str, features: Features, bank: Tensor, settings: Contrast) -> None:
     """`check_arguments`, and what the kernels know of types, devices and sizes."""
     check_arguments(name, features, bank, settings)

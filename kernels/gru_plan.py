@@ -41,10 +41,11 @@ _TILES = {
 # fewer bytes come from the second-level cache, and more are on their way at once
 _WIDE = {"forward": Tile(64, 64, 64, 8, 6), "backward": Tile(64, 64, 128, 8, 6)}
 _WIDE_FROM = 512  # hidden units
+_EARLY_TO = 64  # clips: the programs of more leave no room for the next launch's, which then only wait
 # products of full float32 run without tensor cores, from registers
 _FULL = Tile(32, 32, 32, 4, 2)
 # of all steps in one launch: at H 1024 a program's weights take 128 KiB of shared memory
-_RESIDENT = Tile(64, 16, 128, 4, 4)
+_RESIDENT = Tile(64, 16, 256, 4, 2)
 _PROGRAMS = 128  # of one launch, where clips can be divided among more: an H100 has 132 multiprocessors
 
 
@@ -95,7 +96,7 @@ def _arguments(arguments: dict[str, Any], tile: Tile) -> dict[str, Any]:
         "BLOCK_N": tile.rows,
         "BLOCK_H": tile.units,
         "BLOCK_K": tile.depth,
-        "EARLY": starts_early(states.device) and not arguments.get("RESIDENT"),
+        "EARLY": n <= _EARLY_TO and starts_early(states.device) and not arguments.get("RESIDENT"),
     }
 
 

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .bank_pass import LN2, LOW, PLANES, SHIFT, has_target, level, plan_pass, present
-from .common import Call, check_problem, launch_all, require, wait_for_the_last, width
+from .common import Call, check_problem, feature_width, launch_all, require, wait_for_the_last
 from .problem import Contrast, Contrasted, Features, contrast_from
 from .row_softmax import ROW_PLANES, merged_stats, store_softmax
 
@@ -163,11 +163,11 @@ def plan(features: Features, bank: Tensor, settings: Contrast) -> tuple[list[Cal
         "DISTILL": has_target(features, settings),
         "CLIMB": settings.climb > 0,
         "BLOCK_S": triton.next_power_of_2(len(bank_pass.stats)),
-        "BLOCK_D": width(d),
+        "BLOCK_D": feature_width(d),
         "CHUNK": _CHUNK,
     }
     # one warp, if it can hold a row, adds its columns without meeting others
-    warps = 1 if width(d) <= 128 else 4
+    warps = 1 if feature_width(d) <= 128 else 4
     grid = len(terms) + len(sums), n
     calls = [bank_pass.call, Call(combine_kernel, grid, combine, num_warps=warps)]
     return calls, losses, gradients, sums

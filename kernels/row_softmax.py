@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .bank_pass import LOW, PLANES, SHIFT, even_exponentials, job_feature, level, mixed_exponentials
-from .common import Call, wait_for_the_last, width
+from .common import Call, feature_width, wait_for_the_last
 
 ROW_PLANES = tl.constexpr(4)  # top, a, offset that normalises the exponentials, positive's probability
 UP = tl.constexpr(15)  # weights are kept times 2^UP, that fp16 may hold those of rows far from a clip
@@ -116,6 +116,6 @@ def plan_softmax(shared: dict[str, Any], key: Tensor, stats: Tensor) -> tuple[Ca
         "softmax_ptr": softmax,
         "S": len(stats),
         "BLOCK_S": triton.next_power_of_2(len(stats)),
-        "BLOCK_D": width(d),
+        "BLOCK_D": feature_width(d),
     }
     return Call(row_softmax_kernel, (jobs, n), arguments, num_warps=1), softmax
