@@ -85,13 +85,9 @@ def test_pair_of_directions(record: Recorder, clips: int) -> None:
     x = torch.randn(clips, FRAMES, WIDTH, device=DEVICE, dtype=DTYPE)
     forms = {"cudnn": by_cudnn(pair, x)}
     if KERNELS:
-        from a2mc_fast.kernels.gru_plan import has_wide
-
         forms = {"ours": by_kernels(pair, x), **forms}
         if CUDA:
             forms["resident"] = by_kernels(pair, x, "resident")
-            if has_wide(HIDDEN, clips):
-                forms["wide"] = by_kernels(pair, x, "wide")
         for one in forms.keys() - {"cudnn"}:
             mine, theirs = (forms[name]["forward"]() for name in (one, "cudnn"))
             assert isinstance(mine, Tensor) and isinstance(theirs, Tensor)
@@ -124,7 +120,7 @@ def test_passes_of_a_step(record: Recorder, layers: int, hidden: int) -> None:
     single, triple = (torch.randn(n, FRAMES, encoder.input_dim, device=DEVICE) for n in (clips, 3 * clips))
     wanted: dict[str, Recurrence] = {"cudnn": "torch"}
     if KERNELS:
-        wanted = {"ours": "fused", **wanted, **({"resident": "resident", "wide": "wide"} if CUDA else {})}
+        wanted = {"ours": "fused", **wanted, **({"resident": "resident"} if CUDA else {})}
 
     def run(form: Recurrence) -> None:
         encoder.recurrence = form

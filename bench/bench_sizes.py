@@ -28,12 +28,10 @@ Sizes = tuple[int, ...]
 STEPS: list[tuple[gru_plan.Kind, gru_plan.Form, int, int, int, list[Sizes]]] = [
     ("forward", "fused", 1, 192, 1024, [(64, 64, 64, 8, 6), (128, 32, 64, 8, 7)]),
     ("forward", "fused", 2, 64, 1024, [(64, 32, 128, 4, 3)]),
-    ("forward", "wide", 1, 192, 1024, [(64, 64, 128, 8, 3), (64, 64, 64, 8, 8)]),
     ("forward", "resident", 1, 64, 1024, [(64, 16, 128, 4, 4)]),
     ("forward", "resident", 2, 64, 256, [(64, 16, 128, 4, 4)]),
     ("backward", "fused", 1, 64, 1024, [(64, 16, 64, 4, 4)]),
-    ("backward", "fused", 1, 192, 1024, []),
-    ("backward", "wide", 1, 192, 1024, [(64, 64, 64, 8, 8), (64, 64, 128, 4, 6)]),
+    ("backward", "fused", 1, 192, 1024, [(64, 64, 128, 8, 6)]),
 ]  # fmt: skip
 # of the pass over the bank: clips, rows, depth, warps, stages
 PASS: list[Sizes] = [(64, 64, 128, 8, 2), (64, 32, 128, 8, 2), (64, 32, 128, 4, 3), (64, 64, 128, 4, 2)]
@@ -71,7 +69,7 @@ def time_steps(
             ).calls  # fmt: skip
         return gru_plan.plan_backward(
             states, None, back, states, gates, inner, reverse=False, slots=FRAMES, with_bias=n > 64,
-            precision="tf32", form=how,
+            precision="tf32",
         ).calls  # fmt: skip
 
     def run() -> None:
@@ -79,8 +77,7 @@ def time_steps(
             if isinstance(tile, tuple):
                 other = gru_plan.Tile(*tile)
                 patch.setattr(gru_plan, "_RESIDENT", other)
-                for table in ("_TILES", "_WIDE"):
-                    patch.setattr(gru_plan, table, dict.fromkeys(getattr(gru_plan, table), other))
+                patch.setattr(gru_plan, "_TILES", dict.fromkeys(gru_plan._TILES, other))
             launch_all(started(calls(), tile), gates.device)
 
     return run

@@ -133,7 +133,8 @@ def test_step_by_phase(record: Recorder, data: Clips, case: str) -> None:
         torch.cuda.reset_peak_memory_stats()
     warming = seconds_per_step(trainer, 0, min(STEPS, 50))
     seconds_ = seconds_per_step(trainer, first, STEPS)
-    parameters, macs = parameters_and_macs(trainer.model.query.encoder, config.views.frames)
+    with parts.uncompiled():  # else the counting would be compiled, too, and the profile be of what that left
+        parameters, macs = parameters_and_macs(trainer.model.query.encoder, config.views.frames)
     rate = 2 * macs * PASSES * batch / seconds_
     limit = product_rate(torch.bfloat16 if CUDA else torch.float32)
     found = Record(

@@ -81,7 +81,7 @@ def _planned(gates: Tensor, weight: Tensor, bias: Tensor, *, form: Form, **how: 
                 _stays[known] = fits(found.calls[0])
             if _stays[known]:
                 return found
-    return plan_forward(gates, weight, bias, form="wide" if form == "wide" else "fused", **how)
+    return plan_forward(gates, weight, bias, **how)
 
 
 @torch.library.custom_op("a2mc::gru_pairs", mutates_args=())
@@ -122,7 +122,7 @@ def _(
 @torch.library.custom_op("a2mc::gru_pairs_backward", mutates_args=())
 def _backward_op(
     grad: Tensor | None, grad_final: Tensor | None, back: Tensor, states: Tensor, gates: Tensor,
-    inner: Tensor, reverse: bool, with_weights: bool, precision: str, form: str,
+    inner: Tensor, reverse: bool, with_weights: bool, precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Of the first group: gradients of the input's products [1, T, N, 2, 3H] and, `with_weights`, of the
     state's, and the sums of both over clips and frames as [1, 2, 4H] float32: r, z, n of the input, n of the
@@ -132,7 +132,6 @@ def _backward_op(
     plan = plan_backward(
         grad, grad_final, back, states, gates, inner, reverse=reverse,
         slots=steps if with_weights else min(2, steps), with_bias=with_weights, precision=precision,
-        form=cast(Form, form),
     )  # fmt: skip
     launch_all(plan.calls, states.device)
     if with_weights:
@@ -143,18 +142,18 @@ def _backward_op(
 @_backward_op.register_fake
 def _(
     grad: Tensor | None, grad_final: Tensor | None, back: Tensor, states: Tensor, gates: Tensor,
-    inner: Tensor, reverse: bool, with_weights: bool, precision: str, form: str,
+    inner: Tensor, reverse: bool, with_weights: bool, precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     sums = gates.new_empty((1, 2, 4 * back.shape[2]) if with_weights else (0,), dtype=torch.float32)
     return torch.empty_like(gates), torch.empty_like(gates) if with_weights else gates.new_empty(0), sums
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    sequences, parameters, input_weight, _, _, back, reverse, _, _, precision, form = inputs
+    sequences, parameters, input_weight, _, _, back, reverse, _, _, precision, _ = inputs
     states, _, gates, inner = output
     ctx.with_weights = any(p.requires_grad for p in parameters)
     ctx.save_for_backward(sequences if ctx.with_weights else None, input_weight, back, states, gates, inner)
-    ctx.groups, ctx.reverse, ctx.precision, ctx.form = len(sequences), reverse, precision, form
+    ctx.groups, ctx.reverse, ctx.precision = len(sequences), reverse, precision
     ctx.set_materialize_grads(False)
 
 
@@ -163,7 +162,7 @@ def _backward(ctx: Any, grad: Tensor | None, grad_final: Tensor | None, *_: Tens
     of_input, of_state, bias = _backward_op(
         None if grad is None else grad.contiguous(),
         None if grad_final is None else grad_final.contiguous(),
-        back, states, gates, inner, ctx.reverse, ctx.with_weights, ctx.precision, ctx.form,
+        back, states, gates, inner, ctx.reverse, ctx.with_weights, ctx.precision,
     )  # fmt: skip
     rows, others = of_input[0].flatten(2).flatten(0, 1), ctx.groups - 1
     of_sequences = None

@@ -16,9 +16,8 @@ from .gru_resident import PATIENCE, fault
 from .gru_steps import APART, backward_kernel, forward_kernel
 
 Kind = Literal["forward", "backward"]
-Form = Literal["fused", "wide", "resident"]
-"""A launch per time step, of programs that share a multiprocessor; of larger ones that have it to themselves;
-forward all steps in one launch, and backward as the first."""
+Form = Literal["fused", "resident"]
+"""A launch per time step; or forward all steps in one launch, and backward as the first."""
 
 
 class Tile(NamedTuple):
@@ -38,9 +37,6 @@ _TILES = {
     ("backward", 64): Tile(64, 16, 128, 4, 4),
     ("backward", 192): Tile(64, 32, 128, 4, 4),
 }
-# fewer bytes come from the second-level cache, and more are on their way at once
-_WIDE = {"forward": Tile(64, 64, 64, 8, 6), "backward": Tile(64, 64, 128, 8, 6)}
-_WIDE_FROM = 512  # hidden units
 _EARLY_TO = 64  # clips: the programs of more leave no room for the next launch's, which then only wait
 # products of full float32 run without tensor cores, from registers
 _FULL = Tile(32, 32, 32, 4, 2)
@@ -57,14 +53,10 @@ class Sizes(NamedTuple):
 
 
 def sizes_for(
-    kind: Kind, groups: int, n: int, h: int, dtype: torch.dtype, precision: str, form: Form
+    kind: Kind, groups: int, n: int, h: int, dtype: torch.dtype, precision: str, *, resident: bool = False
 ) -> Sizes:
-    """The launch sizes for N clips and H units."""
-    tile, resident = _TILES[kind, 64 if n <= 64 else 192], form == "resident" and kind == "forward"
-    if resident:
-        tile = _RESIDENT
-    elif form == "wide" and has_wide(h, n):
-        tile = _WIDE[kind]
+    """The launch sizes for N clips and H units; `resident`: of a forward pass in one launch."""
+    tile = _RESIDENT if resident else _TILES[kind, 64 if n <= 64 else 192]
     if dtype == torch.float32 and not resident:
         tile = _FULL if precision == "ieee" else tile._replace(depth=tile.depth // 2)
     rows, units = min(tile.rows, width(n)), min(tile.units, width(h))
@@ -74,11 +66,6 @@ def sizes_for(
     blocks = triton.cdiv(n, rows)
     tile = tile._replace(rows=rows, units=units, depth=min(tile.depth, width(h)))
     return Sizes(tile, min(blocks, most) if resident else blocks)
-
-
-def has_wide(h: int, n: int) -> bool:
-    """Whether the form "wide" differs from "fused" for H units and N clips."""
-    return h >= _WIDE_FROM and n > 64
 
 
 def _arguments(arguments: dict[str, Any], tile: Tile) -> dict[str, Any]:
@@ -122,7 +109,7 @@ def plan_forward(
     states, final = gates.new_empty(groups, slots, n, 2 * h), gates.new_empty(groups, n, 2 * h)
     inner = gates.new_empty(followed, steps, n, 2, h)
     each, resident = 1 if apart else groups, form == "resident"
-    tile, blocks = sizes_for("forward", each, n, h, gates.dtype, precision, form)
+    tile, blocks = sizes_for("forward", each, n, h, gates.dtype, precision, resident=resident)
     counters = 2 * groups, blocks, APART.value
     arguments = _arguments(
         {
@@ -168,7 +155,7 @@ class Backward(NamedTuple):
 
 def plan_backward(
     grad: Tensor | None, grad_final: Tensor | None, weight: Tensor, states: Tensor, gates: Tensor,
-    inner: Tensor, *, reverse: bool, slots: int, with_bias: bool, precision: str, form: Form = "fused",
+    inner: Tensor, *, reverse: bool, slots: int, with_bias: bool, precision: str,
 ) -> Backward:  # fmt: skip
     """Backward from the gradients of all states [G, T, N, 2H], of the final ones [G, N, 2H], or of both.
 
@@ -176,7 +163,7 @@ def plan_backward(
     was told to follow.
     """
     groups, steps, n, _, h = *gates.shape[:4], weight.shape[-2]
-    tile, blocks = sizes_for("backward", groups, n, h, gates.dtype, precision, form)
+    tile, blocks = sizes_for("backward", groups, n, h, gates.dtype, precision)
     of_input, of_state = gates.new_empty(gates.shape), gates.new_empty(groups, slots, n, 2, 3 * h)
     bias = gates.new_empty(groups, blocks if with_bias else 0, 2, 4 * h, dtype=torch.float32)
     arguments = _arguments(

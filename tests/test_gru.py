@@ -100,25 +100,6 @@ def test_many_steps_of_many_clips() -> None:
     check(70, 3, 10, 100, torch.bfloat16, reverse=True)
 
 
-def test_larger_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there are many clips and units; elsewhere, and backward in one launch, the others are meant."""
-
-    def tile(kind: gru_plan.Kind, n: int, h: int, form: gru_plan.Form) -> gru_plan.Tile:
-        return gru_plan.sizes_for(kind, 1, n, h, torch.bfloat16, "tf32", form).tile
-
-    for kind in ("forward", "backward"):
-        assert tile(kind, 192, 1024, "wide") == gru_plan._WIDE[kind] != tile(kind, 192, 1024, "fused")
-        assert tile(kind, 64, 1024, "wide") == tile(kind, 64, 1024, "fused")
-        assert tile(kind, 192, 256, "wide") == tile(kind, 192, 256, "fused")
-    assert tile("backward", 192, 1024, "resident") == tile("backward", 192, 1024, "fused")
-    if DEVICE == "cuda":
-        check(192, 4, 64, 1024, torch.bfloat16, form="wide")
-        return
-    monkeypatch.setattr(gru_plan, "_WIDE_FROM", 1)
-    monkeypatch.setattr(gru_plan, "_WIDE", dict.fromkeys(gru_plan._WIDE, gru_plan.Tile(64, 128, 64, 4, 1)))
-    check(70, 3, 10, 100, torch.bfloat16, form="wide")
-
-
 @pytest.mark.parametrize("dtype, final", [(torch.float16, False), (torch.bfloat16, True)], ids=str)
 def test_low_precision(dtype: torch.dtype, final: bool) -> None:
     check(5, 3, 20, 48, dtype, final=final, reverse=final)
@@ -180,7 +161,7 @@ def test_the_input_alone_keeps_neither_the_input_nor_its_own_gates() -> None:
             gru_pair(x, weights)
         assert any(tensor.data_ptr() == x.data_ptr() for tensor in kept) is learn
     of_input, of_state, bias = gru._backward_op(
-        torch.zeros(1, 4, 3, 32, device=DEVICE), None, *kept[-4:], False, False, "ieee", "fused"
+        torch.zeros(1, 4, 3, 32, device=DEVICE), None, *kept[-4:], False, False, "ieee"
     )
     assert of_input.shape == (1, 4, 3, 2, 48) and of_state.numel() == bias.numel() == 0
 
@@ -274,7 +255,7 @@ def test_opcheck(final: bool, reverse: bool, keep: bool) -> None:
         with torch.no_grad():
             states, last, gates, inner = gru._op(*arguments)
         for grads in ((torch.ones_like(states), None), (None, torch.ones_like(last))):
-            arguments = (*grads, operands.back, states, gates, inner, reverse, final, "ieee", "fused")
+            arguments = (*grads, operands.back, states, gates, inner, reverse, final, "ieee")
             torch.library.opcheck(gru._backward_op, arguments, test_utils=shapes)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from a2mc_fast.kernels import common, gru, gru_plan, verify
+from a2mc_fast.kernels import common, gru, verify
 
 from a2mc_fast.config import Config, EncoderConfig, preset
 from a2mc_fast.data import Clips
@@ -201,15 +201,6 @@ def test_the_faster_right_one_is_taken(
     kinds = [torch.float16, torch.float32]
     asks = [(16, (4, 12), dtype, form) for form in ("fused", "resident") for dtype in kinds]
     assert asked == [ask for ask in asks if wrong not in ("both", ask[3]) or ask[2] == kinds[0]]
-
-
-def test_wide_layers_are_timed_in_larger_pieces_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = {"torch": 4.0, "fused": 2.5, "wide": 2.0, "resident": 3.0}
-    monkeypatch.setattr(verify, "recurrence_mismatch", lambda *_, **__: "")
-    monkeypatch.setattr(recurrence, "milliseconds", lambda *args: times[args[-1]])
-    monkeypatch.setattr(gru_plan, "_WIDE_FROM", 16)
-    for clips, chosen in ((21, "fused"), (22, "wide")):  # three views of them are 63 and 66
-        assert choose_recurrence(small(), encoder(), torch.device("cuda"), clips)[0] == chosen
 
 
 @pytest.mark.parametrize("form", [*get_args(Recurrence), None])

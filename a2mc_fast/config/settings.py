@@ -67,10 +67,10 @@ class EncoderConfig:
     """BiGRU: what of its outputs is the feature: the last time step's, their mean over time, or both."""
     input_norm: bool = True
     """BiGRU: BatchNorm over the input coordinates (CMD, PCM3 yes; ISC no)."""
-    recurrence: Literal["auto", "cudnn", "fused", "wide", "resident"] = "auto"
+    recurrence: Literal["auto", "cudnn", "fused", "resident"] = "auto"
     """BiGRU: recurrent layers by cuDNN or by fused Triton kernels; auto = on a GPU whichever is fastest,
-    once the kernels have agreed with float64. On a CPU, torch's own. fused = a launch per time step, wide =
-    in larger pieces, resident = one launch for each forward pass, where the GPU can hold the weights."""
+    once the kernels have agreed with float64. On a CPU, torch's own. fused = a launch per time step,
+    resident = one launch for each forward pass, where the GPU can hold the weights."""
     channels: Count = 16
     """ST-GCN: channels of its first blocks."""
     size: Literal["full", "small"] = "full"

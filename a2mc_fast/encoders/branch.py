@@ -20,7 +20,7 @@ from a2mc_fast.skeleton import Skeleton, bone_stream, motion_stream
 if TYPE_CHECKING:
     from a2mc_fast.config import Config
 
-Recurrence = Literal["torch", "fused", "wide", "resident"]
+Recurrence = Literal["torch", "fused", "resident"]
 """Recurrent layers by torch, which is cuDNN on a GPU, or by a form of the fused kernels."""
 
 

@@ -24,7 +24,6 @@ from a2mc_fast.errors import first_line, require
 _NAMES = {
     "torch": "cuDNN",
     "fused": "fused kernels",
-    "wide": "fused kernels in larger pieces",
     "resident": "fused kernels with all time steps in one launch",
 }
 _ROUNDS = 5
@@ -56,7 +55,7 @@ def choose_recurrence(
     faster or not, for the bits would be others; where it cannot, the sentence says so.
     """
     asked = config.encoder.recurrence
-    if asked in ("fused", "wide", "resident"):
+    if asked in ("fused", "resident"):
         require_kernels(f"--encoder.recurrence {asked}", "leave it at auto", device)
     if asked != "auto":
         return ("torch" if asked == "cudnn" else asked), ""
@@ -70,8 +69,6 @@ def choose_recurrence(
     if before == "torch":
         return "torch", "recurrent layers by cuDNN, as until now"
     forms: list[Recurrence] = [before] if before else ["fused", "resident"]
-    if not before and kernels.gru_plan.has_wide(encoder.hidden, 3 * clips):
-        forms.insert(1, "wide")
     reasons = {form: _mismatch(config, encoder, device, clips, form) for form in forms}
     right = [form for form in forms if not reasons[form]]
     if not right:
