@@ -132,4 +132,4 @@ def test_passes_of_a_step(record: Recorder, layers: int, hidden: int) -> None:
         way()
     compiled_all()
     sizes = {"N": clips, "T": FRAMES, "H": hidden, "layers": layers}
-    record(*compare("recurrent layers of a step", sizes, forms))
+    record(*compare("recurrent layers of a step", sizes, forms, case=f"H {hidden}"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,8 @@ _FORMS = {
     "eager": "eager torch",
     "compiled": "torch.compile of whole logits",
     "literal": "literal, mixed banks stored",
+    "cudnn": "cuDNN",
+    "resident": "all time steps in one launch",
 }
 _AXES = {"K": "bank rows K", "N": "clips per step N", "mix": "mixing shares"}
 
@@ -42,10 +45,11 @@ class Ratio:
 
 
 def subjects(records: tuple[Record, ...]) -> dict[str, list[Record]]:
-    """Records of steps aside, by what they measure: those that have several forms of it."""
+    """Those that have several forms of what they measure, by it: no steps, which have a picture of their own,
+    and no launch sizes, which are for whoever tunes them."""
     found: dict[str, list[Record]] = {}
     for record in records:
-        if not record.phases:
+        if not record.phases and not record.what.startswith("launch sizes"):
             found.setdefault(record.subject, []).append(record)
     return {name: some for name, some in found.items() if len({r.form for r in some}) > 1}
 
@@ -148,9 +152,9 @@ def draw_sweep(ax: Axes, records: list[Record], axis: str) -> None:
     """Time of every form along an axis, with 20 and 80 % and its ratio to ours at its last point."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    from a2mc_fast.plots.style import BLACK, BLUE, GREEN, LINES, PURPLE, VERMILION
+    from a2mc_fast.plots.style import BLACK, BLUE, GREEN, LINES, ORANGE, PURPLE, SKY, VERMILION
 
-    looks = dict(zip(_FORMS, zip((BLUE, GREEN, VERMILION, BLACK), "os^D", LINES)))
+    looks = dict(zip(_FORMS, zip((BLUE, GREEN, VERMILION, BLACK, ORANGE, SKY), "os^DvP", cycle(LINES))))
     ours = {r.sizes[axis]: r.ms for r in records if r.form == "ours"}
     for form in dict.fromkeys(r.form for r in records):
         there = [r for r in records if r.form == form]
