@@ -57,7 +57,7 @@ def test_encoders_of_single_joints_get_easier_views_and_sizes_of_small_sets(name
     large, full = derive(own, Facts(40091, 80, 25, 2)).encoder, EncoderConfig(name=name)
     assert large.options == full.options or (name == "scd" and large.width == 1024)
     kept = derive(own, Facts(270, 112, 15, 1), {"views.shear", "views.jitter", "views.frames"})
-    assert kept.views == own.views == replace(paper, frames=own.views.frames)
+    assert kept.views == own.views == replace(paper, frames=own.views.frames, shear=own.views.shear)
 
 
 def test_a_sentence_names_the_sizes_of_its_encoder_alone() -> None:

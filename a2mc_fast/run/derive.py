@@ -27,10 +27,9 @@ _WARMUP, _RAMP = 0.15, 0.02  # of all steps
 _LARGEST_BANK = 16384  # the paper's
 _MIX, _MANY = (0.1,), 10_000  # one share λ below so many clips, and from there on the paper's four
 _FLAT_SHEAR = 0.3  # with two axes only, a shear of 1 is often near to a line
-_RATE, _RATES = 0.03, {"bigru": 0.3, "stgcn": 0.1}
+_RATE, _RATES = 0.03, {"bigru": 0.15, "stgcn": 0.1}
 # whose BatchNorm sees every joint that jittering hits: the paper's views teach them little in so few steps
-_PER_JOINT = ("stgcn", "dsta", "scd")
-_SHEAR, _JITTER = 0.5, 0.3  # of their views
+_PER_JOINT, _JITTER = ("stgcn", "dsta", "scd"), 0.3
 
 DERIVED = (
     "views.frames",
@@ -91,14 +90,13 @@ def derive(config: Config, known: Facts, given: Collection[str] = ()) -> Config:
     epochs = chosen("optim.epochs", max(1, round((total - warmup) / max(clips // batch, 1))))
     # rows without mixing stay so
     mix = LossConfig().mix if clips >= _MANY else _MIX
-    shear = _SHEAR if per_joint else config.views.shear
     return replace(
         config,
         loss=replace(config.loss, mix=chosen("loss.mix", mix if config.loss.mix else ())),
         views=replace(
             config.views,
             frames=frames,
-            shear=chosen("views.shear", _FLAT_SHEAR if known.flat else shear),
+            shear=chosen("views.shear", _FLAT_SHEAR if known.flat else config.views.shear),
             jitter=chosen("views.jitter", _JITTER if per_joint else config.views.jitter),
         ),
         encoder=_sized(config.encoder, clips, chosen),
