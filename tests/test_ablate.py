@@ -216,7 +216,7 @@ def test_bad_input_is_one_sentence(
         ([args[0], "own-b1"], "unknown preset 'own-b1'"),
         (
             [*args, "--rows", "b1", "--optim.lr", "0.2"],
-            "was run with another configuration (optim.lr: 0.3 -> 0.2)",
+            f"was run with another configuration (optim.lr: {preset('own').optim.lr} -> 0.2)",
         ),
         ([*args, "--rows", "b2", "--split", "xview"], "no protocol 'xview'"),
         ([*args, "--rows", "b2", "--data", "other.safetensors"], "come first, without --data"),
