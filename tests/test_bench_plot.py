@@ -49,6 +49,11 @@ def lines_of(ax: Axes) -> dict[str, Any]:
     return {container.get_label(): container for container in ax.containers}
 
 
+def test_launch_sizes_are_not_drawn(recorded: Write) -> None:
+    sizes = [replace(record, what="launch sizes of the loss") for record in sweep()]
+    assert len(speed((recorded(*sweep(), *sizes),)).axes) == len(speed((recorded(*sweep()),)).axes)
+
+
 def test_time_over_k_with_whiskers_and_ratios(recorded: Write) -> None:
     over_k, over_n, over_mix = speed((recorded(*sweep()),)).axes
     forms = lines_of(over_k)
