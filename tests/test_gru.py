@@ -131,7 +131,7 @@ def test_some_parameters_alone() -> None:
 
 @pytest.mark.parametrize("final, reverse", [(False, True), (True, False)])
 def test_without_gradients_nothing_is_kept(final: bool, reverse: bool) -> None:
-    pair, x = directions(6, 16), torch.randn(3, 2, 6, device=DEVICE)
+    pair, x = directions(8, 16), torch.randn(3, 2, 8, device=DEVICE)
     weights = parameters(pair)
     with torch.no_grad():
         alone = gru_pair(x, weights, reverse=reverse, final=final)
@@ -145,8 +145,8 @@ def test_without_gradients_nothing_is_kept(final: bool, reverse: bool) -> None:
 
 def test_the_input_alone_keeps_neither_the_input_nor_its_own_gates() -> None:
     """What the attack holds on to: states, gates and operands, and one copy of each."""
-    x = torch.randn(4, 3, 6, device=DEVICE, requires_grad=True)
-    weights = parameters(directions(6, 16))
+    x = torch.randn(4, 3, 8, device=DEVICE, requires_grad=True)
+    weights = parameters(directions(8, 16))
     kept: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -240,12 +240,31 @@ def test_a_sequence_in_any_layout_and_two_backward_passes() -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("width, dtype, filled", [
+    (150, torch.bfloat16, 152), (45, torch.float16, 48), (150, torch.float32, 152),
+    (152, torch.bfloat16, 152),
+])  # fmt: skip
+def test_rows_of_the_input_fill_16_bytes(
+    width: int, dtype: torch.dtype, filled: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What all products of an input are given, forward and backward."""
+    weights = parameters(directions(width, 16))
+    operands = make_operands(weights, dtype)
+    assert operands.input.shape == (1, 96, filled) and not operands.input[..., width:].any()
+    seen: list[Tensor] = []
+    mm = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: (seen.append(a), mm(a, b, out=out))[1])
+    x = torch.randn(2, 3, width, device=DEVICE, dtype=dtype, requires_grad=True)
+    gradient = torch.autograd.grad(gru_pair(x, weights, operands).sum(), x)[0]
+    assert [a.shape for a in seen] == [(6, filled)] and gradient.shape == x.shape
+
+
 @pytest.mark.parametrize(
     "final, reverse, keep", [(False, False, True), (True, True, True), (True, False, False)]
 )
 def test_opcheck(final: bool, reverse: bool, keep: bool) -> None:
-    x = torch.randn(1, 3, 2, 5, device=DEVICE, requires_grad=keep)
-    weights = [p.requires_grad_(keep) for p in parameters(directions(5, 16))]
+    x = torch.randn(1, 3, 2, 8, device=DEVICE, requires_grad=keep)
+    weights = [p.requires_grad_(keep) for p in parameters(directions(8, 16))]
     operands = make_operands(weights, x.dtype, backward=True)
     arguments = (x, weights, *operands, reverse, final, keep, "ieee", "fused")
     shapes = ("test_schema", "test_faketensor")
