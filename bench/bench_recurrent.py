@@ -109,7 +109,11 @@ def test_pair_of_directions(record: Recorder, clips: int) -> None:
         record(*found)
 
 
-@pytest.mark.parametrize("layers, hidden", [(sized(3, 3, 1), HIDDEN), (1, HIDDEN // 4)], ids=["paper", "own"])
+@pytest.mark.parametrize(
+    "layers, hidden",
+    [(sized(3, 3, 1), HIDDEN), (1, HIDDEN // 4), (1, HIDDEN // 16)],
+    ids=["paper", "large set", "own"],
+)
 def test_passes_of_a_step(record: Recorder, layers: int, hidden: int) -> None:
     """Key, attack and query, as `a2mc_fast.encoders.recurrence` times them to choose."""
     config = preset("ntu60-xsub")

@@ -2,18 +2,19 @@
 before has ended, or early, so that a new chip or compiler can be asked.
 
 `pytest bench/bench_sizes.py -s` times the time steps of a pair of directions, forward and backward, with a
-launch per step and with one for all, and loss, gradients and ascent in a row. On a CPU only a rehearsal runs
-it, in Triton's interpreter.
+launch per step and with one for all, those of narrow layers by warps, and loss, gradients and ascent in a
+row. On a CPU only a rehearsal runs it, in Triton's interpreter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from a2mc_fast.kernels import bank_ascent, bank_pass, gru_plan, mixing_contrast
+from a2mc_fast.kernels import bank_ascent, bank_pass, gru_plan, gru_small, mixing_contrast
 from a2mc_fast.kernels.common import Call, launch_all
 from a2mc_fast.kernels.problem import Contrast, Features, Step
 from torch import Tensor
@@ -94,6 +95,35 @@ def test_time_steps(
         form()
     compiled_all()
     case = kind + ", one launch" * (how == "resident") + ", two networks" * (groups == 2)
+    record(*compare("launch sizes of time steps", {"N": n, "T": FRAMES, "H": h}, forms, case=case))
+
+
+@pytest.mark.parametrize("kind", ["forward", "backward"])
+@pytest.mark.parametrize("groups, n, h", [(2, 64, 64), (1, 192, 64), (1, 192, 128)])
+def test_narrow_layers(record: Recorder, kind: str, groups: int, n: int, h: int) -> None:
+    """All steps in one launch, of the warps in use and of half as many."""
+    n, h = (2, 16) if TOY else (n, h)
+    gates, weight = numbers(groups, FRAMES, n, 2, 3 * h), numbers(groups, 2, 3 * h, h)
+    bias, states = numbers(groups, 2, 2, 3 * h, dtype=torch.float32), numbers(groups, FRAMES, n, 2 * h)
+    back, inner = weight.transpose(2, 3).contiguous(), numbers(groups, FRAMES, n, 2, h)
+    how: dict[str, Any] = {"reverse": False, "precision": "tf32" if CUDA else "ieee"}
+
+    def run(warps: int | None) -> None:
+        if kind == "forward":
+            calls = gru_small.plan_small_forward(
+                gates, weight, bias, followed=1, slots=FRAMES, **how
+            ).calls  # fmt: skip
+        else:
+            calls = gru_small.plan_small_backward(
+                states, None, back, states, gates, inner, with_weights=groups == 1, **how
+            ).calls  # fmt: skip
+        launch_all([call._replace(num_warps=warps or call.num_warps) for call in calls], gates.device)
+
+    forms = {"ours": lambda: run(None), "4 warps": lambda: run(4)}
+    for form in forms.values():
+        form()
+    compiled_all()
+    case = f"{kind}, narrow" + ", two networks" * (groups == 2)
     record(*compare("launch sizes of time steps", {"N": n, "T": FRAMES, "H": h}, forms, case=case))
 
 

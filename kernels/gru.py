@@ -26,6 +26,7 @@ from torch import Tensor
 from .common import FEATURE_DTYPES, INTERPRET, launch_all, require
 from .gru_plan import Form, Forward, plan_backward, plan_forward
 from .gru_resident import fits
+from .gru_small import most_units, plan_small_backward, plan_small_forward
 from .problem import Precision
 
 PARAMETERS = 8  # of both directions: input's weights, state's weights, input's biases, state's biases
@@ -75,12 +76,19 @@ def _filled(width: int, dtype: torch.dtype) -> int:
     return -(-width // columns) * columns
 
 
+def _narrow(weight: Tensor, precision: str) -> bool:
+    """Whether a program can carry all hidden units. weight [..., 3H, H] or [..., H, 3H]"""
+    return min(weight.shape[-2:]) <= most_units(weight.dtype, precision)
+
+
 _stays: dict[tuple[Any, ...], bool] = {}
 
 
 def _planned(gates: Tensor, weight: Tensor, bias: Tensor, *, form: Form, **how: Any) -> Forward:
     """Of the form resident one launch for all steps, or one for each group's, where the device can run it;
     else one per step."""
+    if form == "resident" and _narrow(weight, how["precision"]):
+        return plan_small_forward(gates, weight, bias, **how)
     ways = [how, {**how, "apart": True}] if len(gates) > 1 else [how]
     for way in ways if form == "resident" and gates.shape[1] > 1 else []:
         known = (gates.shape, gates.dtype, gates.device, *sorted(way.items()))
@@ -131,17 +139,21 @@ def _(
 @torch.library.custom_op("a2mc::gru_pairs_backward", mutates_args=())
 def _backward_op(
     grad: Tensor | None, grad_final: Tensor | None, back: Tensor, states: Tensor, gates: Tensor,
-    inner: Tensor, reverse: bool, with_weights: bool, precision: str,
+    inner: Tensor, reverse: bool, with_weights: bool, precision: str, form: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Of the first group: gradients of the input's products [1, T, N, 2, 3H] and, `with_weights`, of the
     state's, and the sums of both over clips and frames as [1, 2, 4H] float32: r, z, n of the input, n of the
     state."""
     steps, states = states.shape[1], states[:1]
     grad, grad_final = (None if x is None else x[:1] for x in (grad, grad_final))
-    plan = plan_backward(
-        grad, grad_final, back, states, gates, inner, reverse=reverse,
-        slots=steps if with_weights else min(2, steps), with_bias=with_weights, precision=precision,
-    )  # fmt: skip
+    given = grad, grad_final, back, states, gates, inner
+    if form == "resident" and _narrow(back, precision):
+        plan = plan_small_backward(*given, reverse=reverse, with_weights=with_weights, precision=precision)
+    else:
+        plan = plan_backward(
+            *given, reverse=reverse, slots=steps if with_weights else min(2, steps), with_bias=with_weights,
+            precision=precision,
+        )  # fmt: skip
     launch_all(plan.calls, states.device)
     if with_weights:
         return plan.input, plan.state, plan.bias.sum(1)
@@ -151,19 +163,19 @@ def _backward_op(
 @_backward_op.register_fake
 def _(
     grad: Tensor | None, grad_final: Tensor | None, back: Tensor, states: Tensor, gates: Tensor,
-    inner: Tensor, reverse: bool, with_weights: bool, precision: str,
+    inner: Tensor, reverse: bool, with_weights: bool, precision: str, form: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     sums = gates.new_empty((1, 2, 4 * back.shape[2]) if with_weights else (0,), dtype=torch.float32)
     return torch.empty_like(gates), torch.empty_like(gates) if with_weights else gates.new_empty(0), sums
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    sequences, parameters, input_weight, _, _, back, reverse, _, _, precision, _ = inputs
+    sequences, parameters, input_weight, _, _, back, reverse, _, _, precision, form = inputs
     states, _, gates, inner = output
     ctx.with_weights = any(p.requires_grad for p in parameters)
     ctx.save_for_backward(sequences if ctx.with_weights else None, input_weight, back, states, gates, inner)
     ctx.groups, ctx.width = len(sequences), parameters[0].shape[1]
-    ctx.reverse, ctx.precision = reverse, precision
+    ctx.reverse, ctx.precision, ctx.form = reverse, precision, form
     ctx.set_materialize_grads(False)
 
 
@@ -172,7 +184,7 @@ def _backward(ctx: Any, grad: Tensor | None, grad_final: Tensor | None, *_: Tens
     of_input, of_state, bias = _backward_op(
         None if grad is None else grad.contiguous(),
         None if grad_final is None else grad_final.contiguous(),
-        back, states, gates, inner, ctx.reverse, ctx.with_weights, ctx.precision,
+        back, states, gates, inner, ctx.reverse, ctx.with_weights, ctx.precision, ctx.form,
     )  # fmt: skip
     rows, others = of_input[0].flatten(2).flatten(0, 1), ctx.groups - 1
     of_sequences = None

@@ -96,6 +96,29 @@ def test_states_and_gradients(n: int, t: int, w: int, h: int, reverse: bool) -> 
     check(n, t, w, h, reverse=reverse)
 
 
+@pytest.mark.parametrize("n,t,w,h,reverse", [*SHAPES, (5, 7, 2, 16, True), (3, 1, 3, 128, True)])
+@pytest.mark.parametrize("final, wanted", [(False, "all"), (True, "input"), (True, "parameters")])
+def test_narrow_layers_in_one_launch(
+    n: int, t: int, w: int, h: int, reverse: bool, final: bool, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each way is one launch, of the kernels that carry all units."""
+    launched: list[str] = []
+    launch_all = gru.launch_all
+
+    def counted(calls: list[common.Call], device: torch.device) -> None:
+        launched.extend(call.kernel.__name__ for call in calls)
+        launch_all(calls, device)
+
+    monkeypatch.setattr(gru, "launch_all", counted)
+    check(n, t, w, h, reverse=reverse, final=final, wanted=wanted, form="resident")
+    assert launched == ["small_forward_kernel", "small_backward_kernel"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_narrow_layers_in_low_precision(dtype: torch.dtype) -> None:
+    check(18, 3, 20, 48, dtype, reverse=True, form="resident")
+
+
 def test_many_steps_of_many_clips() -> None:
     check(70, 3, 10, 100, torch.bfloat16, reverse=True)
 
@@ -161,7 +184,7 @@ def test_the_input_alone_keeps_neither_the_input_nor_its_own_gates() -> None:
             gru_pair(x, weights)
         assert any(tensor.data_ptr() == x.data_ptr() for tensor in kept) is learn
     of_input, of_state, bias = gru._backward_op(
-        torch.zeros(1, 4, 3, 32, device=DEVICE), None, *kept[-4:], False, False, "ieee"
+        torch.zeros(1, 4, 3, 32, device=DEVICE), None, *kept[-4:], False, False, "ieee", "fused"
     )
     assert of_input.shape == (1, 4, 3, 2, 48) and of_state.numel() == bias.numel() == 0
 
@@ -274,7 +297,7 @@ def test_opcheck(final: bool, reverse: bool, keep: bool) -> None:
         with torch.no_grad():
             states, last, gates, inner = gru._op(*arguments)
         for grads in ((torch.ones_like(states), None), (None, torch.ones_like(last))):
-            arguments = (*grads, operands.back, states, gates, inner, reverse, final, "ieee")
+            arguments = (*grads, operands.back, states, gates, inner, reverse, final, "ieee", "fused")
             torch.library.opcheck(gru._backward_op, arguments, test_utils=shapes)
 
 

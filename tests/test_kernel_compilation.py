@@ -155,6 +155,44 @@ def steps(problem: Pass, form: Literal["fused", "resident"] = "fused") -> list[A
     return [*calls, gru_plan.plan_forward(gates, weight, bias, followed=0, slots=slots, **how).calls[0]]
 
 
+NARROW = [
+    Pass(h=64, t=32, learns=False),
+    Pass(n=192, h=64, t=32),
+    Pass(n=192, h=128, t=32, reverse=True),
+    Pass(h=64, dtype="float32", final=True),
+    Pass(n=5, h=10, t=7, dtype="float16"),
+]
+
+
+def narrow(problem: Pass) -> list[Any]:
+    """The two launches of a narrow pair, forward as kept for a backward pass, on tensors without memory."""
+    import torch
+    from a2mc_fast.kernels import gru_small
+
+    p, dtype = problem, getattr(torch, problem.dtype)
+    assert p.h <= gru_small.most_units(dtype, p.precision)
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(1, *shape, dtype=dtype, device="meta")
+
+    gates, grad, grad_final = empty(p.t, p.n, 2, 3 * p.h), empty(p.t, p.n, 2 * p.h), empty(p.n, 2 * p.h)
+    how: dict[str, Any] = {"reverse": p.reverse, "precision": p.precision}
+    weight, bias = empty(2, 3 * p.h, p.h), empty(2, 2, 3 * p.h, dtype=torch.float32)
+    ahead = gru_small.plan_small_forward(gates, weight, bias, followed=1, slots=p.t, **how)
+    behind = gru_small.plan_small_backward(
+        None if p.final else grad, grad_final if p.final else None, empty(2, p.h, 3 * p.h),
+        ahead.states, gates, ahead.inner, with_weights=p.learns, **how,
+    )  # fmt: skip
+    return [*ahead.calls, *behind.calls]
+
+
+def planned(problem: Problem | Pass) -> list[Any]:
+    """All launches of a problem."""
+    if isinstance(problem, Problem):
+        return launches(problem)
+    return narrow(problem) if problem in NARROW else steps(problem)
+
+
 def weights_in_loops(call: Any, chip: int) -> tuple[int, int]:
     """How often tiles of the weights' shape are loaded or put into shared memory: before the first loop, and
     from there on."""
@@ -208,8 +246,8 @@ def compile_all() -> dict[str, list[dict[str, Any]]]:
         common.MODEL_CHIP = chip
         seen = set()
         results[str(chip)] = rows = []
-        for problem in (*PROBLEMS, *PASSES):
-            for call in launches(problem) if isinstance(problem, Problem) else steps(problem):
+        for problem in (*PROBLEMS, *PASSES, *NARROW):
+            for call in planned(problem):
                 form = (call.kernel.__name__, repr(signature(call)), repr(call.options))
                 if form not in seen:
                     seen.add(form)
@@ -247,6 +285,8 @@ def test_registers_and_shared_memory_suffice(compiled: dict[str, list[dict[str, 
         "summary_kernel",
         "forward_kernel",
         "backward_kernel",
+        "small_forward_kernel",
+        "small_backward_kernel",
         *(["resident"] if chip == 90 else []),
     }
     for row in rows:
@@ -266,6 +306,7 @@ def test_nothing_is_touched_before_the_wait(compiled: dict[str, list[dict[str, A
     assert late == {"philox_kernel", "resident", "forward_kernel", "backward_kernel"}
     early = {row["kernel"] for row in compiled["90"] if row["asked"]}
     assert {"bank_pass_kernel", "ascent_kernel", "forward_kernel", "backward_kernel"} <= early
+    assert {"small_forward_kernel", "small_backward_kernel"} <= early
 
 
 @pytest.mark.slow

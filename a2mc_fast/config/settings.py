@@ -70,7 +70,8 @@ class EncoderConfig:
     recurrence: Literal["auto", "cudnn", "fused", "resident"] = "auto"
     """BiGRU: recurrent layers by cuDNN or by fused Triton kernels; auto = on a GPU whichever is fastest,
     once the kernels have agreed with float64. On a CPU, torch's own. fused = a launch per time step,
-    resident = one launch for each forward pass, where the GPU can hold the weights."""
+    resident = one launch for each pass, where the GPU can hold the weights: forward, and of up to 128 hidden
+    units backward, too."""
     channels: Count = 16
     """ST-GCN: channels of its first blocks."""
     size: Literal["full", "small"] = "full"
