@@ -17,19 +17,8 @@ _ADAM_BETAS, _ADAM_EPS = (0.9, 0.999), 1e-8
 _ONE_PERSON_IN_A_FRAME = (2, 3)  # dimensions of [N, T, C, V, M] that one norm spans
 
 
-def semantic_attack(
-    classify: Callable[[Tensor], Tensor], x: Tensor, *, lr: float = 0.1, radius: float = 0.5
-) -> Tensor:
-    """The perturbation rho, detached, of the same shape as x.
-
-    `classify` maps clips to class logits [N, C]; its parameters receive no gradient. The norm of rho is at
-    most `radius` metres per person and frame; it is exactly zero where a person is absent and where the
-    gradient is exactly zero.
-    """
-    with torch.enable_grad():
-        attacked = x.detach().requires_grad_()
-        loss = attack_loss(classify(attacked)).sum()
-        (gradient,) = torch.autograd.grad(loss, attacked)  # of the input only: no weight gradients
+def perturbation(gradient: Tensor, x: Tensor, lr: float, radius: float) -> Tensor:
+    """rho of clips x from the loss's gradient there (Eq. 6)."""
     gradient = _unit(gradient)
     # a fresh Adam's step, literally: moments that start at zero, and their bias taken out again
     fresh, fresh_square = 1 - _ADAM_BETAS[0], 1 - _ADAM_BETAS[1]
@@ -37,6 +26,27 @@ def semantic_attack(
     rho = -lr * mean / (spread.sqrt() + _ADAM_EPS) * present(x)
     norm = torch.linalg.vector_norm(rho, dim=_ONE_PERSON_IN_A_FRAME, keepdim=True)
     return rho * (radius / norm.clamp_min(radius))
+
+
+def semantic_attack(
+    classify: Callable[[Tensor], Tensor],
+    x: Tensor,
+    *,
+    lr: float = 0.1,
+    radius: float = 0.5,
+    perturb: Callable[..., Tensor] = perturbation,
+) -> Tensor:
+    """The perturbation rho, detached, of the same shape as x.
+
+    `classify` maps clips to class logits [N, C]; its parameters receive no gradient. The norm of rho is at
+    most `radius` metres per person and frame; it is exactly zero where a person is absent and where the
+    gradient is exactly zero. `perturb` is `perturbation`, or that compiled.
+    """
+    with torch.enable_grad():
+        attacked = x.detach().requires_grad_()
+        loss = attack_loss(classify(attacked)).sum()
+        (gradient,) = torch.autograd.grad(loss, attacked)  # of the input only: no weight gradients
+    return perturb(gradient, x, lr, radius)
 
 
 def attack_loss(logits: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 import a2mc_fast.kernels as kernels
-from a2mc_fast.attack import semantic_attack
+from a2mc_fast.attack import perturbation, semantic_attack
 from a2mc_fast.bank import MemoryBank, Queue
 from a2mc_fast.config import Config
 from a2mc_fast.encoders.branch import frozen
@@ -70,6 +70,8 @@ class A2MC(nn.Module):
         self.banks = nn.ModuleDict({level: new_bank(config.seed + i) for i, level in enumerate(self.depth)})
         # the attack's class layer: frozen, so that its directions mean the same throughout training
         self.classifier = nn.Linear(encoder.feature_dim, classes).requires_grad_(False)
+        # as written; `run.parts` puts it there compiled
+        self.perturb: Callable[..., Tensor] = perturbation
         # the Triton kernels, or plain torch; the trainer chooses once the model is on its device
         self.backend: Literal["triton", "torch"] = "triton" if config.run.backend == "triton" else "torch"
         loss, products = config.loss, "ieee" if config.precision == "fp32" else "tf32"
@@ -84,7 +86,9 @@ class A2MC(nn.Module):
         """The perturbation of whole clips that flattens their class distribution. -> like x"""
         attack = self.config.attack
         with frozen(self.query):
-            return semantic_attack(classify or self.classify, x, lr=attack.lr, radius=attack.radius)
+            return semantic_attack(
+                classify or self.classify, x, lr=attack.lr, radius=attack.radius, perturb=self.perturb
+            )
 
     def classify(self, x: Tensor) -> Tensor:
         """Class logits of the attack. x [N, T, C, V, M] -> [N, classes] float32"""

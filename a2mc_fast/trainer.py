@@ -55,6 +55,8 @@ class Trainer:
         self.view: Callable[..., Tensor] = self.views.make
         self.attack: Attack = lambda x, x0: (self.model.attack(x), None)
         self.losses: Callable[..., tuple[Losses, Sums]] = self.model.losses
+        self.spread: Callable[[Tensor], dict[str, Tensor]] = spread
+        self.first_fault: Callable[..., tuple[Tensor, Tensor]] = first_fault
         self.captured: Callable[[Body], Body] = lambda body: body
 
     def _make_optimizer(self) -> torch.optim.SGD:
@@ -98,7 +100,7 @@ class Trainer:
         losses = self._optimize(losses)
         with record_function("bank"):
             model.write_keys(joint)
-        return _to_log(losses) | spread(joint[model.main].basic)
+        return _to_log(losses) | self.spread(joint[model.main].basic)
 
     def _train_step(self) -> dict[str, Tensor]:
         """A²MC, Fig. 2. The named phases show in a profile; `bench/bench_step.py` sums them."""
@@ -113,7 +115,7 @@ class Trainer:
         x1 = x2 = rho = key = None
         if config.attack.radius:
             with record_function("attack"):
-                rho, key = self.attack(self.views.whole(index), x0)
+                rho, key = self.attack(self.view(index, "none", draw1, time), x0)
         with record_function("views"):
             if config.loss.weak != "off":
                 x1 = self.view(index, "weak" if config.views.augment else "none", draw1, time, rho)
@@ -131,7 +133,7 @@ class Trainer:
         # the banks move with the features, and from the rows, that the loss has seen
         with record_function("bank"):
             bank = model.update_banks(joint, sums)
-        return _to_log(losses) | bank | spread(joint[model.main].basic)
+        return _to_log(losses) | bank | self.spread(joint[model.main].basic)
 
     def _share(self) -> tuple[Tensor, list[Draws]]:
         """This rank's clips of the step, and the random choices of their four views."""
@@ -153,20 +155,26 @@ class Trainer:
             self.world.average_([*gradients, joint])
         losses = Losses(*joint)
         with record_function("optimizer"):
-            finite = losses.total.isfinite()
-            if not self.scaler.is_enabled():  # which skips a step whose scaled gradients overflow
-                finite = finite & torch.stack(torch._foreach_norm(gradients)).isfinite().all()
-            first = ~finite & (self.fault < 0)
-            self.fault.copy_(torch.where(first, self.schedule.time, self.fault))
-            faulty = self.fault >= 0
+            # a scaler skips a step whose scaled gradients overflow
+            norms = None if self.scaler.is_enabled() else torch.stack(torch._foreach_norm(gradients))
+            fault, faulty = self.first_fault(losses.total, norms, self.fault, self.schedule.time)
+            self.fault.copy_(fault)
             # the fused optimizer reads this flag on the device; a scaler puts what it finds in its place
-            self.optimizer.found_inf = faulty.float()  # type: ignore[attr-defined]
+            self.optimizer.found_inf = faulty  # type: ignore[attr-defined]
             if self.scaler.is_enabled():
-                torch._foreach_mul_(gradients, torch.where(faulty, math.nan, 1.0).squeeze())
+                torch._foreach_mul_(gradients, torch.where(faulty > 0, math.nan, 1.0).squeeze())
             self.scaler.step(self.optimizer)
             self.model.query.encoder.weights_changed()
             self.scaler.update()
         return losses
+
+
+def first_fault(total: Tensor, norms: Tensor | None, before: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """The first step [1] whose loss or gradients were not finite, or -1, given that `before` this step [];
+    and whether there was one, as a float32 [1]."""
+    finite = total.isfinite() if norms is None else total.isfinite() & norms.isfinite().all()
+    fault = torch.where(~finite & (before < 0), step, before)
+    return fault, (fault >= 0).float()
 
 
 def _to_log(losses: Losses) -> dict[str, Tensor]:

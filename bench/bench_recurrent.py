@@ -111,7 +111,7 @@ def test_pair_of_directions(record: Recorder, clips: int) -> None:
 
 @pytest.mark.parametrize(
     "layers, hidden",
-    [(sized(3, 3, 1), HIDDEN), (1, HIDDEN // 4), (1, HIDDEN // 16)],
+    [(sized(3, 3, 1), HIDDEN), (1, HIDDEN // 4), (1, sized(64, 64, 8))],
     ids=["paper", "large set", "own"],
 )
 def test_passes_of_a_step(record: Recorder, layers: int, hidden: int) -> None:

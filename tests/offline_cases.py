@@ -25,14 +25,16 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 import a2mc_fast.trainer
+from a2mc_fast.attack import perturbation
 from a2mc_fast.augment import Draws, Views
 from a2mc_fast.config import EncoderConfig, RunConfig, preset
 from a2mc_fast.data import Clips
+from a2mc_fast.losses import spread
 from a2mc_fast.model import A2MC
 from a2mc_fast.run.machine import set_arithmetic
 from a2mc_fast.run.parts import Parts
 from a2mc_fast.skeleton import NTU25
-from a2mc_fast.trainer import Trainer
+from a2mc_fast.trainer import Trainer, first_fault
 
 CLIPS, TRAINING = 56_578, 40_091  # of NTU-60
 FRAMES = 4_773_093
@@ -113,6 +115,20 @@ def losses(name: str, backend: str, rows: str = "1024") -> None:
     compiled(model.losses, {model.main: Features(key, *anchors)})[0].total.backward()
     for anchor in anchors:
         assert anchor is None or anchor.grad.shape == shape
+
+
+def perturb() -> None:
+    """What the attack makes of a gradient."""
+    x = torch.empty(64, 64, 3, NTU25.num_joints, 2, device=GPU)
+    assert compiled(perturbation, x, x, 0.1, 0.5).shape == x.shape
+
+
+def watch() -> None:
+    """What each step looks at beside its losses: faults and the spread of its features."""
+    total, step = torch.empty((), device=GPU), torch.tensor(5, device=GPU)
+    fault, norms = torch.zeros(1, dtype=torch.int64, device=GPU), torch.empty(18, device=GPU)
+    assert compiled(first_fault, total, norms, fault, step)[0].dtype == fault.dtype
+    assert compiled(spread, torch.empty(64, 128, device=GPU)).keys() == {"feature_similarity", "feature_rank"}
 
 
 def encoder(name: str) -> None:

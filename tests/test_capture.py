@@ -83,6 +83,9 @@ def plain(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[
     assert json.loads((folder / "result.json").read_text())["ran"] == {
         "views": "as written",
         "losses": "as written",
+        "perturbation": "as written",
+        "spread of features": "as written",
+        "search for faults": "as written",
         "query encoder": "as written",
         "key encoder": "as written",
         "step": "launched",
@@ -98,10 +101,13 @@ def plain(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[
         ("views", "Views.make", False),
         ("losses", "A2MC.losses", False),
         ("losses", "A2MC.losses", True),
+        ("perturbation", "perturbation", False),
+        ("spread of features", "spread", False),
+        ("search for faults", "first_fault", False),
         ("query encoder", "STGCN.encode", False),
         ("query encoder", "STGCN.encode", True),
     ],
-    ids=["views", "losses", "losses-backward", "encoder", "encoder-backward"],
+    ids=["views", "losses", "losses-backward", "attack", "spread", "faults", "encoder", "encoder-backward"],
 )
 def test_a_run_goes_on_without_what_the_compiler_refuses(
     part: str,

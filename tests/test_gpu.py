@@ -163,7 +163,8 @@ def test_nothing_is_refused(make_clips: MakeClips, encoder: str) -> None:
     run, parts = equipped(make_clips, encoder, "bf16", compile="on", graph="on")
     losses(run)
     encoders = () if encoder in ("bigru", "cudnn") else ("query encoder", "key encoder")
-    names = ("views", "losses", *encoders)
+    small = ("perturbation", "spread of features", "search for faults")
+    names = ("views", "losses", *small, *encoders)
     assert [parts.ran[name] for name in names] == ["compiled"] * len(names)
     assert parts.ran["step"] == "captured"
 

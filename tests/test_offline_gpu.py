@@ -39,7 +39,8 @@ ABLATIONS = (
 # the bank of the paper, in four blocks
 WHOLE_BANK = ("losses ntu60-xsub torch 16384",)
 ENCODERS = ("encoder stgcn", "encoder dsta", "encoder scd")
-FIRST = (*CHECKS, *VIEWS, *LOSSES)
+REST = ("perturb", "watch")
+FIRST = (*CHECKS, *VIEWS, *LOSSES, *REST)
 
 Outcome = dict[str, Any]
 
@@ -122,7 +123,7 @@ def test_operations_of_our_own_stay_what_they_are(outcomes: Callable[..., dict[s
 
 
 @pytest.mark.offline
-@pytest.mark.parametrize("case", [*VIEWS, *LOSSES])
+@pytest.mark.parametrize("case", [*VIEWS, *LOSSES, *REST])
 def test_views_and_losses(outcomes: Callable[..., dict[str, Outcome]], case: str) -> None:
     outcome = outcomes(90, *FIRST)[case]
     check(outcome, backward=case in LOSSES)
@@ -148,11 +149,12 @@ def test_encoders_in_bf16(outcomes: Callable[..., dict[str, Outcome]], case: str
     outcome = outcomes(90, case)[case]
     check(outcome, backward=True)
     directions = [graph["backward"] for graph in outcome["graphs"]]
-    # forward: basic views, keys, attack, whole views for the other queries, queries, loss
-    assert directions.count(False) == 6
+    # forward: basic views, whole views, keys, attack, its perturbation, whole views for the other queries,
+    # queries, loss, faults, spread
+    assert directions.count(False) == 10
     # backward: attack, loss, queries
     assert directions.count(True) == 3
-    # all but views and loss
+    # those of the encoder
     assert sum(graph["low"] for graph in outcome["graphs"]) == 5
 
 

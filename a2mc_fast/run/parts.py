@@ -53,7 +53,11 @@ class Parts:
         self._compiles = run.compile == "on" or (run.compile == "auto" and cuda)
         trainer.view = view = self._part("views", trainer.view)
         trainer.losses = losses = self._part("losses", trainer.losses)
-        self._all = [view, losses]
+        # each a score of small operations, which a narrow encoder's step would feel
+        model.perturb = perturb = self._part("perturbation", model.perturb)
+        trainer.spread = spread = self._part("spread of features", trainer.spread)
+        trainer.first_fault = first_fault = self._part("search for faults", trainer.first_fault)
+        self._all = [view, losses, perturb, spread, first_fault]
         for name, encoder in (("query encoder", model.query.encoder), ("key encoder", model.key.encoder)):
             # one that defines its own forward pass over all views is left alone
             if type(encoder).forward is Encoder.forward:
