@@ -208,8 +208,8 @@ class RunConfig:
     threads: CountOrNone = 0
     """CPU threads; 0 = torch's choice. One is as fast for a narrow encoder."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of views, loss, encoder (not of recurrent layers) and of small operations; auto = on a GPU, where what the
-    compiler refuses runs as it is written; on = a refusal ends the run."""
+    """torch.compile of views, loss, encoder (not of recurrent layers) and small operations; auto = on a GPU,
+    where what the compiler refuses runs as it is written; on = a refusal ends the run."""
     graph: Literal["auto", "on", "off"] = "auto"
     """auto = on a GPU the whole step is captured as a CUDA graph and replayed, or launched if the capture is
     refused; on = a refusal ends the run; off = each operation is launched by the host, for debugging."""
