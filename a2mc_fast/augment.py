@@ -102,12 +102,22 @@ def pose_or_jitter(x: Tensor, draws: Draws, config: ViewConfig) -> Tensor:
     jitter = random * (~to_zero).view(-1, 1, 1)
     matrix = torch.where(is_jitter.view(-1, 1, 1), jitter, shear)
     chosen = round(config.jitter * draws.joints.shape[1])
-    hit = (~is_jitter).float().unsqueeze(1).repeat(1, draws.joints.shape[1])
-    hit.scatter_(1, draws.joints.topk(chosen, 1).indices, 1.0)
+    hit = (_places(draws.joints) < chosen) | ~is_jitter.unsqueeze(1)
     # written out over persons, so that the innermost loop runs over V*M
-    hit = hit.view(-1, 1, 1, hit.shape[1], 1).repeat(1, 1, 1, 1, x.shape[4])
+    hit = hit.to(x.dtype).view(-1, 1, 1, hit.shape[1], 1).repeat(1, 1, 1, 1, x.shape[4])
     change = mix_axes(x, matrix - identity)
     return torch.addcmul(x, change, hit)
+
+
+def _places(values: Tensor) -> Tensor:
+    """Place of every value in its row, largest first; of equal ones the first comes first. [N, V] -> [N, V]
+
+    By comparing all pairs, which a compiler fuses with what is around it: a GPU would take longer to sort.
+    """
+    one, other = values.unsqueeze(2), values.unsqueeze(1)
+    number = torch.arange(values.shape[1], device=values.device)
+    ahead = (other > one) | ((other == one) & (number < number.unsqueeze(1)))
+    return ahead.sum(2)
 
 
 def rotation_matrices(draws: Draws) -> Tensor:
@@ -118,14 +128,11 @@ def rotation_matrices(draws: Draws) -> Tensor:
     main = torch.floor(3 * draws[_AXIS]).long()
     limit = torch.full_like(draws[_ANGLES], math.radians(1)).scatter_(1, main.unsqueeze(1), math.radians(30))
     angle = draws[_ANGLES] * limit
-    cos, sin = angle.cos(), angle.sin()
-    zero, one = torch.zeros_like(cos[:, 0]), torch.ones_like(cos[:, 0])
-    (cx, cy, cz), (sx, sy, sz) = cos.unbind(1), sin.unbind(1)
-    about_x = torch.stack((one, zero, zero, zero, cx, sx, zero, -sx, cx), 1)
-    about_y = torch.stack((cy, zero, -sy, zero, one, zero, sy, zero, cy), 1)
-    about_z = torch.stack((cz, sz, zero, -sz, cz, zero, zero, zero, one), 1)
-    rx, ry, rz = (m.unflatten(1, (3, 3)) for m in (about_x, about_y, about_z))
-    return rz @ ry @ rx  # column vectors: R_x acts first
+    (cx, cy, cz), (sx, sy, sz) = angle.cos().unbind(1), angle.sin().unbind(1)
+    # R_z R_y R_x of column vectors: R_x acts first
+    first = cz * cy, cz * sy * sx + sz * cx, sz * sx - cz * sy * cx
+    second = -sz * cy, cz * cx - sz * sy * sx, sz * sy * cx + cz * sx
+    return torch.stack((*first, *second, sy, -cy * sx, cy * cx), 1).unflatten(1, (3, 3))
 
 
 def mix_axes(x: Tensor, matrix: Tensor) -> Tensor:
