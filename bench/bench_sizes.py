@@ -35,7 +35,7 @@ STEPS: list[tuple[gru_plan.Kind, gru_plan.Form, int, int, int, list[Sizes]]] = [
     ("backward", "fused", 1, 192, 1024, [(64, 64, 128, 8, 6)]),
 ]  # fmt: skip
 # of the pass over the bank: clips, rows, depth, warps, stages
-PASS: list[Sizes] = [(64, 64, 128, 8, 2), (64, 32, 128, 8, 2), (64, 32, 128, 4, 3), (64, 64, 128, 4, 2)]
+PASS: list[Sizes] = [(64, 64, 128, 8, 2), (64, 32, 128, 8, 2), (64, 32, 128, 4, 2), (64, 64, 128, 4, 2)]
 STARTS = {"late": False, "early": CUDA}
 
 
