@@ -205,7 +205,7 @@ def test_pairs_of_levels_keep_the_order_of_the_joint_batch(three: Ranks) -> None
 
 
 ENCODERS: dict[str, dict[str, Any]] = {
-    "bigru": {"hidden": 6, "layers": 1},
+    "bigru": {"hidden": 6, "layers": 1, "pool": "mean+last+std", "feature_norm": True},
     "stgcn": {"channels": 2},
     "dsta": {"size": "small"},
     "scd": {"width": 16},

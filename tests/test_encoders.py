@@ -100,7 +100,13 @@ def test_the_feature_is_pooled_from_what_the_layers_put_out(time_mode: str) -> N
     if time_mode == "forward_pair":
         states = torch.cat((ahead(sequence)[0], also_ahead(sequence)[0]), 2)
         last = states[:, -1]
-    pooled = {"mean": states.mean(1), "last": last, "mean+last": torch.cat((states.mean(1), last), 1)}
+    mean, std = states.mean(1), (states.var(1, correction=0) + 1e-4).sqrt()
+    pooled = {
+        "mean": mean,
+        "last": last,
+        "mean+last": torch.cat((mean, last), 1),
+        "mean+last+std": torch.cat((mean, last, std), 1),
+    }
     for encoder.pool, expected in pooled.items():  # type: ignore[assignment]
         torch.testing.assert_close(encoder(x), expected)
 
@@ -118,15 +124,35 @@ def test_parameter_and_mac_counts() -> None:
 
 @pytest.mark.parametrize("time_mode", ["forward_pair", "bidirectional"])
 def test_several_views_in_one_pass_equal_separate_passes(time_mode: str) -> None:
-    one, many = (BiGRU(NTU25, hidden=8, layers=2, time_mode=time_mode) for _ in range(2))  # type: ignore[arg-type]
+    one, many = (
+        BiGRU(NTU25, hidden=8, layers=2, time_mode=time_mode, feature_norm=True)  # type: ignore[arg-type]
+        for _ in range(2)
+    )
     many.load_state_dict(one.state_dict())
     views = [scale * torch.randn(5, 12, 3, 25, 2) for scale in (1, 2, 3)]
     separate = torch.cat([one(view) for view in views])
     together = many(torch.cat(views), views=3)
     torch.testing.assert_close(together, separate)
-    assert one.input_norm is not None and many.input_norm is not None
-    assert torch.equal(one.input_norm.running_mean, many.input_norm.running_mean)
-    assert torch.equal(one.input_norm.running_var, many.input_norm.running_var)
+    for (name, a), b in zip(one.named_buffers(), many.buffers(), strict=True):
+        assert "_norm." in name and torch.equal(a, b)
+
+
+def test_a_normalised_feature_has_no_mean_and_unit_variance() -> None:
+    """Over the clips of a batch in training, by the running statistics in use, and of a clip alone."""
+    encoder = BiGRU(SMALL, persons=1, hidden=4, layers=1, pool="mean+last+std", feature_norm=True)
+    assert encoder.feature_dim == 24 and not [n for n, _ in encoder.named_parameters() if "feature" in n]
+    x = torch.randn(50, 6, 3, 5, 1)
+    feature = encoder(x)
+    torch.testing.assert_close(feature.mean(0), torch.zeros(24), atol=1e-6, rtol=0)
+    # where the variance is large beside what BatchNorm adds to it
+    std = feature.std(0, correction=0)
+    assert (std <= 1).all() and (std[:16] > 0.9).all()
+    alone = encoder(x[:1])
+    assert encoder.input_norm is not None
+    encoder.input_norm.momentum = 0.0  # as it is
+    encoder.eval()
+    assert encoder(x).mean(0).abs().max() > 0.01  # the running mean has come a tenth of the way
+    assert alone.shape == (1, 24) and alone.isfinite().all()
 
 
 def test_the_pair_is_causal() -> None:

@@ -63,10 +63,13 @@ class EncoderConfig:
     """BiGRU: layers."""
     time_mode: Literal["forward_pair", "bidirectional"] = "forward_pair"
     """BiGRU: two passes forward in time, as in the reference code, or true time reversal."""
-    pool: Literal["last", "mean", "mean+last"] = "last"
-    """BiGRU: what of its outputs is the feature: the last time step's, their mean over time, or both."""
+    pool: Literal["last", "mean", "mean+last", "mean+last+std"] = "last"
+    """BiGRU: what of its outputs is the feature: the last time step's, their mean over time, their standard
+    deviation over time, or several of these, one beside the other."""
     input_norm: bool = True
     """BiGRU: BatchNorm over the input coordinates (CMD, PCM3 yes; ISC no)."""
+    feature_norm: bool = False
+    """BiGRU: BatchNorm, without weights, over the feature."""
     recurrence: Literal["auto", "cudnn", "fused", "resident"] = "auto"
     """BiGRU: recurrent layers by cuDNN or by fused Triton kernels; auto = on a GPU whichever is fastest,
     once the kernels have agreed with float64. On a CPU, torch's own. fused = a launch per time step,
@@ -98,7 +101,7 @@ class EncoderConfig:
 
 
 _ENCODER_OPTIONS = {
-    "bigru": ("hidden", "layers", "time_mode", "pool", "input_norm"),
+    "bigru": ("hidden", "layers", "time_mode", "pool", "input_norm", "feature_norm"),
     "stgcn": ("channels",),
     "dsta": ("size",),
     "scd": ("width",),

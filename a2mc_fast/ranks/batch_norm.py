@@ -33,7 +33,10 @@ class JointBatchNorm(_BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        y, mean, variance = _Normalise.apply(x, self.weight, self.bias, self.eps, self.ranks)
+        affine = (
+            (self.weight, self.bias) if self.affine else (x.new_ones(x.shape[1]), x.new_zeros(x.shape[1]))
+        )
+        y, mean, variance = _Normalise.apply(x, *affine, self.eps, self.ranks)
         assert self.momentum is not None and self.running_mean is not None and self.running_var is not None
         with torch.no_grad():
             count = self.ranks * x.numel() // x.shape[1]

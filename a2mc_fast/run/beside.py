@@ -33,7 +33,9 @@ def attack_with_key(model: A2MC, x: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]
             sequence = query.normed(model.query.stream(x))
             with query.arithmetic(sequence) as dtype:
                 feature, beside = fused((query, key), (sequence, constant), dtype)
-        found.append(beside.detach())
+            with torch.no_grad():
+                found.append(key.normed_feature(beside))
+            feature = query.normed_feature(feature)
         return model.classifier(feature.float())
 
     return model.attack(x, classify), found[0]
