@@ -125,7 +125,7 @@ def small(name: str = "demo", **changes: Any) -> Config:
     return replace(
         config,
         views=replace(config.views, frames=8),
-        encoder=replace(config.encoder, hidden=8, layers=1, projection=16),
+        encoder=replace(config.encoder, hidden=8, layers=1, projection=16, feature_norm=True),
         # temperatures at which rounding grows little
         loss=replace(config.loss, temperature=0.3, mix=config.loss.mix and PAPER_MIX),
         bank=BankConfig(
@@ -205,7 +205,7 @@ def test_pairs_of_levels_keep_the_order_of_the_joint_batch(three: Ranks) -> None
 
 
 ENCODERS: dict[str, dict[str, Any]] = {
-    "bigru": {"hidden": 6, "layers": 1, "pool": "mean+last+std", "feature_norm": True},
+    "bigru": {"hidden": 6, "layers": 1, "pool": "mean+last+std"},
     "stgcn": {"channels": 2},
     "dsta": {"size": "small"},
     "scd": {"width": 16},

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from a2mc_fast.config import EncoderConfig, preset
 from a2mc_fast.encoders import build_encoder
 from a2mc_fast.encoders.bigru import BiGRU, outputs, recurrent_dtype
 from a2mc_fast.encoders.branch import frozen, projection_head
+from a2mc_fast.encoders.build import build_branch
 from a2mc_fast.run.weights import load_reference
 from a2mc_fast.skeleton import NTU25
 from bench.count import parameters_and_macs
@@ -125,7 +129,7 @@ def test_parameter_and_mac_counts() -> None:
 @pytest.mark.parametrize("time_mode", ["forward_pair", "bidirectional"])
 def test_several_views_in_one_pass_equal_separate_passes(time_mode: str) -> None:
     one, many = (
-        BiGRU(NTU25, hidden=8, layers=2, time_mode=time_mode, feature_norm=True)  # type: ignore[arg-type]
+        BiGRU(NTU25, hidden=8, layers=2, time_mode=time_mode)  # type: ignore[arg-type]
         for _ in range(2)
     )
     many.load_state_dict(one.state_dict())
@@ -138,21 +142,28 @@ def test_several_views_in_one_pass_equal_separate_passes(time_mode: str) -> None
 
 
 def test_a_normalised_feature_has_no_mean_and_unit_variance() -> None:
-    """Over the clips of a batch in training, by the running statistics in use, and of a clip alone."""
-    encoder = BiGRU(SMALL, persons=1, hidden=4, layers=1, pool="mean+last+std", feature_norm=True)
-    assert encoder.feature_dim == 24 and not [n for n, _ in encoder.named_parameters() if "feature" in n]
-    x = torch.randn(50, 6, 3, 5, 1)
-    feature = encoder(x)
-    torch.testing.assert_close(feature.mean(0), torch.zeros(24), atol=1e-6, rtol=0)
-    # where the variance is large beside what BatchNorm adds to it
-    std = feature.std(0, correction=0)
-    assert (std <= 1).all() and (std[:16] > 0.9).all()
-    alone = encoder(x[:1])
-    assert encoder.input_norm is not None
-    encoder.input_norm.momentum = 0.0  # as it is
-    encoder.eval()
-    assert encoder(x).mean(0).abs().max() > 0.01  # the running mean has come a tenth of the way
+    """Of each view over the clips of a batch in training, by the running statistics in use, and of a clip
+    alone."""
+    encoder = EncoderConfig(hidden=4, layers=1, pool="mean+last+std", feature_norm=True)
+    branch = build_branch(replace(preset("demo"), encoder=encoder), SMALL, 1)
+    assert not [name for name, _ in branch.encoder.named_parameters() if "feature" in name]
+    views = [scale * torch.randn(50, 6, 3, 5, 1) for scale in (1, 2)]
+    feature = branch.feature(torch.cat(views), views=2)
+    assert feature.shape == (100, 24)
+    for part in feature.chunk(2):
+        torch.testing.assert_close(part.mean(0), torch.zeros(24), atol=1e-6, rtol=0)
+        # where the variance is large beside what BatchNorm adds to it
+        std = part.std(0, correction=0)
+        assert (std <= 1).all() and (std[:16] > 0.9).all()
+    before = {name: t.clone() for name, t in branch.encoder.feature_norm.state_dict().items()}  # type: ignore[union-attr]
+    alone = branch.feature(views[0][:1])
     assert alone.shape == (1, 24) and alone.isfinite().all()
+    for name, t in branch.encoder.feature_norm.state_dict().items():  # type: ignore[union-attr]
+        assert torch.equal(t, before[name])
+    branch.eval()
+    plain = branch.encoder(branch.stream(views[0]))
+    expected = (plain - before["running_mean"]) / (before["running_var"] + 1e-5).sqrt()
+    torch.testing.assert_close(branch.feature(views[0]), expected)
 
 
 def test_the_pair_is_causal() -> None:

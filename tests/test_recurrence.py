@@ -60,7 +60,7 @@ def small(**options: Any) -> Config:
     ],
 )
 def test_the_fused_encoder_is_the_same_encoder(time_mode: str, pool: str) -> None:
-    model = encoder(time_mode=time_mode, pool=pool, feature_norm="std" in pool)
+    model = encoder(time_mode=time_mode, pool=pool)
     names, state = [*model.state_dict()], {k: v.clone() for k, v in model.state_dict().items()}
     x = torch.randn(8, 4, 3, 5, 1)
     results: dict[str, list[Tensor]] = {}

@@ -125,15 +125,18 @@ def own_data() -> Config:
     """Any skeleton's clips, from a hundred on, as for a thousand; `derive` fits it to those at hand.
 
     The feature is the mean over time, which tells clips apart before any step, so that a short warm-up is
-    enough, beside the last output, which learns their order in time. Keys replace the rows every few steps,
-    because the encoder of a short run outruns them, and views are sheared half as much as in the paper, which
-    leaves more of a clip to learn from.
+    enough, beside the last output, which learns their order in time, and the deviation over time, which
+    knows how much moved; normalised, so that none of them drowns the others. Keys replace the rows every few
+    steps, because the encoder of a short run outruns them, and views are sheared half as much as in the
+    paper, which leaves more of a clip to learn from.
     """
     return Config(
         preset="own",
         data="clips.safetensors",
         views=ViewConfig(frames=32, shear=0.5),
-        encoder=EncoderConfig(hidden=64, layers=1, pool="mean+last", channels=8, size="small", width=128),
+        encoder=EncoderConfig(
+            hidden=64, layers=1, pool="mean+last+std", feature_norm=True, channels=8, size="small", width=128
+        ),
         loss=LossConfig(mix=(0.1,)),
         bank=BankConfig(size=296, lr=12.0, temperature=0.07, warmup_steps=300, refresh=30),
         optim=OptimConfig(lr=0.15, epochs=113, milestones=(), ramp_steps=40, ema=0.99),

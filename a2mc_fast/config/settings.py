@@ -57,6 +57,8 @@ class EncoderConfig:
     one as MODULE:CLASS (encoders/README.md)."""
     projection: Count = 128
     """Width D of the contrasted features."""
+    feature_norm: bool = False
+    """BatchNorm, without weights, over the feature that heads, protocols and `embed` see."""
     hidden: Count = 1024
     """BiGRU: hidden units per direction."""
     layers: Annotated[int, Range("[1, 100]")] = 3
@@ -68,8 +70,6 @@ class EncoderConfig:
     deviation over time, or several of these, one beside the other."""
     input_norm: bool = True
     """BiGRU: BatchNorm over the input coordinates (CMD, PCM3 yes; ISC no)."""
-    feature_norm: bool = False
-    """BiGRU: BatchNorm, without weights, over the feature."""
     recurrence: Literal["auto", "cudnn", "fused", "resident"] = "auto"
     """BiGRU: recurrent layers by cuDNN or by fused Triton kernels; auto = on a GPU whichever is fastest,
     once the kernels have agreed with float64. On a CPU, torch's own. fused = a launch per time step,
@@ -101,7 +101,7 @@ class EncoderConfig:
 
 
 _ENCODER_OPTIONS = {
-    "bigru": ("hidden", "layers", "time_mode", "pool", "input_norm", "feature_norm"),
+    "bigru": ("hidden", "layers", "time_mode", "pool", "input_norm"),
     "stgcn": ("channels",),
     "dsta": ("size",),
     "scd": ("width",),

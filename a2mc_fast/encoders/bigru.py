@@ -8,8 +8,8 @@ outputs concatenated, which is how `time_mode="forward_pair"` computes it: six c
 With `pool="mean"` the feature is the mean output over time. The last output of a GRU that nothing has trained
 tells clips hardly apart, so that short runs on small sets would spend their steps on leaving that start. The
 mean in turn knows little of the order in time, and neither how much an output moves; "mean+last+std" has all
-three, one beside the other. They differ in size, so that `feature_norm` is what lets the head and cosine
-similarities see each of them.
+three, one beside the other. They differ in size, so that a normalised feature (`branch.FeatureNorm`) is what
+lets the head and cosine similarities see each of them.
 
 The layers are torch's, which are cuDNN's on a GPU, or fused kernels that run both directions at once.
 """
@@ -22,7 +22,6 @@ from contextlib import contextmanager, nullcontext
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from a2mc_fast.encoders.branch import Encoder, Recurrence, per_view
@@ -35,19 +34,6 @@ _CUDNN_WITH_BF16 = 91300  # the version from which torch hands it bf16
 
 # lower precisions copy the weights in any case
 warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
-
-
-class FeatureNorm(nn.BatchNorm1d):
-    """BatchNorm of features [N, F] without weights, for what reads them has its own. A clip alone, which has
-    no batch statistics, is normalised by the running ones."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(width, affine=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or len(x) > 1:
-            return super().forward(x)
-        return F.batch_norm(x, self.running_mean, self.running_var, eps=self.eps)
 
 
 class BiGRU(Encoder):
@@ -66,7 +52,6 @@ class BiGRU(Encoder):
         time_mode: Literal["forward_pair", "bidirectional"] = "forward_pair",
         pool: Pool = "last",
         input_norm: bool = True,
-        feature_norm: bool = False,
     ) -> None:
         super().__init__()
         self.persons = persons
@@ -74,7 +59,6 @@ class BiGRU(Encoder):
         self.hidden, self.time_mode, self.pool = hidden, time_mode, pool
         self.feature_dim = 2 * hidden * len(pool.split("+"))
         self.input_norm = nn.BatchNorm1d(self.input_dim) if input_norm else None
-        self.feature_norm = FeatureNorm(self.feature_dim) if feature_norm else None
         # one module per layer and direction; "bidirectional" runs the second one over reversed time
         self.directions = nn.ModuleList(
             nn.ModuleList(nn.GRU(width, hidden, batch_first=True) for _ in range(2))
@@ -88,8 +72,7 @@ class BiGRU(Encoder):
         """x [N, T, C, V, M], or several views one after another, each normalised by its own statistics."""
         sequence = self.normed(x, views)
         with self.arithmetic(sequence) as dtype:
-            feature = self.recur(sequence, dtype)
-        return self.normed_feature(feature, views)
+            return self.recur(sequence, dtype)
 
     def normed(self, x: Tensor, views: int = 1) -> Tensor:
         """The layers' input. -> [N, T, C*V*M]"""
@@ -136,14 +119,6 @@ class BiGRU(Encoder):
             parts["std"] = (states.var(1, correction=0) + _SMALLEST).sqrt()
         wanted = [parts[name] for name in self.pool.split("+")]
         return wanted[0] if len(wanted) == 1 else torch.cat(wanted, -1)
-
-    def normed_feature(self, feature: Tensor, views: int = 1) -> Tensor:
-        """The feature as it is used, of what the layers gave. [views N, feature_dim] -> the same"""
-        if self.feature_norm is None:
-            return feature
-        return per_view(
-            self.feature_norm, feature.to(torch.promote_types(feature.dtype, torch.float32)), views
-        )
 
     def _pairs(self) -> list[tuple[nn.GRU, nn.GRU]]:
         """The two directions of each layer."""

@@ -24,6 +24,19 @@ Recurrence = Literal["torch", "fused", "resident"]
 """Recurrent layers by torch, which is cuDNN on a GPU, or by a form of the fused kernels."""
 
 
+class FeatureNorm(nn.BatchNorm1d):
+    """BatchNorm of features [N, F] without weights, for what reads them has its own. A clip alone, which has
+    no batch statistics, is normalised by the running ones."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or len(x) > 1:
+            return super().forward(x)
+        return F.batch_norm(x, self.running_mean, self.running_var, eps=self.eps)
+
+
 class Encoder(nn.Module):
     """A backbone: forward(x [views N, T, C, V, M], views=1) -> [views N, feature_dim].
 
@@ -42,6 +55,8 @@ class Encoder(nn.Module):
     """How its recurrent layers are computed, if it has any: chosen once it is on its device."""
     held: dict[Any, Any] | None = None
     """What was made of the weights for several passes, within `weights_held`."""
+    feature_norm: FeatureNorm | None
+    """What its branch normalises the feature by, if the run asks for it."""
 
     def weights_changed(self) -> None:
         """Within `weights_held`: what was made of the weights is out of date."""
@@ -67,6 +82,7 @@ class Branch(nn.Module):
         self.config = config
         self.register_buffer("parents", torch.tensor(skeleton.parents), persistent=False)
         self.encoder = encoder
+        encoder.feature_norm = FeatureNorm(encoder.feature_dim) if config.encoder.feature_norm else None
         columns, dim = range(encoder.feature_dim), config.encoder.projection
         self.heads = nn.ModuleDict(
             {
@@ -81,7 +97,14 @@ class Branch(nn.Module):
         `wide` computes it in float32 where fp16 is set, for gradients that it cannot hold.
         """
         with autocast(self.config, x.device, wide):
-            return self.encoder(self.stream(x), views)
+            return self.normed(self.encoder(self.stream(x), views), views)
+
+    def normed(self, feature: Tensor, views: int = 1) -> Tensor:
+        """The feature of what the encoder gave, each view normalised by itself. -> like feature"""
+        if self.encoder.feature_norm is None:
+            return feature
+        wide = feature.to(torch.promote_types(feature.dtype, torch.float32))
+        return per_view(self.encoder.feature_norm, wide, views)
 
     def stream(self, x: Tensor) -> Tensor:
         """What the encoder sees of joints. x [N, T, C, V, M] -> like x"""

@@ -34,8 +34,8 @@ def attack_with_key(model: A2MC, x: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]
             with query.arithmetic(sequence) as dtype:
                 feature, beside = fused((query, key), (sequence, constant), dtype)
             with torch.no_grad():
-                found.append(key.normed_feature(beside))
-            feature = query.normed_feature(feature)
+                found.append(model.key.normed(beside))
+            feature = model.query.normed(feature)
         return model.classifier(feature.float())
 
     return model.attack(x, classify), found[0]

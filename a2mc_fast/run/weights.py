@@ -147,8 +147,12 @@ def _copy(source: Checkpoint, target: Branch) -> None:
 
     held, asked = described(source.config.encoder), described(target.config.encoder)
     require(held == asked, f"{source.path} has {held}, but asked for is {asked}: set --encoder.* alike")
+    state, own = source.branch().encoder.state_dict(), target.encoder.state_dict()
+    # statistics of the feature, which one of them may be without
+    state = {n: t for n, t in state.items() if n in own or not n.startswith("feature_norm.")}
+    state |= {n: t for n, t in own.items() if n.startswith("feature_norm.") and n not in state}
     try:
-        target.encoder.load_state_dict(source.branch().encoder.state_dict())
+        target.encoder.load_state_dict(state)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise InputError(
