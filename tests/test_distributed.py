@@ -125,7 +125,7 @@ def small(name: str = "demo", **changes: Any) -> Config:
     return replace(
         config,
         views=replace(config.views, frames=8),
-        encoder=replace(config.encoder, hidden=8, layers=1, projection=16, feature_norm=True),
+        encoder=replace(config.encoder, hidden=8, layers=1, projection=16),
         # temperatures at which rounding grows little
         loss=replace(config.loss, temperature=0.3, mix=config.loss.mix and PAPER_MIX),
         bank=BankConfig(
@@ -168,6 +168,7 @@ CONFIGS = {
     "full": small(),
     "fifo": small("demo-b3"),
     "plain": small("demo-b1"),
+    "normalised": small("own", split="xsub"),
 }
 
 
