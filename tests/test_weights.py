@@ -156,3 +156,36 @@ def test_what_is_no_encoder_is_one_sentence() -> None:
     with pytest.raises(ValueError, match=r"encoder\.name must be bigru, stgcn, dsta, scd, or MODULE:CLASS"):
         EncoderConfig(name="gru")
     assert "nowhere" not in sys.modules
+
+
+def test_what_is_no_encoder_is_refused_before_anything_is_derived(
+    tmp_path: Path, make_clips: Callable[..., Clips], capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_clips([10] * 40, persons=1, skeleton=SMALL, classes=4).save(tmp_path / "data.safetensors")
+    run = ["own", "--data", str(tmp_path / "data.safetensors"), "--run.out", str(tmp_path / "run")]
+    error = refused(train, [*run, "--encoder.name", "nowhere:Net"], capsys)
+    assert error == "error: --encoder.name nowhere:Net cannot be imported: No module named 'nowhere'\n"
+
+
+@pytest.mark.parametrize("before, after", [(False, True), (True, False), (True, True)])
+def test_a_run_begins_with_an_encoder_whose_feature_is_normalised_or_not(
+    tmp_path: Path, make_clips: Callable[..., Clips], before: bool, after: bool
+) -> None:
+    make_clips([10] * 40, persons=1, skeleton=SMALL, classes=4).save(tmp_path / "data.safetensors")
+    config = tiny_config(tmp_path / "data.safetensors", tmp_path / "first")
+    config = replace(config, encoder=replace(config.encoder, feature_norm=before))
+    first = load_encoder(pretrain(config)).branch.encoder
+    run = replace(
+        config,
+        init_from=str(tmp_path / "first"),
+        encoder=replace(config.encoder, feature_norm=after),
+        run=replace(config.run, out=str(tmp_path / "second")),
+    )
+    begun = load_encoder(pretrain(run), untrained=True).branch.encoder
+    taken, given = begun.state_dict(), first.state_dict()
+    assert ("feature_norm.running_mean" in taken) == after
+    for name, tensor in taken.items():
+        if before or not name.startswith("feature_norm."):
+            assert torch.equal(tensor, given[name]), name
+    if after and not before:
+        assert not taken["feature_norm.running_mean"].any()

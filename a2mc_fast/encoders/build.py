@@ -64,11 +64,9 @@ class _Own(Encoder):
         return self.net(x.transpose(1, 2))
 
 
-def own_encoder(name: str, skeleton: Skeleton, *, persons: int, frames: int) -> Encoder:
-    """CLASS(skeleton, persons=..., frames=...) of "MODULE:CLASS", which is imported.
-
-    It is an `Encoder`, or any `nn.Module` whose forward takes clips [N, C, T, V, M] to features [N, F].
-    """
+def own_class(name: str) -> type[nn.Module]:
+    """CLASS of "MODULE:CLASS", which is imported: an `Encoder`, or any `nn.Module` whose forward takes clips
+    [N, C, T, V, M] to features [N, F]. `InputError` if there is none."""
     module, _, attribute = name.partition(":")
     try:
         kind = getattr(importlib.import_module(module), attribute)
@@ -78,5 +76,10 @@ def own_encoder(name: str, skeleton: Skeleton, *, persons: int, frames: int) -> 
         isinstance(kind, type) and issubclass(kind, nn.Module),
         f"--encoder.name {name} is no class of nn.Module",
     )
-    net = kind(skeleton, persons=persons, frames=frames)
+    return kind
+
+
+def own_encoder(name: str, skeleton: Skeleton, *, persons: int, frames: int) -> Encoder:
+    """CLASS(skeleton, persons=..., frames=...) of "MODULE:CLASS"."""
+    net = own_class(name)(skeleton, persons=persons, frames=frames)
     return net if isinstance(net, Encoder) else _Own(name, net, skeleton, persons, frames)

@@ -17,6 +17,7 @@ import torch
 
 from a2mc_fast.config import Config, EncoderConfig, LossConfig
 from a2mc_fast.data import Clips
+from a2mc_fast.encoders.build import own_class
 from a2mc_fast.errors import tell
 from a2mc_fast.run.opened import load_clips
 
@@ -164,6 +165,8 @@ def fitted(config: Config, args: Sequence[str]) -> Config:
     """
     if not config.preset.startswith("own"):
         return config
+    if ":" in config.encoder.name:
+        own_class(config.encoder.name)  # what cannot be imported is refused before anything is said
     clips, given = load_clips(config, torch.device("cpu")), given_flags(args)
     if "split" not in given and len(clips.splits) == 1:
         config = replace(config, split=next(iter(clips.splits)))
