@@ -133,14 +133,14 @@ def own_data() -> Config:
     return Config(
         preset="own",
         data="clips.safetensors",
-        views=ViewConfig(frames=32, shear=0.5),
+        views=ViewConfig(frames=16, shear=0.5),
         encoder=EncoderConfig(
             hidden=64, layers=1, pool="mean+last+std", feature_norm=True, channels=8, size="small", width=128
         ),
         loss=LossConfig(mix=(0.1,)),
         bank=BankConfig(size=296, lr=12.0, temperature=0.07, warmup_steps=300, refresh=30),
-        optim=OptimConfig(lr=0.15, epochs=113, milestones=(), ramp_steps=40, ema=0.99),
-        run=RunConfig(eval_every=9, checkpoint_every=5),
+        optim=OptimConfig(lr=0.15, epochs=247, milestones=(), ramp_steps=40, ema=0.99),
+        run=RunConfig(eval_every=21, checkpoint_every=10),
     )
 
 

@@ -23,13 +23,14 @@ from a2mc_fast.run.opened import load_clips
 
 _SHARE = 0.3  # bank rows per training clip
 _LIFE = 10  # steps after which a key has replaced a row, where the batch has enough keys
-_STEPS = 2000  # of a set of up to 1,000 clips
-_WARMUP, _RAMP = 0.15, 0.02  # of all steps
+_STEPS = 4000  # of a set of up to 1,000 clips
+_WARMUP, _RAMP = 0.075, 0.01  # of these
 _LARGEST_BANK = 16384  # the paper's
 _MIX, _MANY = (0.1,), 10_000  # one share λ below so many clips, and from there on the paper's four
 _FLAT_SHEAR = 0.3  # with two axes only, a shear of 1 is often near to a line
 _RATE, _RATES = 0.03, {"bigru": 0.15, "stgcn": 0.1}
-# whose BatchNorm sees every joint that jittering hits: the paper's views teach them little in so few steps
+# whose BatchNorm sees every joint that jittering hits: the paper's views teach them little in so few steps,
+# of which they get half as many, because one takes them several times as long
 _PER_JOINT, _JITTER = ("stgcn", "dsta", "scd"), 0.3
 
 DERIVED = (
@@ -80,14 +81,14 @@ def derive(config: Config, known: Facts, given: Collection[str] = ()) -> Config:
 
     clips = max(known.clips, 1)
     per_joint = config.encoder.name in _PER_JOINT
-    # half as many tell clips apart as well, and these encoders take their time
-    frames = chosen("views.frames", (32 if known.frames <= 128 else 64) // (2 if per_joint else 1))
+    frames = chosen("views.frames", 16 if known.frames <= 128 else 32)
     batch = chosen("optim.batch_size", max(2, min(64 if clips >= 512 else 32, clips)))
     rows = chosen("bank.size", max(batch, min(int(_SHARE * clips), _LARGEST_BANK) // 8 * 8))
     refresh = chosen("bank.refresh", min(batch, math.ceil(rows / _LIFE)))
     # a set a hundred times as large gets ten times the steps
-    total = round(_STEPS * max(1.0, math.sqrt(clips / 1000)))
-    warmup = chosen("bank.warmup_steps", max(math.ceil(rows / batch), round(_WARMUP * total)))
+    most = _STEPS * max(1.0, math.sqrt(clips / 1000))
+    total = round(most / 2 if per_joint else most)
+    warmup = chosen("bank.warmup_steps", max(math.ceil(rows / batch), round(_WARMUP * most)))
     epochs = chosen("optim.epochs", max(1, round((total - warmup) / max(clips // batch, 1))))
     # rows without mixing stay so
     mix = LossConfig().mix if clips >= _MANY else _MIX
@@ -113,7 +114,7 @@ def derive(config: Config, known: Facts, given: Collection[str] = ()) -> Config:
             batch_size=batch,
             epochs=epochs,
             lr=chosen("optim.lr", _RATES.get(config.encoder.name, _RATE)),
-            ramp_steps=chosen("optim.ramp_steps", round(_RAMP * total)),
+            ramp_steps=chosen("optim.ramp_steps", round(_RAMP * most)),
         ),
         run=replace(
             config.run,
