@@ -81,7 +81,8 @@ def small_forward_kernel(
     bias_n = tl.load(bias_ptr + 2 * H, mask=j < H, other=0.0)
     bias_c = tl.load(of_state + 2 * H, mask=j < H, other=0.0)
 
-    frame, ahead = 0, 1
+    frame = 0
+    ahead = 1
     if REVERSE:
         frame = tl.where(direction == 1, T - 1, 0)
         ahead = tl.where(direction == 1, -1, 1)
@@ -147,7 +148,8 @@ def small_backward_kernel(
     wz = weight(weight_ptr + H, known, UPCAST)
     wn = weight(weight_ptr + 2 * H, known, UPCAST)
 
-    frame, back = T - 1, -1
+    frame = T - 1
+    back = -1
     if REVERSE:
         frame = tl.where(direction == 1, 0, T - 1)
         back = tl.where(direction == 1, 1, -1)

@@ -161,6 +161,7 @@ NARROW = [
     Pass(n=192, h=128, t=32, reverse=True),
     Pass(h=64, dtype="float32", final=True),
     Pass(n=5, h=10, t=7, dtype="float16"),
+    Pass(n=1, h=16, t=1),
 ]
 
 
