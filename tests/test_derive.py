@@ -55,6 +55,8 @@ def test_encoders_of_single_joints_get_easier_views_and_sizes_of_small_sets(name
         for c in (config, derive(preset("own"), Facts(270, 112, 15, 1)))
     ]
     assert steps[1] == pytest.approx(2 * steps[0], rel=0.01)  # one of theirs takes several times as long
+    assert own.encoder.feature_norm and not config.encoder.feature_norm
+    assert derive(own, Facts(270, 112, 15, 1), {"encoder.feature_norm"}).encoder.feature_norm
     assert config.encoder.options in ({"channels": 8}, {"size": "small"}, {"width": 128})
     flat = derive(own, Facts(270, 112, 15, 1, flat=True))
     assert flat.views.shear < config.views.shear
@@ -103,6 +105,10 @@ def test_flags_are_recognised_as_they_are_written() -> None:
         "bank.size",
         "optim.batch_size",
     }
+    assert given_flags(["--encoder.no-feature-norm", "--views.noise-std", "0"]) == {
+        "encoder.feature_norm",
+        "views.noise_std",
+    }
 
 
 def test_a_run_says_and_stores_what_was_derived(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,6 +130,9 @@ def test_a_run_says_and_stores_what_was_derived(tmp_path: Path, capsys: pytest.C
     unread = {"encoder.channels", "encoder.size", "encoder.width"}
     for name in DERIVED:
         part, field = name.split(".")
+        if stored[part][field] is True:
+            assert f" --{name.replace('_', '-')} " in printed
+            continue
         assert (f"--{name.replace('_', '-')} " in printed) == (name not in unread)
         if name in unread:
             continue

@@ -38,6 +38,7 @@ DERIVED = (
     "views.shear",
     "views.jitter",
     "loss.mix",
+    "encoder.feature_norm",
     "encoder.hidden",
     "encoder.channels",
     "encoder.size",
@@ -129,6 +130,8 @@ def _sized(encoder: EncoderConfig, clips: int, chosen: Callable[[str, Any], Any]
     doubled = 2 ** max(0, round(math.log(clips / 1000, 4)))
     return replace(
         encoder,
+        # of the others it made an ST-GCN worse
+        feature_norm=chosen("encoder.feature_norm", encoder.feature_norm and encoder.name == "bigru"),
         hidden=chosen("encoder.hidden", min(512, 64 * doubled)),
         channels=chosen("encoder.channels", min(16, 8 * doubled)),
         size=chosen("encoder.size", "small" if clips < _MANY else "full"),
@@ -139,8 +142,9 @@ def _sized(encoder: EncoderConfig, clips: int, chosen: Callable[[str, Any], Any]
 def sentence(config: Config, known: Facts) -> str:
     """What was derived from what, as flags: what a run prints first."""
     sizes = {f"encoder.{option}" for option in config.encoder.options}
+    sizes.add("encoder.feature_norm")
     read = [n for n in DERIVED if not n.startswith("encoder.") or n in sizes]
-    flags = " ".join(f"--{n.replace('_', '-')} {_written(operator.attrgetter(n)(config))}" for n in read)
+    flags = " ".join(_written(name, operator.attrgetter(name)(config)) for name in read)
     persons = "one person" if known.persons == 1 else f"{known.persons} persons"
     return (
         f"derived from {known.clips} training clips of {known.frames} frames (median), {known.joints} joints "
@@ -148,15 +152,19 @@ def sentence(config: Config, known: Facts) -> str:
     )
 
 
-def _written(value: Any) -> str:
+def _written(name: str, value: Any) -> str:
     """As a command line takes it."""
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    part, field = name.replace("_", "-").split(".")
+    if isinstance(value, bool):
+        return f"--{part}.{'' if value else 'no-'}{field}"
+    return f"--{part}.{field} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
 
 
 def given_flags(args: Sequence[str]) -> frozenset[str]:
-    """The fields that a command line names: "bank.size" for --bank.size 96, --bank.size=96."""
+    """The fields that a command line names: "bank.size" for --bank.size 96, --bank.size=96, and
+    "encoder.input_norm" for --encoder.no-input-norm."""
     flags = (arg.removeprefix("--").split("=")[0] for arg in args if arg.startswith("--"))
-    return frozenset(flag.replace("-", "_") for flag in flags)
+    return frozenset(flag.replace(".no-", ".").replace("-", "_") for flag in flags)
 
 
 def fitted(config: Config, args: Sequence[str]) -> Config:
