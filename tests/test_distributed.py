@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file
 
 from a2mc_fast import evaluate, train
-from a2mc_fast.config import BankConfig, Config, RunConfig, preset
+from a2mc_fast.config import BankConfig, Config, EncoderConfig, RunConfig, preset
 from a2mc_fast.data import Clips
 from a2mc_fast.encoders import build_encoder
 from a2mc_fast.errors import InputError
@@ -125,7 +125,7 @@ def small(name: str = "demo", **changes: Any) -> Config:
     return replace(
         config,
         views=replace(config.views, frames=8),
-        encoder=replace(config.encoder, hidden=8, layers=1, projection=16),
+        encoder=EncoderConfig(hidden=8, layers=1, projection=16),
         # temperatures at which rounding grows little
         loss=replace(config.loss, temperature=0.3, mix=config.loss.mix and PAPER_MIX),
         bank=BankConfig(
@@ -168,7 +168,7 @@ CONFIGS = {
     "full": small(),
     "fifo": small("demo-b3"),
     "plain": small("demo-b1"),
-    "normalised": small("own", split="xsub"),
+    "normalised": replace(small(), encoder=replace(preset("own").encoder, hidden=8, projection=16)),
 }
 
 
@@ -179,7 +179,8 @@ def test_ranks_equal_one_process(name: str, two: Ranks, three: Ranks) -> None:
         first, *others = ranks(trained, CONFIGS[name])
         for other in others:
             assert_close(other, first, 0)
-        assert_close(first, alone)
+        # small differences of features are normalised, too
+        assert_close(first, alone, 1e-5 if name == "normalised" else 1e-6)
 
 
 def test_kernels_climb_with_the_features_of_all_ranks(two: Ranks) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from a2mc_fast import rng
 from a2mc_fast.augment import Draws, Views
-from a2mc_fast.config import ViewConfig, demo
+from a2mc_fast.config import EncoderConfig, ViewConfig, demo
 from a2mc_fast.data import Clips
 from a2mc_fast.encoders.branch import Branch
 from a2mc_fast.encoders.build import build_branch
@@ -61,9 +61,9 @@ def class_clips(count: int = 48, classes: int = CLASSES) -> Clips:
     return Clips.pack(joints, lengths.numpy(), labels.numpy(), SMALL, splits={"xsub": split.numpy()})
 
 
-def small_branch(seed: int = 0) -> Branch:
-    base = demo()
-    config = replace(base, encoder=replace(base.encoder, hidden=8, projection=16), views=ViewConfig(frames=8))
+def small_branch(seed: int = 0, **encoder: Any) -> Branch:
+    encoder = {"layers": 1, "hidden": 8, "projection": 16, **encoder}
+    config = replace(demo(), encoder=EncoderConfig(**encoder), views=ViewConfig(frames=8))
     torch.manual_seed(seed)
     return build_branch(config, SMALL, 1)
 
@@ -228,6 +228,14 @@ def test_finetuning_learns_changes_the_encoder_and_repeats(views: Views) -> None
     assert all(changed[name] == name.startswith("encoder.") for name in changed)  # the head stays
 
 
+def test_finetuning_takes_a_clip_alone(views: Views) -> None:
+    """As the last batch of an epoch may be, which has no batch statistics to normalise a feature by."""
+    train, test = labelled_split(views, "xsub")
+    config = Finetune(run=Path(), epochs=2, batch_size=len(train) - 1)
+    branch = small_branch(pool="mean+last+std", feature_norm=True)
+    assert finetune(branch, views, train, test, config).scores.isfinite().all()
+
+
 def test_finetuning_repeats_with_dropout(views: Views) -> None:
     train, test = labelled_split(views, "xsub")
 
@@ -235,7 +243,7 @@ def test_finetuning_repeats_with_dropout(views: Views) -> None:
         branch = small_branch()
 
         class Dropped(nn.Module):
-            feature_dim = branch.encoder.feature_dim
+            feature_dim, feature_norm = branch.encoder.feature_dim, None
 
             def __init__(self, inner: nn.Module) -> None:
                 super().__init__()
