@@ -1,8 +1,8 @@
 """All time steps of a narrow pair of GRUs in one launch, forward or backward, in Triton.
 
 Up to `most_units` hidden units one program carries all of them through all steps, so that it waits for no
-other: its clips' state stays in registers, as do the weights, and what the next step reads is on its way
-while a step is computed. The formulas are those of `gru_steps`, and so is the legend.
+other: its clips' state stays in registers and the weights on the chip, and what the next step reads is on its
+way while a step is computed. The formulas are those of `gru_steps`, and so is the legend.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .common import INTERPRET, Call, starts_early, wait_for_the_last, width
 from .gru_plan import Backward, Forward
-from .gru_steps import tanh
+from .gru_steps import tanh, weights_of
 
 _ROWS = 16  # clips per program: the fewest that a product takes, for all that counts is how long a step takes
 _WARPS = 8
@@ -35,12 +35,6 @@ def most_units(dtype: torch.dtype, precision: str) -> int:
 def read(pointer, inside):
     """A tile that a later step uses; as stored, for it waits in registers."""
     return tl.load(pointer, mask=inside, other=0.0)
-
-
-@triton.jit
-def weight(pointer, known, UPCAST: tl.constexpr):
-    w = tl.load(pointer, mask=known, other=0.0)
-    return w.to(tl.float32) if UPCAST else w  # the interpreter's product of bfloat16 is wrong
 
 
 @triton.jit
@@ -68,12 +62,12 @@ def small_forward_kernel(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     j, k = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_H)
     inside = (n[:, None] < N) & (j[None, :] < H)
-    known = (k[:, None] < H) & (j[None, :] < H)
+    known = j[None, :] < H
     kind = states_ptr.dtype.element_ty
     weight_ptr += pair.to(tl.int64) * 3 * H * H + j[None, :] * H + k[:, None]
-    wr = weight(weight_ptr, known, UPCAST)
-    wz = weight(weight_ptr + H * H, known, UPCAST)
-    wn = weight(weight_ptr + 2 * H * H, known, UPCAST)
+    wr = weights_of(weight_ptr, 0, k, known, H, False, UPCAST)
+    wz = weights_of(weight_ptr + H * H, 0, k, known, H, False, UPCAST)
+    wn = weights_of(weight_ptr + 2 * H * H, 0, k, known, H, False, UPCAST)
     bias_ptr += group * 12 * H + direction * 3 * H + j
     of_state = bias_ptr + 6 * H
     bias_r = tl.load(bias_ptr, mask=j < H, other=0.0) + tl.load(of_state, mask=j < H, other=0.0)
@@ -141,12 +135,12 @@ def small_backward_kernel(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     j, k = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_H)
     inside = (n[:, None] < N) & (j[None, :] < H)
-    known = (k[:, None] < H) & (j[None, :] < H)
+    known = j[None, :] < H
     kind = input_ptr.dtype.element_ty
     weight_ptr += pair.to(tl.int64) * 3 * H * H + j[None, :] * 3 * H + k[:, None]
-    wr = weight(weight_ptr, known, UPCAST)
-    wz = weight(weight_ptr + H, known, UPCAST)
-    wn = weight(weight_ptr + 2 * H, known, UPCAST)
+    wr = weights_of(weight_ptr, 0, k, known, H, False, UPCAST)
+    wz = weights_of(weight_ptr + H, 0, k, known, H, False, UPCAST)
+    wn = weights_of(weight_ptr + 2 * H, 0, k, known, H, False, UPCAST)
 
     frame = T - 1
     back = -1

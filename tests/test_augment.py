@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from a2mc_fast import rng
+from a2mc_fast import augment, rng
 from a2mc_fast.augment import (
     Draws,
     Views,
@@ -248,3 +248,9 @@ def test_views_of_flat_clips_stay_in_their_plane(
     plane = torch.tensor([1.0, 1.0, 0.0]).view(3, 1, 1)
     flat = made(replace(clips, frames=clips.frames * plane))
     assert not flat[:, :, 2].any() and flat[:, :, 0].any()
+
+
+def test_equal_numbers_have_places_of_their_own() -> None:
+    """So that a share of the joints is that share, whatever was drawn."""
+    values = torch.tensor([[0.5, 0.2, 0.5, 0.9, 0.5], [0.0, 0.0, 0.0, 0.0, 0.0]])
+    assert augment._places(values).tolist() == [[1, 4, 2, 0, 3], [0, 1, 2, 3, 4]]

@@ -1,4 +1,4 @@
-"""BiGRU: the paper's main encoder (ISC, CMD, PCM3, CrosSCLR-B). Clips in, one output of their time steps out.
+"""BiGRU: the paper's main encoder (ISC, CMD, PCM3, CrosSCLR-B). Clips in, a feature of their time steps out.
 
 The reference feeds its bidirectional GRU one frame at a time and carries the hidden state, so both direction
 weights run *forward* in time. That equals, per layer, two independent GRUs over the whole sequence with their
@@ -7,9 +7,9 @@ outputs concatenated, which is how `time_mode="forward_pair"` computes it: six c
 
 With `pool="mean"` the feature is the mean output over time. The last output of a GRU that nothing has trained
 tells clips hardly apart, so that short runs on small sets would spend their steps on leaving that start. The
-mean in turn knows little of the order in time, and neither how much an output moves; "mean+last+std" has all
-three, one beside the other. They differ in size, so that a normalised feature (`branch.FeatureNorm`) is what
-lets the head and cosine similarities see each of them.
+mean in turn knows little of the order in time, and nothing of how much an output moves; "mean+last+std" has
+all three, one beside the other. They differ in size, so that a normalised feature (`branch.FeatureNorm`) is
+what lets the head and cosine similarities see each of them.
 
 The layers are torch's, which are cuDNN's on a GPU, or fused kernels that run both directions at once.
 """
@@ -109,19 +109,20 @@ class BiGRU(Encoder):
 
     def pooled(self, states: Tensor) -> Tensor:
         """The feature. states [N, T, 2 hidden], or [G, T, N, 2 hidden] -> without T"""
+        last = states[:, -1]
+        if self.time_mode == "bidirectional":
+            last = torch.cat((last[..., : self.hidden], states[:, 0, ..., self.hidden :]), -1)
+        if self.pool == "last":
+            return last
         mean = states.mean(1)
-        parts = {"mean": mean}
-        if "last" in self.pool:
-            parts["last"] = states[:, -1]
-            if self.time_mode == "bidirectional":
-                ahead, back = states[:, -1, ..., : self.hidden], states[:, 0, ..., self.hidden :]
-                parts["last"] = torch.cat((ahead, back), -1)
-        if "std" in self.pool:
+        if self.pool == "mean":
+            return mean
+        parts = [mean, last]
+        if self.pool == "mean+last+std":
             # torch's own variance takes a CPU several times as long
             variance = (states - mean.unsqueeze(1)).square().mean(1)
-            parts["std"] = (variance + _SMALLEST).sqrt()
-        wanted = [parts[name] for name in self.pool.split("+")]
-        return wanted[0] if len(wanted) == 1 else torch.cat(wanted, -1)
+            parts.append((variance + _SMALLEST).sqrt())
+        return torch.cat(parts, -1)
 
     def _pairs(self) -> list[tuple[nn.GRU, nn.GRU]]:
         """The two directions of each layer."""
