@@ -4,6 +4,7 @@ that are not finite are caught on the device, and levels of a feature meet their
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -24,7 +25,7 @@ from a2mc_fast.losses import PAPER_MIX, mixing_contrast
 from a2mc_fast.model import A2MC
 from a2mc_fast.ranks import ALONE, World
 from a2mc_fast.run.parts import Parts
-from a2mc_fast.trainer import Schedule, Trainer
+from a2mc_fast.trainer import Schedule, Trainer, first_fault
 from tests.conftest import SMALL
 
 MakeClips = Callable[..., Clips]
@@ -308,3 +309,18 @@ def test_the_learning_rate_rises_then_falls_as_a_cosine(make_clips: MakeClips) -
     assert rates[3:] == sorted(rates[3:], reverse=True)
     middle = schedule.total_steps // 2
     assert schedule.learning_rate(middle) == pytest.approx(0.2, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "total, norms, before, found",
+    [
+        (1.0, [1.0, 2.0], -1, -1), (math.nan, [1.0, 2.0], -1, 7), (1.0, [1.0, math.inf], -1, 7),
+        (math.inf, None, -1, 7), (1.0, [1.0, 2.0], 3, 3), (math.nan, [1.0, math.nan], 3, 3),
+    ],
+)  # fmt: skip
+def test_the_first_fault_stays_the_first(
+    total: float, norms: list[float] | None, before: int, found: int
+) -> None:
+    seen = None if norms is None else torch.tensor(norms)
+    fault, faulty = first_fault(torch.tensor(total), seen, torch.tensor([before]), torch.tensor(7))
+    assert fault.tolist() == [found] and faulty.tolist() == [float(found >= 0)]
